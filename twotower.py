@@ -1,0 +1,1503 @@
+"""Nemotron-Labs-TwoTower in one file: a block-wise autoregressive diffusion language model.
+
+Two copies of one hybrid network (Mamba-2, attention and mixture-of-experts layers) write text
+together. The frozen causal **context tower** reads clean tokens and keeps, layer by layer, a
+key/value cache or a Mamba-2 state. The **denoiser tower** fills a block of masked tokens in
+parallel over a few steps: its layer i reads the context tower's cache or state of layer i, and
+adaLN tells it how much of the block is still masked.
+
+Map, top down (the file itself runs bottom up):
+
+    TwoTower.generate_mask_diffusion   blocks -> steps -> commits            "5. Decoding"
+      TwoTower.prefill / extend        context tower over clean tokens -> Context
+      TwoTower.denoise                 denoiser tower over one noisy block, given a Context
+        Tower -> Layer -> Mamba2 | Attention | MoE | MLP
+          causal_conv1d, ssd_scan / ssd_step, attention, route, moe_experts, rms_norm
+    TwoTower.diffusion_loss            all blocks of a sequence in one pass  "6. Training"
+    TwoTower.from_pretrained           checkpoint -> model                   "7. Loading"
+
+Needs torch, einops and safetensors; works when copied alone. Parameter names are those of the
+checkpoint; the one exception is that the experts of a layer are stacked, so that
+`experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]` here.
+
+Sources: arXiv 2606.26493v2 (TwoTower); arXiv 2405.21060 (Mamba-2, "SSD"); arXiv 2412.19437 2.1.2
+(sigmoid routing with a correction bias); arXiv 2310.00426 2.3 (adaLN-single); the checkpoint
+nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16 (config.json, tensor names and shapes).
+
+Dimension key, used in every shape comment:
+
+    B batch    L tokens of this call   S cached tokens          Q tokens of a diffusion block
+    D hidden   H heads                 G KV heads or B/C groups  K attention head size
+    P Mamba head size                  N SSM state size          W convolution width
+    E experts  A active experts        F expert width            V vocabulary    T = B*L tokens
+
+Deviations from the released code (they change no output of a single greedy row):
+  - t is each row's own masked fraction, as in training; the release averages it over the batch.
+  - prompts of different lengths batch together; a row that meets EOS ends alone; tokens after EOS
+    are cut; one-token prompts and any max_new_tokens work.
+  - top_k and top_p act in every mode.
+  - a finite time_step_limit holds in every path; biased experts add nothing where not routed.
+  - mock-AR keeps its context one token behind instead of storing the state before the last token
+    (which the release leaves stale after a block).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+@dataclass(init=False)
+class TwoTowerConfig:
+    """The fields of config.json that the model uses, spelled as there; others are ignored.
+
+    Fields without a default must be given. Raises ValueError naming the field that is missing or
+    impossible.
+    """
+
+    hidden_size: int                                # D
+    num_hidden_layers: int
+    hybrid_override_pattern: str                    # M Mamba-2, * attention, E MoE, - MLP
+    vocab_size: int                                 # V
+    layer_norm_epsilon: float
+
+    mamba_num_heads: int                            # H of a Mamba layer
+    mamba_head_dim: int                             # P
+    n_groups: int                                   # G of a Mamba layer: groups sharing B and C
+    ssm_state_size: int                             # N
+    conv_kernel: int                                # W
+    chunk_size: int                                 # tokens per chunk of the scan
+
+    num_attention_heads: int                        # H of an attention layer
+    num_key_value_heads: int                        # G of an attention layer
+    head_dim: int                                   # K
+
+    intermediate_size: int                          # width of a dense MLP
+    n_routed_experts: int                           # E
+    num_experts_per_tok: int                        # A
+    moe_intermediate_size: int                      # F
+    moe_shared_expert_intermediate_size: int        # width of the one shared expert
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    n_group: int = 1                                # router groups (not n_groups)
+    topk_group: int = 1
+
+    use_bias: bool = False                          # Mamba in_proj and out_proj
+    use_conv_bias: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    mlp_hidden_act: str = "relu2"
+    mamba_hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    residual_in_fp32: bool = False
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    time_step_min: float = 0.001                    # this and the next three: initialisation only
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 262144           # longest sequence; there are no positions
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = 0
+    mask_token_id: int = 3                          # a convention of the release, not in its file
+    torch_dtype: str = "bfloat16"                   # a note for readers; tensors carry their own
+
+    def __init__(self, **fields):
+        for field in dataclasses.fields(self):
+            value = fields.get(field.name, field.default)
+            if value is dataclasses.MISSING:
+                raise ValueError(f"config: field {field.name!r} is missing")
+            if field.name == "time_step_limit":
+                value = field.default if value is None else tuple(value)
+            setattr(self, field.name, value)
+        self._validate()
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
+        """Read config.json. Raises ValueError naming the file and what is wrong with it."""
+        fields = _read_json(Path(path))
+        try:
+            return cls(**fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of a Mamba layer: heads x head size (`expand` in the file is not used)."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels under the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    def _validate(self):
+        def require(ok, name, rule):
+            if not ok:
+                raise ValueError(f"config: {name} is {getattr(self, name)!r}, but {rule}")
+
+        may_be_zero = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        for field in dataclasses.fields(self):
+            value, name = getattr(self, field.name), field.name
+            if name in may_be_zero:
+                optional = name != "mask_token_id" and value is None
+                ok = optional or type(value) is int and 0 <= value < self.vocab_size
+                require(ok, name, f"it must be an id below vocab_size {self.vocab_size}")
+            elif field.type == "int":
+                require(type(value) is int and value > 0, name, "it must be a positive integer")
+            elif field.type == "float":
+                ok = type(value) in (int, float) and 0 < value < math.inf
+                require(ok, name, "it must be a positive number")
+            elif field.type == "bool":
+                require(type(value) is bool, name, "it must be true or false")
+        pattern = self.hybrid_override_pattern
+        for letter in pattern:
+            require(letter in "M*E-", "hybrid_override_pattern",
+                    f"{letter!r} is no layer kind (M Mamba-2, * attention, E MoE, - MLP)")
+        require(len(pattern) == self.num_hidden_layers, "num_hidden_layers",
+                f"hybrid_override_pattern {pattern!r} has {len(pattern)} letters")
+        for name, parts in (("num_attention_heads", "num_key_value_heads"),
+                            ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group")):
+            require(getattr(self, name) % getattr(self, parts) == 0, name,
+                    f"it must be a multiple of {parts} {getattr(self, parts)}")
+        require(self.topk_group <= self.n_group, "topk_group", f"n_group is {self.n_group}")
+        require(self.n_group == 1 or self.n_routed_experts >= 2 * self.n_group, "n_group",
+                "a router group needs two experts or more")
+        require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok",
+                f"there are {self.n_routed_experts} experts")
+        limit = self.time_step_limit
+        require(len(limit) == 2 and 0 <= limit[0] <= limit[1], "time_step_limit",
+                "it must be [low, high] with 0 <= low <= high")
+        require(self.mlp_hidden_act == "relu2", "mlp_hidden_act", "only relu2 is supported")
+        require(self.mamba_hidden_act == "silu", "mamba_hidden_act", "only silu is supported")
+        require(not self.tie_word_embeddings, "tie_word_embeddings", "each tower has its own head")
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. State: what the context tower remembers, and where a pass reads and writes it
+
+
+class Span(NamedTuple):
+    """One pass of L new tokens per row over cached ones: where they go and what they may see."""
+
+    start: int | Tensor             # first cache slot of the new tokens; (B,) when rows differ
+    end: int                        # cache slots in use with the new tokens, longest row
+    mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible; None = all visible
+    is_causal: bool = False         # causal over the new tokens alone: nothing is cached
+    counts: Tensor | None = None    # (B,) real tokens of each row, the rest is padding; None = L
+    keep_state: bool = True         # return the Mamba state after the pass
+    block_size: int | None = None   # instead, return the states before every block of this size
+
+    @classmethod
+    def make(cls, lengths: Tensor, L: int, causal: bool, device, counts=None) -> Span:
+        """Span of L tokens appended to rows holding `lengths` (B,) tokens (host tensors)."""
+        longest = int(lengths.max())
+        end = longest + L
+        uniform = bool((lengths == longest).all())
+        counts = None if counts is None or bool((counts == L).all()) else counts.to(device)
+        if uniform and (not causal or L == 1 or longest == 0):
+            return cls(longest, end, is_causal=causal and L > 1, counts=counts, keep_state=causal)
+        start = lengths[:1] if uniform else lengths                              # (1 or B,)
+        last_seen = start[:, None] + (torch.arange(L) if causal else L - 1)      # (1 or B, L or 1)
+        mask = torch.arange(end) <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
+        start = longest if uniform else lengths.to(device)
+        return cls(start, end, mask.to(device), counts=counts, keep_state=causal)
+
+
+class MambaState(NamedTuple):
+    """What a Mamba-2 layer carries from call to call; never changed in place."""
+
+    conv_state: Tensor              # (B, conv_dim, W) model dtype: raw inputs, newest last
+    ssm_state: Tensor               # (B, H, P, N) float32 (float64 in a float64 model)
+
+    def map(self, f) -> MambaState:
+        return MambaState(f(self.conv_state), f(self.ssm_state))
+
+
+class KVCache:
+    """Keys and values of an attention layer in buffers with room to grow.
+
+    Slots past a row's length are scratch: a denoiser writes its block there, reads context and
+    block as one piece without copying the cache, and leaves the context as it was.
+    """
+
+    def __init__(self, key_cache: Tensor, value_cache: Tensor):
+        self.key_cache = key_cache          # (B, G, capacity, K)
+        self.value_cache = value_cache      # (B, G, capacity, K)
+
+    def reserve(self, capacity: int):
+        """Make room for `capacity` tokens a row, at least doubling, so that growth is amortised."""
+        B, G, have, K = self.key_cache.shape
+        if capacity > have:
+            # zeros, not empty: a stray NaN in a masked slot would reach the output
+            room = self.key_cache.new_zeros(B, G, max(capacity, 2 * have) - have, K)
+            self.key_cache = torch.cat([self.key_cache, room], dim=2)
+            self.value_cache = torch.cat([self.value_cache, room], dim=2)
+
+    def write(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, G, L, K) where span says; return all slots in use, (B, G, end, K) views."""
+        self.reserve(span.end)
+        if isinstance(span.start, int):
+            slots = (slice(None), slice(None), slice(span.start, span.start + k.shape[2]))
+        else:
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            slots = (rows, slice(None), span.start[:, None] + torch.arange(k.shape[2], device=k.device))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)             # indexing gives (B, L, G, K)
+        self.key_cache[slots], self.value_cache[slots] = k, v
+        return self.key_cache[:, :, :span.end], self.value_cache[:, :, :span.end]
+
+
+class Context:
+    """What the context tower knows of a batch of rows: `prefill` makes it, `extend` grows it.
+
+    lengths (B,) int64 on the host: tokens read so far, per row.
+    logits (B, V) float32: the context head after each row's last token; None where not computed.
+    states: per layer a KVCache (attention), a MambaState (Mamba-2) or None (MoE, MLP).
+    """
+
+    def __init__(self, states: list, rows: int):
+        self.states = states
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+        self.logits: Tensor | None = None
+        self._replica: list | None = None               # states on the denoiser's device
+        self._replica_lengths = self.lengths
+
+    def select(self, rows: list[int]):
+        """Keep only these rows, in this order."""
+        def pick(state):
+            if isinstance(state, KVCache):
+                return KVCache(state.key_cache[rows], state.value_cache[rows])
+            return state and state.map(lambda tensor: tensor[rows])
+
+        if rows == list(range(len(self.lengths))):
+            return
+        self.states = [pick(state) for state in self.states]
+        self._replica = self._replica and [pick(state) for state in self._replica]
+        self.lengths, self._replica_lengths = self.lengths[rows], self._replica_lengths[rows]
+        self.logits = None if self.logits is None else self.logits[rows]
+
+    def states_on(self, device: torch.device) -> list:
+        """The states on a denoiser's device.
+
+        On the context's own device these are the states themselves. Elsewhere they are a replica,
+        to which only what is new since the last call crosses: new KV rows and the Mamba states.
+        """
+        held = next((s for s in self.states if s), None)
+        held = held.key_cache if isinstance(held, KVCache) else held and held.ssm_state
+        if held is None or held.device == device:
+            return self.states
+        if self._replica is not None and torch.equal(self._replica_lengths, self.lengths):
+            return self._replica
+        replica = self._replica or [None] * len(self.states)
+        if self._replica is None:
+            self._replica_lengths = torch.zeros_like(self.lengths)
+        slots = torch.arange(int(self.lengths.max()))
+        new = (slots >= self._replica_lengths[:, None]) & (slots < self.lengths[:, None])
+        row, slot = new.nonzero(as_tuple=True)
+        for i, state in enumerate(self.states):
+            if isinstance(state, MambaState):
+                replica[i] = state.map(lambda tensor: tensor.to(device))
+            elif isinstance(state, KVCache):
+                B, G, capacity, K = state.key_cache.shape
+                if replica[i] is None:
+                    empty = torch.zeros(B, G, 0, K, dtype=state.key_cache.dtype, device=device)
+                    replica[i] = KVCache(empty, empty)
+                replica[i].reserve(capacity)
+                for name in ("key_cache", "value_cache"):
+                    getattr(replica[i], name)[row, :, slot] = getattr(state, name)[row, :, slot].to(device)
+        self._replica, self._replica_lengths = replica, self.lengths
+        return replica
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Pure functions
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least, where norms, scans, softmaxes and sums are computed."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32, cast back to x's dtype."""
+    return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """RMS norm of y * silu(z) over each of `groups` groups of channels; the gate comes first.
+
+    Args: y, z (..., d_inner); weight (d_inner). Returns: (..., d_inner) in y's dtype.
+    """
+    v = (wide(y) * F.silu(wide(z))).unflatten(-1, (groups, -1))
+    v = F.rms_norm(v, v.shape[-1:], eps=eps).flatten(-2)
+    return (v * weight).to(y.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise causal convolution, then SiLU, in float32.
+
+    Args:
+        inputs (B, W-1+L, C): the L new inputs behind the W-1 before them.
+        weight (C, 1, W), bias (C) or None.
+    Returns: (B, L, C) in the inputs' dtype; output l reads inputs l .. l+W-1.
+    """
+    W = weight.shape[-1]
+    L = inputs.shape[1] - W + 1
+    x, taps = wide(inputs), wide(weight[:, 0]).mT.contiguous()                  # (W, C)
+    if L == 1:
+        out = (x * taps).sum(1, keepdim=True)
+    else:
+        out = x[:, :L] * taps[0]
+        for w in range(1, W):                   # W shifted products beat a depthwise conv1d on CPU
+            out.addcmul_(x[:, w:w + L], taps[w])
+    return F.silu(out if bias is None else out + wide(bias)).to(inputs.dtype)
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+             state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """One token of the Mamba-2 recurrence: h = exp(dt A) h + dt x (x) B; y = h C + D x.
+
+    Args: x (B,H,P), dt (B,H), A (H), B and C (B,G,N), D (H), state (B,H,P,N); all float32.
+    Returns: y (B,H,P) and the new state, which is `state` itself if in_place.
+    """
+    b, H, P, N = state.shape
+    grouped = (b, B.shape[1], -1, P, N)
+    decay = torch.exp(dt * A)[..., None, None]                                   # (B, H, 1, 1)
+    h = (state.mul_(decay) if in_place else state * decay).view(grouped)         # (B, G, H/G, P, N)
+    drive = (dt[..., None] * x).view(grouped[:4])
+    h = h.addcmul_(drive[..., None], B[:, :, None, None])
+    y = torch.einsum("bgrpn,bgn->bgrp", h, C).view(b, H, P)
+    return torch.addcmul(y, D[:, None], x), h.view(b, H, P, N)
+
+
+def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
+              keep_state: bool = True) -> tuple[Tensor, Tensor | None]:
+    """c tokens of the recurrence of `ssd_step` (without D) at once, as matrix products.
+
+    Token l reads token s <= l with weight exp(sum of dt A over s+1..l) dt_s (C_l . B_s), and
+    everything older through the state.
+
+    Args: x (B,c,H,P), dt (B,c,H), A (H), B and C (B,c,G,N), state (B,H,P,N); all float32.
+    Returns: y (B,c,H,P); the state after the chunk, or None if not keep_state.
+    Source: arXiv 2405.21060, section 6.
+    """
+    b, c, H, P = x.shape
+    G, N = B.shape[2:]
+    u = x * dt[..., None]
+    B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (B, G, c, N)
+    log_decay = (dt * A).mT.contiguous().cumsum(-1)                              # (B, H, c), falling
+    weight = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
+    weight = weight.unflatten(1, (G, -1)) * (C @ B.mT).tril()[:, :, None]        # (B, G, H/G, c, c)
+    within = weight.flatten(1, 2) @ u.transpose(1, 2)                            # (B, H, c, P)
+    before = C @ state.view(b, G, -1, N).mT                                      # (B, G, c, H/G*P)
+    before = rearrange(before, "b g c (r p) -> b (g r) c p", p=P)
+    y = torch.addcmul(within, log_decay.exp()[..., None], before).transpose(1, 2)
+    if not keep_state:
+        return y, None
+    to_end = (log_decay[..., -1:] - log_decay).exp()                             # (B, H, c)
+    added = (u * to_end.mT[..., None]).view(b, c, G, -1).permute(0, 2, 3, 1) @ B
+    return y, torch.addcmul(added.view(b, H, P, N), state, log_decay[..., -1].exp()[..., None, None])
+
+
+def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
+             chunk_size: int, keep_state: bool = True, keep_chunks: bool = False):
+    """The recurrence of `ssd_step` over L tokens, chunk by chunk; the chunk size changes only the cost.
+
+    Args:
+        x (B,L,H,P), dt (B,L,H), A (H), B and C (B,L,G,N), D (H), state (B,H,P,N); all float32.
+        A dt of 0 makes a token invisible: the state passes it unchanged.
+        keep_state: return the state after the last token; keep_chunks: return instead the states
+        before each chunk, (B, chunks, H, P, N).
+    Returns: y (B,L,H,P); the state(s), or None.
+    """
+    L, y, before = x.shape[1], [], []
+    for start in range(0, L, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        before.append(state)
+        needed = keep_state or start + chunk_size < L
+        y_chunk, state = ssd_chunk(x[:, chunk], dt[:, chunk], A, B[:, chunk], C[:, chunk], state, needed)
+        y.append(y_chunk)
+    y = torch.addcmul(torch.cat(y, dim=1), D[:, None], x)
+    return y, torch.stack(before, dim=1) if keep_chunks else state
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              is_causal: bool = False) -> Tensor:
+    """Grouped-query attention, softmax(q k / sqrt(K)) v; query head h reads KV head h // (H/G).
+
+    Args: q (B,H,L,K); k, v (B,G,S,K); mask (B or 1, 1, L, S) bool, True = visible.
+    Returns: (B,H,L,K).
+    """
+    if is_causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # without positions the H/G query heads of a KV head are just more queries to the same keys
+    mask = None if mask is None else mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                  # (B, G, H/G*L, K)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tuple[Tensor, Tensor]:
+    """Choose A experts per token and their weights, in float64 as the release does.
+
+    The correction bias decides who is chosen; the weights are the uncorrected sigmoid scores.
+
+    Args: x (T, D); weight (E, D) and bias (E) float32.
+    Returns: topk_ids (T, A) int64, topk_weights (T, A) float64.
+    """
+    scores = torch.sigmoid(F.linear(x.double(), weight.double()))               # (T, E)
+    choice = scores + bias.double()
+    if config.n_group > 1:
+        groups = rearrange(choice, "t (g e) -> t g e", g=config.n_group)
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+        stays = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        # 0, not -inf, as published: a negative choice elsewhere can lose to a dropped expert
+        choice = groups.masked_fill(~stays[..., None], 0.0).flatten(1)
+    topk_ids = choice.topk(config.num_experts_per_tok, dim=-1).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if config.norm_topk_prob:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_ids, topk_weights * config.routed_scaling_factor
+
+
+def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
+                up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
+    """Sum over each token's experts of weight * down(relu(up(x))^2); only experts hit are read.
+
+    Args:
+        x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
+        up_bias (E, F) and down_bias (E, D) or None.
+    Returns: (T, D) float32 (float64 in a float64 model), summed in the order of the A slots.
+    """
+    A = topk_ids.shape[1]
+    experts, order = topk_ids.flatten().sort(stable=True)       # (T*A,) pairs grouped by expert
+    hit = [(expert, len(list(pairs))) for expert, pairs in groupby(experts.tolist())]
+    if torch.is_grad_enabled():         # indexing would give each expert a gradient of full size
+        up, down = up.unbind(), down.unbind()
+    y = []
+    for (e, _), rows in zip(hit, x[order // A].split([count for _, count in hit])):
+        rows = F.linear(rows, up[e], None if up_bias is None else up_bias[e]).relu_().square()
+        y.append(F.linear(rows, down[e], None if down_bias is None else down_bias[e]))
+    y = wide(torch.cat(y))
+    y = torch.empty_like(y).index_copy_(0, order, y)            # back to (token, slot) order
+    return (y.view(-1, A, y.shape[1]) * topk_weights.to(y.dtype)[..., None]).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Modules; attribute names are the checkpoint's
+
+
+class RMSNorm(nn.Module):
+    """RMS norm with a weight (D)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    """`gated_rms_norm` with a weight (d_inner)."""
+
+    def __init__(self, size: int, groups: int, eps: float):
+        super().__init__(size, eps)
+        self.groups = groups
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return gated_rms_norm(y, z, self.weight, self.groups, self.eps)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer: in_proj -> convolution -> selective state-space scan -> gated norm -> out_proj."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.config = c = config
+        width = c.d_inner + c.conv_dim + c.mamba_num_heads
+        self.in_proj = nn.Linear(c.hidden_size, width, bias=c.use_bias)
+        self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
+                                bias=c.use_conv_bias)               # holds the weights only
+        self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.norm = GatedRMSNorm(c.d_inner, c.n_groups, c.layer_norm_epsilon)
+        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
+
+    def empty_state(self, rows: int, capacity: int) -> MambaState:
+        """The state before the first token: zeros."""
+        c, weight = self.config, self.in_proj.weight
+        ssm = (rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+        return MambaState(weight.new_zeros(rows, c.conv_dim, c.conv_kernel),
+                          wide(weight.new_zeros(ssm)))
+
+    def forward(self, u: Tensor, state: MambaState, span: Span) -> tuple[Tensor, MambaState | None]:
+        """u (B, L, D) -> (B, L, D) and the new state(s) as span asks.
+
+        A state of B*n rows makes each sequence n independent blocks, each from its own state.
+        """
+        c = self.config
+        rows = state.ssm_state.shape[0]
+        z, xBC, dt = self.in_proj(u).reshape(rows, -1, self.in_proj.out_features).split(
+            [c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
+        L = xBC.shape[1]
+        history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (B, W+L, conv_dim)
+        xBC = wide(causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias))
+        groups = c.n_groups * c.ssm_state_size
+        x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
+        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (B, L, H, P) f32
+        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (B, L, G, N) f32
+        C = C.unflatten(-1, (c.n_groups, c.ssm_state_size))
+        dt = F.softplus(wide(dt) + self.dt_bias)                                 # (B, L, H) f32
+        if c.time_step_limit != (0.0, math.inf):
+            dt = dt.clamp(*c.time_step_limit)
+        if span.counts is not None:                       # padding must not move the state
+            dt = dt * (torch.arange(L, device=dt.device) < span.counts[:, None])[..., None]
+        A, D = -wide(self.A_log).exp(), wide(self.D)
+        if L == 1 and span.block_size is None:
+            y, ssm = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.ssm_state,
+                              in_place=span.keep_state)
+        else:
+            y, ssm = ssd_scan(x, dt, A, B, C, D, state.ssm_state, span.block_size or c.chunk_size,
+                              span.keep_state, keep_chunks=span.block_size is not None)
+        y = self.norm(y.to(u.dtype).reshape(z.shape), z)
+        return self.out_proj(y).reshape(u.shape), self._state_after(history, ssm, span)
+
+    def _state_after(self, history: Tensor, ssm: Tensor, span: Span) -> MambaState | None:
+        """The state after the pass; the convolution's after n tokens is history[n : n+W]."""
+        W = self.config.conv_kernel
+        if span.block_size is not None:
+            conv = history.unfold(1, W, span.block_size)[:, :ssm.shape[1]]      # (B, n, conv_dim, W)
+            return MambaState(conv.flatten(0, 1), ssm.flatten(0, 1))
+        if not span.keep_state:
+            return None
+        if span.counts is None:
+            conv = history[:, -W:].clone()              # a view would keep all of history alive
+        else:
+            newest = span.counts[:, None] + torch.arange(W, device=history.device)
+            conv = history[torch.arange(len(newest), device=history.device)[:, None], newest]
+        return MambaState(conv.mT, ssm)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without positional encoding."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.config = c = config
+        query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, query, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = nn.Linear(query, c.hidden_size, bias=c.attention_bias)
+
+    def empty_state(self, rows: int, capacity: int) -> KVCache:
+        """A cache with room for `capacity` tokens a row."""
+        shape = (rows, self.config.num_key_value_heads, capacity, self.config.head_dim)
+        return KVCache(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape))
+
+    def forward(self, x: Tensor, cache: KVCache | None, span: Span) -> Tensor:
+        """x (B, L, D) -> (B, L, D), over the cached tokens (if any) and these L."""
+        K = self.config.head_dim
+        q, k, v = (proj(x).unflatten(-1, (-1, K)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))     # (B, H or G, L, K)
+        if cache is not None:
+            k_all, v_all = cache.write(k, v, span)
+            if not span.is_causal:
+                k, v = k_all, v_all
+        out = attention(q, k, v, span.mask, span.is_causal)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """down(relu(up(x))^2): a dense layer, or the shared expert of an MoE layer."""
+
+    def __init__(self, config: TwoTowerConfig, width: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x).relu_().square())
+
+
+class Router(nn.Module):
+    """The gate of an MoE layer; its tensors stay float32 in a bfloat16 model."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        E = config.n_routed_experts
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(E, config.hidden_size, dtype=dtype))
+        self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return route(x, self.weight, self.e_score_correction_bias, self.config)
+
+
+class StackedLinear(nn.Module):
+    """The same projection of every expert: weight (E, out, in), bias (E, out) or None."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
+
+
+class Experts(nn.Module):
+    """The routed experts of an MoE layer, stacked."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.up_proj = StackedLinear(E, D, F_, config.mlp_bias)
+        self.down_proj = StackedLinear(E, F_, D, config.mlp_bias)
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return moe_experts(x, topk_ids, topk_weights, self.up_proj.weight, self.down_proj.weight,
+                           self.up_proj.bias, self.down_proj.bias)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: the routed experts of each token plus the one shared expert."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)                                                # (T, D)
+        routed = self.experts(tokens, *self.gate(tokens)).to(x.dtype)
+        return routed.view(x.shape) + self.shared_experts(x)
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)); in the denoiser also shifted, scaled and gated by the noise level."""
+
+    def __init__(self, config: TwoTowerConfig, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = {"M": lambda: Mamba2(config), "*": lambda: Attention(config),
+                      "E": lambda: MoE(config),
+                      "-": lambda: MLP(config, config.intermediate_size)}[kind]()
+
+    def forward(self, x: Tensor, state, span: Span, modulation=None):
+        """x (B, L, D) -> (B, L, D) and the layer's new state.
+
+        modulation: shift, scale and gate, each (B, 1, D), or None for neither modulation nor gate.
+        Mamba and attention modulate before the norm, MoE and MLP after it.
+        """
+        shift, scale, gate = modulation or (None, None, None)
+        if gate is None:
+            h = self.norm(x)
+        elif self.kind in "M*":
+            h = self.norm(modulate(x, shift, scale))
+        else:
+            h = modulate(self.norm(x), shift, scale)
+        h = h.to(self.norm.weight.dtype)
+        if self.kind == "M":
+            h, state = self.mixer(h, state, span)
+        elif self.kind == "*":
+            h = self.mixer(h, state, span)
+        else:
+            h = self.mixer(h)
+        return x + (h if gate is None else gate * h), state
+
+
+class Tower(nn.Module):
+    """Embedding, layers, final norm; the head is beside it, as in the checkpoint."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.hybrid_override_pattern)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    def empty_states(self, rows: int, capacity: int | None) -> list:
+        """States before the first token; capacity None leaves attention without a cache."""
+        return [layer.mixer.empty_state(rows, capacity or 0)
+                if layer.kind == "M" or layer.kind == "*" and capacity is not None else None
+                for layer in self.layers]
+
+    def forward(self, tokens: Tensor, states: list, span: Span, modulations=None):
+        """tokens (B, L) -> normed hidden states (B, L, D) and the new states, one per layer."""
+        x = self.embeddings(tokens)
+        if self.config.residual_in_fp32:
+            x = wide(x)
+        new_states = []
+        for i, layer in enumerate(self.layers):
+            x, state = layer(x, states[i], span, None if modulations is None else modulations[i])
+            new_states.append(state)
+        return self.norm_f(x).to(self.norm_f.weight.dtype), new_states
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Time conditioning (adaLN-single): one embedding of t, one small table per layer
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] -> (B, D): 256 sinusoidal features of 1000 t (cosines first), then an MLP."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
+
+    @staticmethod
+    def features(t: Tensor) -> Tensor:
+        """(B,) -> (B, 256) float32. t is scaled in its own dtype, as released; the frequencies
+        and angles must be float32: at 1000 t more digits give another phase."""
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
+        angles = (t * 1000)[:, None].float() * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        dtype = self.mlp[0].weight.dtype
+        return self.mlp(self.features(t.to(dtype)).to(dtype))
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Choosing tokens
+
+
+class Step(NamedTuple):
+    """What `on_step` is told: one denoiser step, or one token of an AR mode (a block of one)."""
+
+    rows: list[int]             # R: the rows of the batch still being written
+    block_index: int
+    step: int                   # within the block
+    t: Tensor                   # (R,) masked fraction before the step
+    before: Tensor              # (R, Q) ids
+    after: Tensor               # (R, Q) ids
+    committed: Tensor           # (R, Q) bool: written in this step
+    confidence: Tensor          # (R, Q) probability of the predicted token
+
+
+@dataclass
+class Generation:
+    """New tokens of each row, cut after EOS and at max_new_tokens, and what they cost."""
+
+    tokens: list[Tensor]        # B tensors (n,) int64 on the host
+    nfe: Tensor                 # (B,) int64: denoiser passes
+    context_passes: Tensor      # (B,) int64: context tower passes, the prompt's included
+
+
+def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
+                 top_p: float | None = None) -> Tensor:
+    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus.
+
+    top_p keeps the most likely tokens up to and including the one that reaches probability top_p.
+    """
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p          # what comes before already holds top_p
+        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -math.inf)
+    return logits
+
+
+def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
+    """A draw from softmax(logits): argmax(logits - log(-log(u))), u ~ U(0, 1) shaped like logits."""
+    return (logits - (-uniform.log()).log()).argmax(-1)
+
+
+@dataclass
+class Sampler:
+    """Greedy at temperature 0, else a Gumbel-max draw from the shaped logits.
+
+    generator: one torch.Generator for the batch, or a list with one per row, which makes a row's
+    draws independent of the rows beside it; None is torch's default.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, but it must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, but it must be 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, but it must be in (0, 1]")
+
+    def draw(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """logits (R, ..., V) of these rows -> ids (R, ...)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+
+        def uniform(shape, generator):
+            device = logits.device if generator is None else generator.device
+            return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+
+        if isinstance(self.generator, Sequence):
+            u = torch.stack([uniform(logits.shape[1:], self.generator[row]) for row in rows])
+        else:
+            u = uniform(logits.shape, self.generator)
+        shaped = shape_logits(logits, self.temperature, self.top_k, self.top_p)
+        return gumbel_argmax(shaped, u.to(logits.device))
+
+
+def predict(logits: Tensor, sampler: Sampler, rows: list[int], mask_token_id: int):
+    """One denoiser step's proposals; the mask token is never proposed.
+
+    Args: logits (R, Q, V) float32.
+    Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
+    temperature 1, or NaN where a logit is not finite; both on the host.
+    """
+    finite = logits.isfinite().all(-1)
+    logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -math.inf)
+    ids = sampler.draw(logits, rows)
+    confidence = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).exp()
+    return ids.cpu(), confidence.where(finite, math.nan).cpu()
+
+
+def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
+                   steps_left: int) -> Tensor:
+    """Which masked positions take their prediction in this step, row by row.
+
+    All of them on the last step; else as many as are more confident than the threshold, but at
+    least one and at least an even share of what is left; the most confident ones go first.
+
+    Args: confidence (R, Q); masked (R, Q) bool; steps_left counts this step (1 = the last).
+    Returns: (R, Q) bool, a subset of masked.
+    """
+    left = masked.sum(-1)
+    sure = (masked & (confidence > confidence_threshold)).sum(-1)
+    share = (left + steps_left - 1) // steps_left               # on the last step: all of them
+    n = sure.maximum(share).clamp(min=1).minimum(left)
+    ranked = confidence.where(masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    return masked & (ranked.argsort(dim=-1) < n[:, None])
+
+
+class _Rows:
+    """Bookkeeping of a generation: the text so far, which rows are still written, their passes."""
+
+    def __init__(self, rows: int, max_new_tokens: int, eos_token_id: int | None):
+        self.live = list(range(rows))
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.max_new_tokens, self.eos_token_id = max_new_tokens, eos_token_id
+        self.nfe = torch.zeros(rows, dtype=torch.long)
+        self.context_passes = torch.zeros(rows, dtype=torch.long)
+
+    def append(self, new: Tensor) -> list[int]:
+        """Add ids (R, n), up to EOS and the length asked for; return who goes on (0..R-1)."""
+        going = []
+        for r, row in enumerate(self.live):
+            for token in new[r].tolist():
+                self.tokens[row].append(token)
+                if token == self.eos_token_id or len(self.tokens[row]) == self.max_new_tokens:
+                    break
+            else:
+                going.append(r)
+        self.live = [self.live[r] for r in going]
+        return going
+
+    def last_tokens(self) -> Tensor:
+        """(R, 1): the newest token of each live row."""
+        return torch.tensor([self.tokens[row][-1:] for row in self.live])
+
+    def result(self) -> Generation:
+        tokens = [torch.tensor(row, dtype=torch.long) for row in self.tokens]
+        return Generation(tokens, self.nfe, self.context_passes)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. The model
+
+
+class TwoTower(nn.Module):
+    """Context tower, denoiser tower, their heads and the time conditioning.
+
+    TwoTower(config) initialises as for training from scratch, on torch's default device and in
+    its default dtype. towers="context" leaves the denoiser out: AR decoding only.
+    """
+
+    def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
+        super().__init__()
+        if towers not in ("both", "context"):
+            raise ValueError(f"towers is {towers!r}, but it must be 'both' or 'context'")
+        self.config = config
+        D, V = config.hidden_size, config.vocab_size
+        self.context_tower = Tower(config)
+        self.context_lm_head = nn.Linear(D, V, bias=False)
+        self.denoiser_tower = None
+        if towers == "both":
+            self.denoiser_tower = Tower(config)
+            self.lm_head = nn.Linear(D, V, bias=False)
+            self.t_embedder = TimestepEmbedder(D)
+            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
+            self.scale_shift_tables = nn.ParameterList(
+                torch.randn(3, D) / D**0.5 for _ in range(config.num_hidden_layers))
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module):
+        c = self.config
+        if isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
+            nn.init.normal_(module.weight, std=c.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Mamba2):
+            # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
+            low, high = math.log(c.time_step_min), math.log(c.time_step_max)
+            dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp().clamp(min=c.time_step_floor)
+            with torch.no_grad():
+                module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+                module.A_log.copy_(torch.arange(1, c.mamba_num_heads + 1).log())
+                module.D.fill_(1.0)
+
+    # -- context tower ------------------------------------------------------------------------
+
+    def prefill(self, prompts: Tensor | Sequence[Tensor], *, reserve: int = 0) -> Context:
+        """Read prompts with the context tower.
+
+        Args:
+            prompts: (B, L) int64, or a list of 1-D int64 tensors of any lengths >= 1.
+            reserve: room to allocate in the caches for this many more tokens a row.
+        Returns: a Context; its logits are those after each row's last token.
+        Raises: ValueError for an empty prompt, an id out of range, too long a prompt.
+        """
+        prompts = self._check_prompts(prompts)
+        with torch.no_grad():
+            return self._prefill(prompts, reserve)
+
+    def extend(self, context: Context, tokens: Tensor) -> Tensor:
+        """Append tokens (B, L) int64 to the context; returns their logits (B, L, V) float32."""
+        tokens = self._check_ids(tokens, "tokens", rows=len(context.lengths))
+        self._check_length(int(context.lengths.max()) + tokens.shape[1])
+        with torch.no_grad():
+            return self._extend(context, tokens, logits="all")
+
+    def context_logits(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> (B, L, V) float32 in one causal pass without cache; differentiable."""
+        tower = self.context_tower
+        tokens = self._check_ids(tokens, "tokens").to(tower.device)
+        states = tower.empty_states(tokens.shape[0], None)
+        hidden, _ = tower(tokens, states, Span(0, tokens.shape[1], is_causal=True, keep_state=False))
+        return wide(self.context_lm_head(hidden))
+
+    def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last") -> Context:
+        counts = torch.tensor([len(prompt) for prompt in prompts])
+        L = int(counts.max())
+        context = Context(self.context_tower.empty_states(len(prompts), L + reserve), len(prompts))
+        if L > 0:
+            tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+            self._extend(context, tokens, counts, logits)
+        return context
+
+    def _extend(self, context: Context, tokens: Tensor, counts: Tensor | None = None,
+                logits: str | None = None) -> Tensor | None:
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None."""
+        L, device = tokens.shape[1], self.context_tower.device
+        span = Span.make(context.lengths, L, True, device, counts)
+        hidden, context.states = self.context_tower(tokens.to(device), context.states, span)
+        context.lengths = context.lengths + (L if counts is None else counts)
+        context.logits = None
+        if logits is None:
+            return None
+        if logits == "last" and counts is not None:
+            hidden = hidden[torch.arange(len(hidden)), (counts - 1).clamp(min=0)][:, None]
+        elif logits == "last":
+            hidden = hidden[:, -1:]
+        out = wide(self.context_lm_head(hidden))
+        context.logits = out[:, -1]
+        return out
+
+    # -- denoiser tower -----------------------------------------------------------------------
+
+    def denoise(self, block: Tensor, context: Context, t: Tensor | float | None = None) -> Tensor:
+        """One denoiser pass over a noisy block that follows each row's context.
+
+        Args:
+            block (B, Q) int64, masked positions hold mask_token_id.
+            t (B,) or a number in [0, 1]: the masked fraction; None: no modulation and no gate.
+        Returns: (B, Q, V) float32 logits; the context is left as it was.
+        """
+        self._need_denoiser()
+        rows = len(context.lengths)
+        block = self._check_ids(block, "block", rows=rows)
+        if t is not None:
+            t = torch.as_tensor(t, dtype=torch.get_default_dtype()).expand(rows)
+            if not bool(((t >= 0) & (t <= 1)).all()):
+                raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1]")
+        with torch.no_grad():
+            return self._denoise(block, context, t)
+
+    def _denoise(self, block: Tensor, context: Context, t: Tensor | None) -> Tensor:
+        device = self.denoiser_tower.device
+        span = Span.make(context.lengths, block.shape[1], False, device)
+        return self._denoiser_logits(block, context.states_on(device), span, t)
+
+    def _denoiser_logits(self, tokens, states, span: Span, t: Tensor | None) -> Tensor:
+        tower = self.denoiser_tower
+        modulations = None if t is None else self._modulations(t.to(tower.device))
+        hidden, _ = tower(tokens.to(tower.device), states, span, modulations)
+        return wide(self.lm_head(hidden))
+
+    def _modulations(self, t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """t (B,) -> per layer (shift, scale, gate), each (B, 1, D)."""
+        embedding = self.t_block(self.t_embedder(t)).unflatten(-1, (3, -1))      # (B, 3, D)
+        tables = torch.stack(list(self.scale_shift_tables))[:, None] + embedding
+        return [table[:, :, None].unbind(1) for table in tables.unbind(0)]
+
+    # -- training -----------------------------------------------------------------------------
+
+    def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor, block_size: int) -> Tensor:
+        """Denoiser logits of every noisy block given the clean blocks before it, in one pass.
+
+        Block b attends to clean tokens before it and to all of itself; its Mamba layers start from
+        the context's states after block b-1. Equal to `denoise` block by block; differentiable in
+        the denoiser's parameters only.
+
+        Args: clean, noisy (B, M) int64 with M a multiple of block_size; t (B,) in [0, 1].
+        Returns: (B, M, V) float32.
+        Source: arXiv 2606.26493, training.
+        """
+        self._need_denoiser()
+        B, M = clean.shape
+        if block_size < 1 or M % block_size or noisy.shape != clean.shape:
+            raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but both "
+                             f"must be (B, M) with M a multiple of block_size {block_size}")
+        clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
+        context = Context(self.context_tower.empty_states(B, 2 * M), B)
+        with torch.no_grad():
+            span = Span(0, M, is_causal=True, block_size=block_size)
+            _, context.states = self.context_tower(
+                clean.to(self.context_tower.device), context.states, span)
+        context.lengths += M
+        device = self.denoiser_tower.device
+        block = torch.arange(M, device=device) // block_size
+        mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)[None, None]
+        span = Span(M, 2 * M, mask, keep_state=False)
+        return self._denoiser_logits(noisy, context.states_on(device), span, t)
+
+    def diffusion_loss(self, tokens: Tensor, block_size: int,
+                       generator: torch.Generator | None = None) -> Tensor:
+        """The denoiser's training loss on clean tokens (B, M): a scalar.
+
+        One t ~ U[0.001, 1] per sequence; each token is masked with probability t; mean
+        cross-entropy over all masked positions, labels not shifted, no 1/t weight.
+        """
+        def uniform(*shape):
+            device = tokens.device if generator is None else generator.device
+            return torch.rand(shape, generator=generator, device=device).to(tokens.device)
+
+        t = 0.001 + 0.999 * uniform(tokens.shape[0])
+        masked = uniform(*tokens.shape) < t[:, None]
+        noisy = tokens.masked_fill(masked, self.config.mask_token_id)
+        logits = self.diffusion_logits(tokens, noisy, t, block_size)
+        masked = masked.to(logits.device)
+        loss = F.cross_entropy(logits[masked], tokens.to(logits.device)[masked], reduction="sum")
+        return loss / masked.sum().clamp(min=1)
+
+    def ar_loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross-entropy of the context tower on tokens (B, L), L >= 2: a scalar."""
+        if tokens.shape[1] < 2:
+            raise ValueError("an AR loss needs sequences of two tokens or more")
+        logits = self.context_logits(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device))
+
+    @torch.no_grad()
+    def copy_context_to_denoiser(self):
+        """Start the denoiser as a copy of the context tower, as the published recipe does."""
+        self._need_denoiser()
+        self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
+        self.lm_head.load_state_dict(self.context_lm_head.state_dict())
+
+    # -- decoding -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate_ar(self, prompts, max_new_tokens: int, temperature: float = 0.0, *,
+                    top_k: int | None = None, top_p: float | None = None,
+                    eos_token_id: int | None = None, generator=None,
+                    on_step: Callable[[Step], None] | None = None) -> Generation:
+        """Continue prompts with the context tower, one token at a time.
+
+        Args:
+            prompts: as for `prefill`. eos_token_id: None never stops early.
+            temperature, top_k, top_p, generator: see `Sampler`. on_step: called once a token.
+        Raises: ValueError for impossible arguments, or for logits that are not finite.
+        """
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
+        context = self._prefill(prompts, reserve=max_new_tokens)
+        rows.context_passes += 1
+        while True:
+            going = self._emit(context.logits, sampler, rows, on_step)
+            if not rows.live:
+                return rows.result()
+            context.select(going)
+            self._extend(context, rows.last_tokens(), logits="last")
+            rows.context_passes[rows.live] += 1
+
+    @torch.inference_mode()
+    def generate_mock_ar(self, prompts, max_new_tokens: int, temperature: float = 0.0, *,
+                         top_k: int | None = None, top_p: float | None = None,
+                         eos_token_id: int | None = None, generator=None,
+                         on_step: Callable[[Step], None] | None = None) -> Generation:
+        """The denoiser as an AR model, a check of the plumbing; arguments as for `generate_ar`.
+
+        It reads the last token with no time conditioning, given the context before that token, so
+        the context stays one token behind the text.
+        """
+        self._need_denoiser()
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
+        context = self._prefill([prompt[:-1] for prompt in prompts], max_new_tokens, logits=None)
+        rows.context_passes += context.lengths > 0
+        last = torch.stack([prompt[-1:] for prompt in prompts])                  # (R, 1)
+        while True:
+            logits = self._denoise(last, context, None)[:, 0]
+            rows.nfe[rows.live] += 1
+            going = self._emit(logits, sampler, rows, on_step)
+            if not rows.live:
+                return rows.result()
+            context.select(going)
+            self._extend(context, last[going])
+            rows.context_passes[rows.live] += 1
+            last = rows.last_tokens()
+
+    @torch.inference_mode()
+    def generate_mask_diffusion(self, prompts, max_new_tokens: int, block_size: int = 16,
+                                steps_per_block: int = 16, mask_token_id: int | None = None,
+                                temperature: float = 0.0, *, confidence_threshold: float = 0.8,
+                                top_k: int | None = None, top_p: float | None = None,
+                                eos_token_id: int | None = None, generator=None,
+                                on_step: Callable[[Step], None] | None = None) -> Generation:
+        """Continue prompts block by block, committing confident tokens in parallel.
+
+        Args:
+            prompts, eos_token_id, temperature, top_k, top_p, generator: as for `generate_ar`; the
+                sampling knobs shape the draw, never the confidence.
+            block_size: tokens denoised together; the last block is denoised whole, then cut.
+            steps_per_block: denoiser passes a block may take at most.
+            confidence_threshold: gamma; 0.8 is the published operating point.
+            mask_token_id: None takes the config's.
+            on_step: called with a `Step` after every denoiser pass.
+        Raises: ValueError for impossible arguments, or for logits that are not finite.
+        """
+        self._need_denoiser()
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        mask_id = self.config.mask_token_id if mask_token_id is None else mask_token_id
+        self._check_ids(torch.tensor([[mask_id]]), "mask_token_id")
+        for name, value in (("block_size", block_size), ("steps_per_block", steps_per_block)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, but it must be a positive integer")
+        if not confidence_threshold >= 0:
+            raise ValueError(f"confidence_threshold is {confidence_threshold}, but it must be >= 0")
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
+        blocks = -(-max_new_tokens // block_size)
+        context = self._prefill(prompts, blocks * block_size, logits=None)
+        rows.context_passes += 1
+        for block_index in range(blocks):
+            block = torch.full((len(rows.live), block_size), mask_id)
+            for step in range(steps_per_block):
+                masked = block == mask_id                                        # (R, Q)
+                if not masked.any():
+                    break
+                t = masked.float().mean(-1)
+                logits = self._denoise(block, context, t)
+                rows.nfe[rows.live] += masked.any(-1)
+                ids, confidence = predict(logits, sampler, rows.live, mask_id)
+                self._check_finite(confidence, masked, rows.live, block_index, step)
+                commits = select_commits(confidence, masked, confidence_threshold,
+                                         steps_per_block - step)
+                before, block = block, ids.where(commits, block)
+                if on_step is not None:
+                    on_step(Step(list(rows.live), block_index, step, t, before, block, commits,
+                                 confidence))
+            going = rows.append(block)
+            if not rows.live:
+                break
+            context.select(going)
+            self._extend(context, block[going])
+            rows.context_passes[rows.live] += 1
+        return rows.result()
+
+    def _emit(self, logits: Tensor, sampler: Sampler, rows: _Rows, on_step) -> list[int]:
+        """One AR token for every live row, from logits (R, V); returns who goes on."""
+        index = len(rows.tokens[rows.live[0]])
+        if not logits.isfinite().all():
+            bad = rows.live[int((~logits.isfinite()).any(-1).nonzero()[0])]
+            raise ValueError(f"the logits of row {bad}, token {index} are not finite")
+        ids = sampler.draw(logits, rows.live)[:, None]                           # (R, 1)
+        if on_step is not None:
+            confidence = wide(logits).softmax(-1).gather(-1, ids).cpu()
+            masks = torch.full((len(ids), 1), self.config.mask_token_id)
+            on_step(Step(list(rows.live), index, 0, torch.ones(len(ids)), masks, ids.cpu(),
+                         torch.ones_like(masks, dtype=torch.bool), confidence))
+        return rows.append(ids)
+
+    def _start(self, prompts, max_new_tokens, eos_token_id, sampler) -> tuple[list[Tensor], _Rows]:
+        """Check what all generations take."""
+        prompts = self._check_prompts(prompts)
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be a positive integer")
+        self._check_length(max(len(prompt) for prompt in prompts) + max_new_tokens)
+        if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
+            raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
+        return prompts, _Rows(len(prompts), max_new_tokens, eos_token_id)
+
+    # -- checks -------------------------------------------------------------------------------
+
+    def _need_denoiser(self):
+        if self.denoiser_tower is None:
+            raise ValueError("only the context tower is loaded; use towers='both', or generate_ar")
+
+    def _check_ids(self, ids: Tensor, name: str, rows: int | None = None) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.dtype != torch.long or ids.dim() != 2:
+            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"{name} must be a (B, L) int64 tensor, got {got}")
+        if 0 in ids.shape or rows is not None and len(ids) != rows:
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}, but it needs "
+                             f"{rows or 'one or more'} rows of one token or more")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"{name} holds id {low if low < 0 else high}, but ids must be in "
+                             f"[0, {self.config.vocab_size})")
+        return ids
+
+    def _check_prompts(self, prompts) -> list[Tensor]:
+        if len(prompts) == 0:
+            raise ValueError("there is no prompt")
+        checked = []
+        for i, prompt in enumerate(prompts):
+            prompt = torch.as_tensor(prompt)
+            if prompt.dim() != 1 or len(prompt) == 0:
+                raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}, but it must be "
+                                 "one-dimensional and hold one token or more")
+            checked.append(self._check_ids(prompt[None], f"prompt {i}")[0])
+            self._check_length(len(prompt))
+        return checked
+
+    def _check_length(self, length: int):
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"{length} tokens are more than the model's max_position_embeddings "
+                             f"{self.config.max_position_embeddings}")
+
+    @staticmethod
+    def _check_finite(confidence: Tensor, masked: Tensor, rows: list[int], block: int, step: int):
+        bad = (masked & ~confidence.isfinite()).nonzero()
+        if len(bad):
+            row, position = bad[0].tolist()
+            raise ValueError(f"the logits are not finite at row {rows[row]}, block {block}, "
+                             f"step {step}, position {position}; no token was committed")
+
+    # -- loading ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
+                        denoiser_device=None, dtype: torch.dtype | None = None,
+                        towers: str = "both", backend: str = "torch") -> TwoTower:
+        """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
+
+        Every name and shape is checked against the headers before any tensor is read; each tensor
+        then goes straight to its tower's device, so that the host holds one at a time.
+
+        Args:
+            context_device, denoiser_device: None is torch's default device, and the context's.
+            dtype: None keeps each tensor's own; the router is float32 at least in any case.
+            towers: "both", or "context" to read and hold nothing of the denoiser.
+            backend: "torch".
+        Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
+        """
+        if backend != "torch":
+            raise ValueError(f"backend is {backend!r}, but only 'torch' is available")
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is not a directory")
+        config = TwoTowerConfig.from_json(directory / "config.json")
+        with torch.device("meta"):
+            model = cls(config, towers=towers)
+        tensors = _check_headers(directory, model)
+        context_device = torch.device(context_device or torch.get_default_device())
+        denoiser_device = torch.device(denoiser_device or context_device)
+        for name, meta in list(_named_tensors(model)):
+            sources = [tensors[key] for key in _checkpoint_keys(name, meta)]
+            kind = dtype or sources[0].dtype
+            if name.endswith((".gate.weight", ".e_score_correction_bias")):
+                kind = torch.promote_types(kind, torch.float32)
+            device = context_device if name.startswith("context_") else denoiser_device
+            tensor = torch.empty(meta.shape, dtype=kind, device=device)
+            for source, part in zip(sources, tensor if len(sources) > 1 else [tensor]):
+                # opened anew for each tensor, so that pages already read do not stay mapped
+                with safe_open(source.path, "pt", device=str(device)) as file:
+                    part.copy_(file.get_tensor(source.key))
+            owner, _, leaf = name.rpartition(".")
+            is_parameter = isinstance(meta, nn.Parameter)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if is_parameter else tensor)
+        return model
+
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
+        """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
+
+        Every file is written under another name first, so that none is ever half-written.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        shards, size = [{}], 0
+        for name, tensor in _named_tensors(self):
+            keys = _checkpoint_keys(name, tensor)
+            for key, part in zip(keys, tensor.detach() if len(keys) > 1 else [tensor.detach()]):
+                if shards[-1] and size + part.nbytes > max_shard_bytes:
+                    shards.append({})
+                    size = 0
+                shards[-1][key] = part
+                size += part.nbytes
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards):
+            # cloned: safetensors takes no views into the stacked experts
+            shard = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
+            save_file(shard, directory / f"{name}.partial", metadata={"format": "pt"})
+            os.replace(directory / f"{name}.partial", directory / name)
+        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+        fields = dataclasses.asdict(self.config)
+        fields["torch_dtype"] = str(self.context_lm_head.weight.dtype).removeprefix("torch.")
+        _write_json(directory / "config.json", fields)
+        if len(shards) > 1:
+            total = sum(part.nbytes for shard in shards for part in shard.values())
+            _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Checkpoint files
+
+INDEX = "model.safetensors.index.json"
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _Source(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    key: str
+    dtype: torch.dtype
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _named_tensors(model: nn.Module):
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _checkpoint_keys(name: str, tensor: Tensor) -> list[str]:
+    """The checkpoint's name(s) of one of our tensors: one per expert where we stack them."""
+    if ".mixer.experts." not in name:
+        return [name]
+    return [name.replace(".experts.", f".experts.{e}.") for e in range(tensor.shape[0])]
+
+
+def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, set[str] | None]:
+    """The safetensors files that hold wanted keys, each with the keys its index promises."""
+    index = directory / INDEX
+    if not index.exists():
+        path = directory / "model.safetensors"
+        if not path.exists():
+            raise ValueError(f"{directory} holds neither model.safetensors nor {INDEX}")
+        return {path: None}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    files: dict[Path, set[str]] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} places {key} in {name!r}, which is no file name")
+        if wanted(key):
+            files.setdefault(directory / name, set()).add(key)
+    for path, keys in files.items():
+        if not path.exists():
+            raise ValueError(f"{path} is missing; {index.name} places {len(keys)} tensors in it")
+    return files
+
+
+def _check_headers(directory: Path, model: TwoTower) -> dict[str, _Source]:
+    """Where every tensor of the model lies, after checking names, shapes and dtypes of all."""
+    shapes = {}
+    for name, meta in _named_tensors(model):
+        keys = _checkpoint_keys(name, meta)
+        shapes |= {key: list(meta.shape[1:] if len(keys) > 1 else meta.shape) for key in keys}
+
+    def wanted(key: str) -> bool:
+        return model.denoiser_tower is not None or not key.startswith(DENOISER_KEYS)
+
+    found: dict[str, _Source] = {}
+    for path, promised in _checkpoint_files(directory, wanted).items():
+        try:
+            with safe_open(path, "pt") as file:
+                header = {key: file.get_slice(key) for key in file.keys() if wanted(key)}
+                header = {key: (part.get_shape(), part.get_dtype()) for key, part in header.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+        for key in sorted((promised or set()) - header.keys()):
+            raise ValueError(f"{path} lacks tensor {key}, which {INDEX} places in it")
+        for key, (shape, kind) in header.items():
+            if key not in shapes:
+                raise ValueError(f"{path} holds tensor {key}, which the config has no place for")
+            if key in found:
+                raise ValueError(f"tensor {key} is in both {found[key].path.name} and {path.name}")
+            if shape != shapes[key]:
+                raise ValueError(f"{path}: tensor {key} has shape {shape}, expected {shapes[key]}")
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: tensor {key} has dtype {kind}, expected one of {list(DTYPES)}")
+            found[key] = _Source(path, key, DTYPES[kind])
+    missing = [key for key in shapes if key not in found]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of {len(shapes)} tensors, first {missing[0]}")
+    return found
