@@ -223,7 +223,7 @@ class Span(NamedTuple):
 
 
 class MambaState(NamedTuple):
-    """What a Mamba-2 layer carries from call to call; never changed in place."""
+    """What a Mamba-2 layer carries from call to call."""
 
     conv_state: Tensor              # (B, conv_dim, W) model dtype: raw inputs, newest last
     ssm_state: Tensor               # (B, H, P, N) float32 (float64 in a float64 model)
@@ -242,6 +242,9 @@ class KVCache:
     def __init__(self, key_cache: Tensor, value_cache: Tensor):
         self.key_cache = key_cache          # (B, G, capacity, K)
         self.value_cache = value_cache      # (B, G, capacity, K)
+
+    def map(self, f) -> KVCache:
+        return KVCache(f(self.key_cache), f(self.value_cache))
 
     def reserve(self, capacity: int):
         """Make room for `capacity` tokens a row, at least doubling, so that growth is amortised."""
@@ -273,58 +276,48 @@ class Context:
     states: per layer a KVCache (attention), a MambaState (Mamba-2) or None (MoE, MLP).
     """
 
-    def __init__(self, states: list, rows: int):
-        self.states = states
+    def __init__(self, tower: Tower, rows: int, capacity: int):
+        self.device = tower.device
+        self.states = tower.empty_states(rows, capacity)
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.logits: Tensor | None = None
-        self._replica: list | None = None               # states on the denoiser's device
-        self._replica_lengths = self.lengths
+        self._replica: list | None = None               # the states on another device, and for
+        self._sent = self.lengths                       # how many tokens of each row they hold
 
     def select(self, rows: list[int]):
         """Keep only these rows, in this order."""
-        def pick(state):
-            if isinstance(state, KVCache):
-                return KVCache(state.key_cache[rows], state.value_cache[rows])
-            return state and state.map(lambda tensor: tensor[rows])
-
         if rows == list(range(len(self.lengths))):
             return
-        self.states = [pick(state) for state in self.states]
-        self._replica = self._replica and [pick(state) for state in self._replica]
-        self.lengths, self._replica_lengths = self.lengths[rows], self._replica_lengths[rows]
+        self.states = [state and state.map(lambda x: x[rows]) for state in self.states]
+        self._replica = self._replica and [state and state.map(lambda x: x[rows])
+                                           for state in self._replica]
+        self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
 
-    def states_on(self, device: torch.device) -> list:
-        """The states on a denoiser's device.
+    def states_for(self, tower: Tower) -> list:
+        """The states on the device of a denoiser tower.
 
         On the context's own device these are the states themselves. Elsewhere they are a replica,
         to which only what is new since the last call crosses: new KV rows and the Mamba states.
         """
-        held = next((s for s in self.states if s), None)
-        held = held.key_cache if isinstance(held, KVCache) else held and held.ssm_state
-        if held is None or held.device == device:
+        if tower.device == self.device:
             return self.states
-        if self._replica is not None and torch.equal(self._replica_lengths, self.lengths):
-            return self._replica
-        replica = self._replica or [None] * len(self.states)
         if self._replica is None:
-            self._replica_lengths = torch.zeros_like(self.lengths)
-        slots = torch.arange(int(self.lengths.max()))
-        new = (slots >= self._replica_lengths[:, None]) & (slots < self.lengths[:, None])
-        row, slot = new.nonzero(as_tuple=True)
-        for i, state in enumerate(self.states):
-            if isinstance(state, MambaState):
-                replica[i] = state.map(lambda tensor: tensor.to(device))
-            elif isinstance(state, KVCache):
-                B, G, capacity, K = state.key_cache.shape
-                if replica[i] is None:
-                    empty = torch.zeros(B, G, 0, K, dtype=state.key_cache.dtype, device=device)
-                    replica[i] = KVCache(empty, empty)
-                replica[i].reserve(capacity)
-                for name in ("key_cache", "value_cache"):
-                    getattr(replica[i], name)[row, :, slot] = getattr(state, name)[row, :, slot].to(device)
-        self._replica, self._replica_lengths = replica, self.lengths
-        return replica
+            self._replica = tower.empty_states(len(self.lengths), 0)
+        if not torch.equal(self._sent, self.lengths):
+            slots = torch.arange(int(self.lengths.max()))
+            new = (slots >= self._sent[:, None]) & (slots < self.lengths[:, None])
+            row, slot = new.nonzero(as_tuple=True)
+            for i, state in enumerate(self.states):
+                if isinstance(state, MambaState):
+                    self._replica[i] = state.map(lambda x: x.to(tower.device))
+                elif isinstance(state, KVCache):
+                    copy = self._replica[i]
+                    copy.reserve(state.key_cache.shape[2])
+                    copy.key_cache[row, :, slot] = state.key_cache[row, :, slot].to(tower.device)
+                    copy.value_cache[row, :, slot] = state.value_cache[row, :, slot].to(tower.device)
+            self._sent = self.lengths
+        return self._replica
 
 
 # ---------------------------------------------------------------------------------------------
@@ -669,33 +662,23 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
 
-class Experts(nn.Module):
-    """The routed experts of an MoE layer, stacked."""
-
-    def __init__(self, config: TwoTowerConfig):
-        super().__init__()
-        E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.up_proj = StackedLinear(E, D, F_, config.mlp_bias)
-        self.down_proj = StackedLinear(E, F_, D, config.mlp_bias)
-
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        return moe_experts(x, topk_ids, topk_weights, self.up_proj.weight, self.down_proj.weight,
-                           self.up_proj.bias, self.down_proj.bias)
-
-
 class MoE(nn.Module):
     """Mixture of experts: the routed experts of each token plus the one shared expert."""
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
-        self.experts = Experts(config)
+        self.experts = nn.ModuleDict({"up_proj": StackedLinear(E, D, width, config.mlp_bias),
+                                      "down_proj": StackedLinear(E, width, D, config.mlp_bias)})
         self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)                                                # (T, D)
-        routed = self.experts(tokens, *self.gate(tokens)).to(x.dtype)
-        return routed.view(x.shape) + self.shared_experts(x)
+        topk_ids, topk_weights = self.gate(tokens)
+        up, down = self.experts["up_proj"], self.experts["down_proj"]
+        routed = moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight, up.bias, down.bias)
+        return routed.to(x.dtype).view(x.shape) + self.shared_experts(x)
 
 
 class Layer(nn.Module):
@@ -819,7 +802,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
     """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus.
 
-    top_p keeps the most likely tokens up to and including the one that reaches probability top_p.
+    top_p keeps the most likely tokens, up to and including the one that takes their total past it.
     """
     logits = logits / temperature
     if top_k is not None:
@@ -828,7 +811,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
     if top_p is not None:
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p          # what comes before already holds top_p
+        beyond = p.cumsum(-1) - p > top_p           # what comes before already holds more
         logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -math.inf)
     return logits
 
@@ -1010,14 +993,13 @@ class TwoTower(nn.Module):
         """tokens (B, L) -> (B, L, V) float32 in one causal pass without cache; differentiable."""
         tower = self.context_tower
         tokens = self._check_ids(tokens, "tokens").to(tower.device)
-        states = tower.empty_states(tokens.shape[0], None)
-        hidden, _ = tower(tokens, states, Span(0, tokens.shape[1], is_causal=True, keep_state=False))
+        hidden, _ = tower(tokens, tower.empty_states(len(tokens), None), Span(0, tokens.shape[1], is_causal=True, keep_state=False))
         return wide(self.context_lm_head(hidden))
 
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last") -> Context:
         counts = torch.tensor([len(prompt) for prompt in prompts])
         L = int(counts.max())
-        context = Context(self.context_tower.empty_states(len(prompts), L + reserve), len(prompts))
+        context = Context(self.context_tower, len(prompts), L + reserve)
         if L > 0:
             tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
             self._extend(context, tokens, counts, logits)
@@ -1026,9 +1008,9 @@ class TwoTower(nn.Module):
     def _extend(self, context: Context, tokens: Tensor, counts: Tensor | None = None,
                 logits: str | None = None) -> Tensor | None:
         """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None."""
-        L, device = tokens.shape[1], self.context_tower.device
-        span = Span.make(context.lengths, L, True, device, counts)
-        hidden, context.states = self.context_tower(tokens.to(device), context.states, span)
+        L = tokens.shape[1]
+        span = Span.make(context.lengths, L, True, context.device, counts)
+        hidden, context.states = self.context_tower(tokens.to(context.device), context.states, span)
         context.lengths = context.lengths + (L if counts is None else counts)
         context.logits = None
         if logits is None:
@@ -1062,14 +1044,13 @@ class TwoTower(nn.Module):
             return self._denoise(block, context, t)
 
     def _denoise(self, block: Tensor, context: Context, t: Tensor | None) -> Tensor:
-        device = self.denoiser_tower.device
-        span = Span.make(context.lengths, block.shape[1], False, device)
-        return self._denoiser_logits(block, context.states_on(device), span, t)
+        span = Span.make(context.lengths, block.shape[1], False, self.denoiser_tower.device)
+        return self._denoiser_logits(block, context, span, t)
 
-    def _denoiser_logits(self, tokens, states, span: Span, t: Tensor | None) -> Tensor:
+    def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span, t: Tensor | None) -> Tensor:
         tower = self.denoiser_tower
         modulations = None if t is None else self._modulations(t.to(tower.device))
-        hidden, _ = tower(tokens.to(tower.device), states, span, modulations)
+        hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)
         return wide(self.lm_head(hidden))
 
     def _modulations(self, t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -1097,17 +1078,15 @@ class TwoTower(nn.Module):
             raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but both "
                              f"must be (B, M) with M a multiple of block_size {block_size}")
         clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
-        context = Context(self.context_tower.empty_states(B, 2 * M), B)
+        context = Context(self.context_tower, B, 2 * M)
         with torch.no_grad():
             span = Span(0, M, is_causal=True, block_size=block_size)
-            _, context.states = self.context_tower(
-                clean.to(self.context_tower.device), context.states, span)
-        context.lengths += M
+            _, context.states = self.context_tower(clean.to(context.device), context.states, span)
+        context.lengths = context.lengths + M
         device = self.denoiser_tower.device
         block = torch.arange(M, device=device) // block_size
         mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)[None, None]
-        span = Span(M, 2 * M, mask, keep_state=False)
-        return self._denoiser_logits(noisy, context.states_on(device), span, t)
+        return self._denoiser_logits(noisy, context, Span(M, 2 * M, mask, keep_state=False), t)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
                        generator: torch.Generator | None = None) -> Tensor:
