@@ -118,7 +118,6 @@ class TwoTowerConfig:
     eos_token_id: int | None = 2
     pad_token_id: int | None = 0
     mask_token_id: int = 3                          # a convention of the release, not in its file
-    torch_dtype: str = "bfloat16"                   # a note for readers; tensors carry their own
 
     def __init__(self, **fields):
         for field in dataclasses.fields(self):
@@ -721,7 +720,8 @@ class Tower(nn.Module):
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
         self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        embeddings = torch.empty(config.vocab_size, config.hidden_size)      # filled by TwoTower
+        self.embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.hybrid_override_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
@@ -842,8 +842,8 @@ class Sampler:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, but it must be in (0, 1]")
 
-    def draw(self, logits: Tensor, rows: list[int]) -> Tensor:
-        """logits (R, ..., V) of these rows -> ids (R, ...)."""
+    def draw(self, logits: Tensor, rows: list[int | None]) -> Tensor:
+        """logits (R, ..., V) of these rows -> ids (R, ...); a row None leaves every generator be."""
         if self.temperature == 0:
             return logits.argmax(-1)
 
@@ -852,14 +852,16 @@ class Sampler:
             return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
 
         if isinstance(self.generator, Sequence):
-            u = torch.stack([uniform(logits.shape[1:], self.generator[row]) for row in rows])
+            idle = torch.full(logits.shape[1:], 0.5, dtype=torch.float64)
+            u = torch.stack([idle if row is None else uniform(idle.shape, self.generator[row]).cpu()
+                             for row in rows])
         else:
             u = uniform(logits.shape, self.generator)
         shaped = shape_logits(logits, self.temperature, self.top_k, self.top_p)
         return gumbel_argmax(shaped, u.to(logits.device))
 
 
-def predict(logits: Tensor, sampler: Sampler, rows: list[int], mask_token_id: int):
+def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token_id: int):
     """One denoiser step's proposals; the mask token is never proposed.
 
     Args: logits (R, Q, V) float32.
@@ -949,12 +951,16 @@ class TwoTower(nn.Module):
             self.t_embedder = TimestepEmbedder(D)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
             self.scale_shift_tables = nn.ParameterList(
-                torch.randn(3, D) / D**0.5 for _ in range(config.num_hidden_layers))
-        self.apply(self._initialise)
+                torch.empty(3, D) for _ in range(config.num_hidden_layers))
+        if not self.context_lm_head.weight.is_meta:
+            self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module):
         c = self.config
-        if isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
+        if isinstance(module, nn.ParameterList):
+            for table in module:
+                nn.init.normal_(table, std=c.hidden_size ** -0.5)
+        elif isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
             nn.init.normal_(module.weight, std=c.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -1215,7 +1221,9 @@ class TwoTower(nn.Module):
                 t = masked.float().mean(-1)
                 logits = self._denoise(block, context, t)
                 rows.nfe[rows.live] += masked.any(-1)
-                ids, confidence = predict(logits, sampler, rows.live, mask_id)
+                # a row whose block is done must not draw, or its next draws would hang on the others
+                drawing = [row if masked[r].any() else None for r, row in enumerate(rows.live)]
+                ids, confidence = predict(logits, sampler, drawing, mask_id)
                 self._check_finite(confidence, masked, rows.live, block_index, step)
                 commits = select_commits(confidence, masked, confidence_threshold,
                                          steps_per_block - step)
@@ -1348,7 +1356,8 @@ class TwoTower(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
         """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
 
-        Every file is written under another name first, so that none is ever half-written.
+        Every file is written under another name first, so that none is ever half-written; files
+        of a checkpoint that was there before are replaced or removed.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -1368,13 +1377,16 @@ class TwoTower(nn.Module):
             shard = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
             save_file(shard, directory / f"{name}.partial", metadata={"format": "pt"})
             os.replace(directory / f"{name}.partial", directory / name)
-        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-        fields = dataclasses.asdict(self.config)
-        fields["torch_dtype"] = str(self.context_lm_head.weight.dtype).removeprefix("torch.")
-        _write_json(directory / "config.json", fields)
+        dtype = str(self.context_lm_head.weight.dtype).removeprefix("torch.")
+        _write_json(directory / "config.json", dataclasses.asdict(self.config) | {"torch_dtype": dtype})
         if len(shards) > 1:
+            weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
             total = sum(part.nbytes for shard in shards for part in shard.values())
             _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            names.append(INDEX)
+        for path in [directory / INDEX, *directory.glob("model*.safetensors")]:
+            if path.name not in names:
+                path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
