@@ -6,15 +6,20 @@ key/value cache or a Mamba-2 state. The **denoiser tower** fills a block of mask
 parallel over a few steps: its layer i reads the context tower's cache or state of layer i, and
 adaLN tells it how much of the block is still masked.
 
-Map, top down (the file itself runs bottom up):
+Map, top down (the file runs bottom up; numbers are its sections):
 
-    TwoTower.generate_mask_diffusion   blocks -> steps -> commits            "5. Decoding"
-      TwoTower.prefill / extend        context tower over clean tokens -> Context
-      TwoTower.denoise                 denoiser tower over one noisy block, given a Context
-        Tower -> Layer -> Mamba2 | Attention | MoE | MLP
-          causal_conv1d, ssd_scan / ssd_step, attention, route, moe_experts, rms_norm
-    TwoTower.diffusion_loss            all blocks of a sequence in one pass  "6. Training"
-    TwoTower.from_pretrained           checkpoint -> model                   "7. Loading"
+    8  TwoTower.generate_mask_diffusion   blocks -> steps -> commits
+         .prefill / .extend               context tower over clean tokens -> Context
+         .denoise                         denoiser tower over one noisy block, given a Context
+         .diffusion_loss                  training: all blocks of a sequence in one pass
+         .from_pretrained                 checkpoint -> model
+    7  reading checkpoints
+    6  choosing tokens: Sampler, predict, select_commits
+    5  time conditioning (adaLN)
+    4  modules: Tower -> Layer -> Mamba2 | Attention | MoE | MLP
+    3  functions: causal_conv1d, ssd_scan, ssd_step, attention, route, moe_experts, norms
+    2  state: Context of KVCache and MambaState; Span, where a pass reads and writes
+    1  TwoTowerConfig
 
 Needs torch, einops and safetensors; works when copied alone. Parameter names are those of the
 checkpoint; the one exception is that the experts of a layer are stacked, so that
@@ -24,12 +29,13 @@ Sources: arXiv 2606.26493v2 (TwoTower); arXiv 2405.21060 (Mamba-2, "SSD"); arXiv
 (sigmoid routing with a correction bias); arXiv 2310.00426 2.3 (adaLN-single); the checkpoint
 nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16 (config.json, tensor names and shapes).
 
-Dimension key, used in every shape comment:
+Dimension key, used in every shape comment ("f32": float32, or float64 in a float64 model):
 
-    B batch    L tokens of this call   S cached tokens          Q tokens of a diffusion block
+    B batch    L tokens of this call   S cached tokens           Q tokens of a diffusion block
     D hidden   H heads                 G KV heads or B/C groups  K attention head size
     P Mamba head size                  N SSM state size          W convolution width
     E experts  A active experts        F expert width            V vocabulary    T = B*L tokens
+    R rows of a batch that are still being written
 
 Deviations from the released code (they change no output of a single greedy row):
   - t is each row's own masked fraction, as in training; the release averages it over the batch.
@@ -47,6 +53,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -69,38 +76,34 @@ from torch import Tensor, nn
 class TwoTowerConfig:
     """The fields of config.json that the model uses, spelled as there; others are ignored.
 
-    Fields without a default must be given. Raises ValueError naming the field that is missing or
-    impossible.
+    Fields without a default must be given.
+    Raises: ValueError naming the field that is missing or impossible.
     """
 
-    hidden_size: int                                # D
+    hidden_size: int                            # D
     num_hidden_layers: int
-    hybrid_override_pattern: str                    # M Mamba-2, * attention, E MoE, - MLP
-    vocab_size: int                                 # V
+    hybrid_override_pattern: str                # M Mamba-2, * attention, E MoE, - MLP
+    vocab_size: int                             # V
     layer_norm_epsilon: float
-
-    mamba_num_heads: int                            # H of a Mamba layer
-    mamba_head_dim: int                             # P
-    n_groups: int                                   # G of a Mamba layer: groups sharing B and C
-    ssm_state_size: int                             # N
-    conv_kernel: int                                # W
-    chunk_size: int                                 # tokens per chunk of the scan
-
-    num_attention_heads: int                        # H of an attention layer
-    num_key_value_heads: int                        # G of an attention layer
-    head_dim: int                                   # K
-
-    intermediate_size: int                          # width of a dense MLP
-    n_routed_experts: int                           # E
-    num_experts_per_tok: int                        # A
-    moe_intermediate_size: int                      # F
-    moe_shared_expert_intermediate_size: int        # width of the one shared expert
+    mamba_num_heads: int                        # H of a Mamba layer
+    mamba_head_dim: int                         # P
+    n_groups: int                               # G of a Mamba layer; not n_group below
+    ssm_state_size: int                         # N
+    conv_kernel: int                            # W
+    chunk_size: int                             # tokens per chunk of the scan
+    num_attention_heads: int                    # H of an attention layer
+    num_key_value_heads: int                    # G of an attention layer
+    head_dim: int                               # K
+    intermediate_size: int                      # width of a dense MLP
+    n_routed_experts: int                       # E
+    num_experts_per_tok: int                    # A
+    moe_intermediate_size: int                  # F
+    moe_shared_expert_intermediate_size: int    # width of the one shared expert
     norm_topk_prob: bool
     routed_scaling_factor: float
-    n_group: int = 1                                # router groups (not n_groups)
+    n_group: int = 1                            # router groups
     topk_group: int = 1
-
-    use_bias: bool = False                          # Mamba in_proj and out_proj
+    use_bias: bool = False                      # Mamba in_proj and out_proj
     use_conv_bias: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -109,15 +112,15 @@ class TwoTowerConfig:
     tie_word_embeddings: bool = False
     residual_in_fp32: bool = False
     time_step_limit: tuple[float, float] = (0.0, math.inf)
-    time_step_min: float = 0.001                    # this and the next three: initialisation only
+    time_step_min: float = 0.001                # this and the next three: initialisation only
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
-    max_position_embeddings: int = 262144           # longest sequence; there are no positions
+    max_position_embeddings: int = 262144       # longest sequence; there are no positions
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = 0
-    mask_token_id: int = 3                          # a convention of the release, not in its file
+    mask_token_id: int | None = 3               # a convention of the release, not in its file
 
     def __init__(self, **fields):
         for field in dataclasses.fields(self):
@@ -131,7 +134,7 @@ class TwoTowerConfig:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
-        """Read config.json. Raises ValueError naming the file and what is wrong with it."""
+        """Read config.json. Raises: ValueError naming the file and what is wrong with it."""
         fields = _read_json(Path(path))
         try:
             return cls(**fields)
@@ -149,25 +152,22 @@ class TwoTowerConfig:
         return self.d_inner + 2 * self.n_groups * self.ssm_state_size
 
     def _validate(self):
-        def require(ok, name, rule):
+        def require(ok: bool, name: str, rule: str):
             if not ok:
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}, but {rule}")
 
-        may_be_zero = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        kinds = {
+            "int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
+            "float": (lambda v: type(v) in (int, float) and 0 < v < math.inf,
+                      "it must be a positive number"),
+            "bool": (lambda v: type(v) is bool, "it must be true or false"),
+            "int | None": (lambda v: v is None or type(v) is int and 0 <= v < self.vocab_size,
+                           f"it must be an id below vocab_size {self.vocab_size}")}
         for field in dataclasses.fields(self):
-            value, name = getattr(self, field.name), field.name
-            if name in may_be_zero:
-                optional = name != "mask_token_id" and value is None
-                ok = optional or type(value) is int and 0 <= value < self.vocab_size
-                require(ok, name, f"it must be an id below vocab_size {self.vocab_size}")
-            elif field.type == "int":
-                require(type(value) is int and value > 0, name, "it must be a positive integer")
-            elif field.type == "float":
-                ok = type(value) in (int, float) and 0 < value < math.inf
-                require(ok, name, "it must be a positive number")
-            elif field.type == "bool":
-                require(type(value) is bool, name, "it must be true or false")
-        pattern = self.hybrid_override_pattern
+            if field.type in kinds:
+                holds, rule = kinds[field.type]
+                require(holds(getattr(self, field.name)), field.name, rule)
+        pattern, limit = self.hybrid_override_pattern, self.time_step_limit
         for letter in pattern:
             require(letter in "M*E-", "hybrid_override_pattern",
                     f"{letter!r} is no layer kind (M Mamba-2, * attention, E MoE, - MLP)")
@@ -177,14 +177,14 @@ class TwoTowerConfig:
                             ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group")):
             require(getattr(self, name) % getattr(self, parts) == 0, name,
                     f"it must be a multiple of {parts} {getattr(self, parts)}")
-        require(self.topk_group <= self.n_group, "topk_group", f"n_group is {self.n_group}")
         require(self.n_group == 1 or self.n_routed_experts >= 2 * self.n_group, "n_group",
                 "a router group needs two experts or more")
+        require(self.topk_group <= self.n_group, "topk_group", f"n_group is {self.n_group}")
         require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok",
                 f"there are {self.n_routed_experts} experts")
-        limit = self.time_step_limit
         require(len(limit) == 2 and 0 <= limit[0] <= limit[1], "time_step_limit",
                 "it must be [low, high] with 0 <= low <= high")
+        require(self.mask_token_id is not None, "mask_token_id", "decoding needs one")
         require(self.mlp_hidden_act == "relu2", "mlp_hidden_act", "only relu2 is supported")
         require(self.mamba_hidden_act == "silu", "mamba_hidden_act", "only silu is supported")
         require(not self.tie_word_embeddings, "tie_word_embeddings", "each tower has its own head")
@@ -261,7 +261,8 @@ class KVCache:
             slots = (slice(None), slice(None), slice(span.start, span.start + k.shape[2]))
         else:
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            slots = (rows, slice(None), span.start[:, None] + torch.arange(k.shape[2], device=k.device))
+            new = span.start[:, None] + torch.arange(k.shape[2], device=k.device)
+            slots = (rows, slice(None), new)
             k, v = k.transpose(1, 2), v.transpose(1, 2)             # indexing gives (B, L, G, K)
         self.key_cache[slots], self.value_cache[slots] = k, v
         return self.key_cache[:, :, :span.end], self.value_cache[:, :, :span.end]
@@ -311,10 +312,11 @@ class Context:
                 if isinstance(state, MambaState):
                     self._replica[i] = state.map(lambda x: x.to(tower.device))
                 elif isinstance(state, KVCache):
+                    k, v = state.key_cache[row, :, slot], state.value_cache[row, :, slot]
                     copy = self._replica[i]
                     copy.reserve(state.key_cache.shape[2])
-                    copy.key_cache[row, :, slot] = state.key_cache[row, :, slot].to(tower.device)
-                    copy.value_cache[row, :, slot] = state.value_cache[row, :, slot].to(tower.device)
+                    copy.key_cache[row, :, slot] = k.to(tower.device)
+                    copy.value_cache[row, :, slot] = v.to(tower.device)
             self._sent = self.lengths
         return self._replica
 
@@ -328,9 +330,23 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+# On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the same
+# build, uses it. Its only float32 entry is this operator, made for torch.compile: hence the checks.
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., inputs) weight^T (outputs, inputs) + bias (outputs)."""
+    if ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        if x.numel() * weight.shape[0] >= 2**20:        # smaller products do not repay its overhead
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32, cast back to x's dtype."""
-    return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32; in the weight's dtype."""
+    return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(weight.dtype)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -411,12 +427,13 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
         return y, None
     to_end = (log_decay[..., -1:] - log_decay).exp()                             # (B, H, c)
     added = (u * to_end.mT[..., None]).view(b, c, G, -1).permute(0, 2, 3, 1) @ B
-    return y, torch.addcmul(added.view(b, H, P, N), state, log_decay[..., -1].exp()[..., None, None])
+    total = log_decay[..., -1].exp()[..., None, None]
+    return y, torch.addcmul(added.view(b, H, P, N), state, total)
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
              chunk_size: int, keep_state: bool = True, keep_chunks: bool = False):
-    """The recurrence of `ssd_step` over L tokens, chunk by chunk; the chunk size changes only the cost.
+    """The recurrence of `ssd_step` over L tokens, chunk by chunk; chunk_size changes only the cost.
 
     Args:
         x (B,L,H,P), dt (B,L,H), A (H), B and C (B,L,G,N), D (H), state (B,H,P,N); all float32.
@@ -430,8 +447,8 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
         chunk = slice(start, start + chunk_size)
         before.append(state)
         needed = keep_state or start + chunk_size < L
-        y_chunk, state = ssd_chunk(x[:, chunk], dt[:, chunk], A, B[:, chunk], C[:, chunk], state, needed)
-        y.append(y_chunk)
+        out, state = ssd_chunk(x[:, chunk], dt[:, chunk], A, B[:, chunk], C[:, chunk], state, needed)
+        y.append(out)
     y = torch.addcmul(torch.cat(y, dim=1), D[:, None], x)
     return y, torch.stack(before, dim=1) if keep_chunks else state
 
@@ -481,24 +498,32 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     Args:
         x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
         up_bias (E, F) and down_bias (E, D) or None.
-    Returns: (T, D) float32 (float64 in a float64 model), summed in the order of the A slots.
+    Returns: (T, D) f32, summed in the order of the experts.
     """
-    A = topk_ids.shape[1]
     experts, order = topk_ids.flatten().sort(stable=True)       # (T*A,) pairs grouped by expert
     hit = [(expert, len(list(pairs))) for expert, pairs in groupby(experts.tolist())]
+    counts = [count for _, count in hit]
+    tokens = (order // topk_ids.shape[1]).split(counts)
+    out = wide(torch.zeros_like(x))                                             # (T, D) f32
+    weights = topk_weights.flatten()[order].to(out.dtype)[:, None].split(counts)
     if torch.is_grad_enabled():         # indexing would give each expert a gradient of full size
         up, down = up.unbind(), down.unbind()
-    y = []
-    for (e, _), rows in zip(hit, x[order // A].split([count for _, count in hit])):
-        rows = F.linear(rows, up[e], None if up_bias is None else up_bias[e]).relu_().square()
-        y.append(F.linear(rows, down[e], None if down_bias is None else down_bias[e]))
-    y = wide(torch.cat(y))
-    y = torch.empty_like(y).index_copy_(0, order, y)            # back to (token, slot) order
-    return (y.view(-1, A, y.shape[1]) * topk_weights.to(y.dtype)[..., None]).sum(1)
+    for (e, _), token, weight in zip(hit, tokens, weights):
+        h = F.linear(x[token], up[e], None if up_bias is None else up_bias[e]).relu_().square()
+        h = F.linear(h, down[e], None if down_bias is None else down_bias[e])
+        out.index_add_(0, token, wide(h) * weight)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------
 # 4. Modules; attribute names are the checkpoint's
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -525,20 +550,20 @@ class GatedRMSNorm(RMSNorm):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 mixer: in_proj -> convolution -> selective state-space scan -> gated norm -> out_proj."""
+    """Mamba-2: in_proj -> convolution -> selective state-space scan -> gated norm -> out_proj."""
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
         self.config = c = config
         width = c.d_inner + c.conv_dim + c.mamba_num_heads
-        self.in_proj = nn.Linear(c.hidden_size, width, bias=c.use_bias)
+        self.in_proj = Linear(c.hidden_size, width, bias=c.use_bias)
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
                                 bias=c.use_conv_bias)               # holds the weights only
         self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.norm = GatedRMSNorm(c.d_inner, c.n_groups, c.layer_norm_epsilon)
-        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
+        self.out_proj = Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -583,7 +608,7 @@ class Mamba2(nn.Module):
         """The state after the pass; the convolution's after n tokens is history[n : n+W]."""
         W = self.config.conv_kernel
         if span.block_size is not None:
-            conv = history.unfold(1, W, span.block_size)[:, :ssm.shape[1]]      # (B, n, conv_dim, W)
+            conv = history.unfold(1, W, span.block_size)[:, :ssm.shape[1]]  # (B, n, conv_dim, W)
             return MambaState(conv.flatten(0, 1), ssm.flatten(0, 1))
         if not span.keep_state:
             return None
@@ -602,10 +627,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = c = config
         query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, query, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
-        self.o_proj = nn.Linear(query, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = Linear(c.hidden_size, query, bias=c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = Linear(query, c.hidden_size, bias=c.attention_bias)
 
     def empty_state(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens a row."""
@@ -630,8 +655,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, width: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.up_proj(x).relu_().square())
@@ -676,7 +701,8 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)                                                # (T, D)
         topk_ids, topk_weights = self.gate(tokens)
         up, down = self.experts["up_proj"], self.experts["down_proj"]
-        routed = moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight, up.bias, down.bias)
+        routed = moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
+                             up.bias, down.bias)
         return routed.to(x.dtype).view(x.shape) + self.shared_experts(x)
 
 
@@ -704,7 +730,6 @@ class Layer(nn.Module):
             h = self.norm(modulate(x, shift, scale))
         else:
             h = modulate(self.norm(x), shift, scale)
-        h = h.to(self.norm.weight.dtype)
         if self.kind == "M":
             h, state = self.mixer(h, state, span)
         elif self.kind == "*":
@@ -744,7 +769,7 @@ class Tower(nn.Module):
         for i, layer in enumerate(self.layers):
             x, state = layer(x, states[i], span, None if modulations is None else modulations[i])
             new_states.append(state)
-        return self.norm_f(x).to(self.norm_f.weight.dtype), new_states
+        return self.norm_f(x), new_states
 
 
 # ---------------------------------------------------------------------------------------------
@@ -926,7 +951,110 @@ class _Rows:
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. The model
+# 7. Checkpoint files
+
+INDEX = "model.safetensors.index.json"
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _named_tensors(model: nn.Module):
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _checkpoint_keys(name: str, tensor: Tensor) -> list[str]:
+    """The checkpoint's name(s) of one of our tensors: one per expert where we stack them."""
+    if ".mixer.experts." not in name:
+        return [name]
+    return [name.replace(".experts.", f".experts.{e}.") for e in range(tensor.shape[0])]
+
+
+def _parts(name: str, tensor: Tensor) -> Tensor | list[Tensor]:
+    """The tensors that go by the names of `_checkpoint_keys`, as views."""
+    return tensor if ".mixer.experts." in name else [tensor]
+
+
+def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, set[str]]:
+    """The safetensors files that hold wanted keys, each with the keys that an index promises."""
+    index = directory / INDEX
+    if not index.exists():
+        path = directory / "model.safetensors"
+        if not path.exists():
+            raise ValueError(f"{directory} holds neither model.safetensors nor {INDEX}")
+        return {path: set()}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    files: dict[Path, set[str]] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} places {key} in {name!r}, which is no file name")
+        if wanted(key):
+            files.setdefault(directory / name, set()).add(key)
+    for path, keys in files.items():
+        if not path.exists():
+            raise ValueError(f"{path} is missing; {index.name} places {len(keys)} tensors in it")
+    return files
+
+
+def _check_headers(directory: Path, model: TwoTower) -> dict[str, tuple[Path, torch.dtype]]:
+    """The file and dtype of every tensor of the model, after checking names and shapes of all."""
+    shapes = {}
+    for name, meta in _named_tensors(model):
+        keys = _checkpoint_keys(name, meta)
+        shapes |= {key: list(part.shape) for key, part in zip(keys, _parts(name, meta))}
+
+    def wanted(key: str) -> bool:
+        return model.denoiser_tower is not None or not key.startswith(DENOISER_KEYS)
+
+    found: dict[str, tuple[Path, torch.dtype]] = {}
+    for path, promised in _checkpoint_files(directory, wanted).items():
+        try:
+            with safe_open(path, "pt") as file:
+                header = {key: file.get_slice(key) for key in file.keys() if wanted(key)}
+                header = {key: (part.get_shape(), part.get_dtype()) for key, part in header.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+        for key in sorted(promised - header.keys()):
+            raise ValueError(f"{path} lacks tensor {key}, which {INDEX} places in it")
+        for key, (shape, kind) in header.items():
+            if key not in shapes:
+                raise ValueError(f"{path} holds tensor {key}, which the config has no place for")
+            if key in found:
+                raise ValueError(f"tensor {key} is in both {found[key][0].name} and {path.name}")
+            if shape != shapes[key]:
+                raise ValueError(f"{path}: tensor {key} has shape {shape}, expected {shapes[key]}")
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: tensor {key} has dtype {kind}, expected {list(DTYPES)}")
+            found[key] = (path, DTYPES[kind])
+    missing = [key for key in shapes if key not in found]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of {len(shapes)} tensors, "
+                         f"first {missing[0]}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. The model
 
 
 class TwoTower(nn.Module):
@@ -943,11 +1071,11 @@ class TwoTower(nn.Module):
         self.config = config
         D, V = config.hidden_size, config.vocab_size
         self.context_tower = Tower(config)
-        self.context_lm_head = nn.Linear(D, V, bias=False)
+        self.context_lm_head = Linear(D, V, bias=False)
         self.denoiser_tower = None
         if towers == "both":
             self.denoiser_tower = Tower(config)
-            self.lm_head = nn.Linear(D, V, bias=False)
+            self.lm_head = Linear(D, V, bias=False)
             self.t_embedder = TimestepEmbedder(D)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
             self.scale_shift_tables = nn.ParameterList(
@@ -999,7 +1127,8 @@ class TwoTower(nn.Module):
         """tokens (B, L) -> (B, L, V) float32 in one causal pass without cache; differentiable."""
         tower = self.context_tower
         tokens = self._check_ids(tokens, "tokens").to(tower.device)
-        hidden, _ = tower(tokens, tower.empty_states(len(tokens), None), Span(0, tokens.shape[1], is_causal=True, keep_state=False))
+        span = Span(0, tokens.shape[1], is_causal=True, keep_state=False)
+        hidden, _ = tower(tokens, tower.empty_states(len(tokens), None), span)
         return wide(self.context_lm_head(hidden))
 
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last") -> Context:
@@ -1053,7 +1182,8 @@ class TwoTower(nn.Module):
         span = Span.make(context.lengths, block.shape[1], False, self.denoiser_tower.device)
         return self._denoiser_logits(block, context, span, t)
 
-    def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span, t: Tensor | None) -> Tensor:
+    def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
+                         t: Tensor | None) -> Tensor:
         tower = self.denoiser_tower
         modulations = None if t is None else self._modulations(t.to(tower.device))
         hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)
@@ -1338,19 +1468,19 @@ class TwoTower(nn.Module):
         context_device = torch.device(context_device or torch.get_default_device())
         denoiser_device = torch.device(denoiser_device or context_device)
         for name, meta in list(_named_tensors(model)):
-            sources = [tensors[key] for key in _checkpoint_keys(name, meta)]
-            kind = dtype or sources[0].dtype
+            keys = _checkpoint_keys(name, meta)
+            kind = dtype or tensors[keys[0]][1]
             if name.endswith((".gate.weight", ".e_score_correction_bias")):
                 kind = torch.promote_types(kind, torch.float32)
             device = context_device if name.startswith("context_") else denoiser_device
             tensor = torch.empty(meta.shape, dtype=kind, device=device)
-            for source, part in zip(sources, tensor if len(sources) > 1 else [tensor]):
+            for key, part in zip(keys, _parts(name, tensor)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(source.path, "pt", device=str(device)) as file:
-                    part.copy_(file.get_tensor(source.key))
+                with safe_open(tensors[key][0], "pt", device=str(device)) as file:
+                    part.copy_(file.get_tensor(key))
             owner, _, leaf = name.rpartition(".")
-            is_parameter = isinstance(meta, nn.Parameter)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if is_parameter else tensor)
+            tensor = nn.Parameter(tensor) if isinstance(meta, nn.Parameter) else tensor
+            setattr(model.get_submodule(owner), leaf, tensor)
         return model
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
@@ -1363,8 +1493,7 @@ class TwoTower(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         shards, size = [{}], 0
         for name, tensor in _named_tensors(self):
-            keys = _checkpoint_keys(name, tensor)
-            for key, part in zip(keys, tensor.detach() if len(keys) > 1 else [tensor.detach()]):
+            for key, part in zip(_checkpoint_keys(name, tensor), _parts(name, tensor.detach())):
                 if shards[-1] and size + part.nbytes > max_shard_bytes:
                     shards.append({})
                     size = 0
@@ -1387,108 +1516,3 @@ class TwoTower(nn.Module):
         for path in [directory / INDEX, *directory.glob("model*.safetensors")]:
             if path.name not in names:
                 path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# 8. Checkpoint files
-
-INDEX = "model.safetensors.index.json"
-DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class _Source(NamedTuple):
-    """A tensor in a file."""
-
-    path: Path
-    key: str
-    dtype: torch.dtype
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
-
-
-def _write_json(path: Path, value: dict):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _named_tensors(model: nn.Module):
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _checkpoint_keys(name: str, tensor: Tensor) -> list[str]:
-    """The checkpoint's name(s) of one of our tensors: one per expert where we stack them."""
-    if ".mixer.experts." not in name:
-        return [name]
-    return [name.replace(".experts.", f".experts.{e}.") for e in range(tensor.shape[0])]
-
-
-def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, set[str] | None]:
-    """The safetensors files that hold wanted keys, each with the keys its index promises."""
-    index = directory / INDEX
-    if not index.exists():
-        path = directory / "model.safetensors"
-        if not path.exists():
-            raise ValueError(f"{directory} holds neither model.safetensors nor {INDEX}")
-        return {path: None}
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map")
-    files: dict[Path, set[str]] = {}
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} places {key} in {name!r}, which is no file name")
-        if wanted(key):
-            files.setdefault(directory / name, set()).add(key)
-    for path, keys in files.items():
-        if not path.exists():
-            raise ValueError(f"{path} is missing; {index.name} places {len(keys)} tensors in it")
-    return files
-
-
-def _check_headers(directory: Path, model: TwoTower) -> dict[str, _Source]:
-    """Where every tensor of the model lies, after checking names, shapes and dtypes of all."""
-    shapes = {}
-    for name, meta in _named_tensors(model):
-        keys = _checkpoint_keys(name, meta)
-        shapes |= {key: list(meta.shape[1:] if len(keys) > 1 else meta.shape) for key in keys}
-
-    def wanted(key: str) -> bool:
-        return model.denoiser_tower is not None or not key.startswith(DENOISER_KEYS)
-
-    found: dict[str, _Source] = {}
-    for path, promised in _checkpoint_files(directory, wanted).items():
-        try:
-            with safe_open(path, "pt") as file:
-                header = {key: file.get_slice(key) for key in file.keys() if wanted(key)}
-                header = {key: (part.get_shape(), part.get_dtype()) for key, part in header.items()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
-        for key in sorted((promised or set()) - header.keys()):
-            raise ValueError(f"{path} lacks tensor {key}, which {INDEX} places in it")
-        for key, (shape, kind) in header.items():
-            if key not in shapes:
-                raise ValueError(f"{path} holds tensor {key}, which the config has no place for")
-            if key in found:
-                raise ValueError(f"tensor {key} is in both {found[key].path.name} and {path.name}")
-            if shape != shapes[key]:
-                raise ValueError(f"{path}: tensor {key} has shape {shape}, expected {shapes[key]}")
-            if kind not in DTYPES:
-                raise ValueError(f"{path}: tensor {key} has dtype {kind}, expected one of {list(DTYPES)}")
-            found[key] = _Source(path, key, DTYPES[kind])
-    missing = [key for key in shapes if key not in found]
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} of {len(shapes)} tensors, first {missing[0]}")
-    return found
