@@ -30,13 +30,13 @@ SMALL = dict(
 
 
 def as_transformers(model: TwoTower):
-    """transformers' NemotronHForCausalLM in evaluation mode, holding our context tower's weights."""
+    """transformers' NemotronHForCausalLM holding our context tower's weights."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
     c = model.config
     same = ("hidden_size vocab_size layer_norm_epsilon mamba_num_heads mamba_head_dim n_groups "
-            "ssm_state_size conv_kernel chunk_size num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size n_routed_experts num_experts_per_tok moe_intermediate_size "
+            "ssm_state_size conv_kernel chunk_size num_attention_heads num_key_value_heads "
+            "head_dim intermediate_size n_routed_experts num_experts_per_tok moe_intermediate_size "
             "moe_shared_expert_intermediate_size norm_topk_prob routed_scaling_factor n_group "
             "topk_group use_bias use_conv_bias attention_bias mlp_bias residual_in_fp32 "
             "max_position_embeddings").split()
@@ -72,7 +72,7 @@ def bytes_per_cached_token(context) -> int:
 
 @torch.inference_mode()
 def bench_cpu(rounds: int) -> dict:
-    """Prefill of 512, AR decoding, a denoiser step of 16; then the AR token as the context grows."""
+    """Prefill of 512, AR decoding, a denoiser step of 16; then an AR token over longer contexts."""
     torch.manual_seed(0)
     model = TwoTower(TwoTowerConfig(**SMALL)).eval()
     theirs = as_transformers(model)
@@ -110,11 +110,13 @@ def bench_cpu(rounds: int) -> dict:
         "ar_token_speedup_over_bare_loop": decode["ar_transformers_loop"] / decode["ar"],
         "denoise_16_in_ar_tokens": t["denoise"] / decode["ar"],
         "prefill_512_in_ar_tokens": t["prefill"] / decode["ar"]}
-    print(f"prefill of 512 tokens        {result['prefill_512_speedup']:6.2f} x transformers' speed")
-    print(f"AR token                     {result['ar_token_speedup']:6.2f} x transformers' generate(), "
-          f"{result['ar_token_speedup_over_bare_loop']:.2f} x a bare loop over its model")
-    print(f"denoiser step of 16 tokens   {result['denoise_16_in_ar_tokens']:6.2f} AR tokens of time")
-    print(f"prefill of 512 tokens        {result['prefill_512_in_ar_tokens']:6.2f} AR tokens of time\n")
+    rows = (("prefill of 512 tokens", "prefill_512_speedup", "x transformers' speed"),
+            ("AR token", "ar_token_speedup", "x transformers' generate()"),
+            ("AR token", "ar_token_speedup_over_bare_loop", "x a bare loop over its model"),
+            ("denoiser step of 16 tokens", "denoise_16_in_ar_tokens", "AR tokens of time"),
+            ("prefill of 512 tokens", "prefill_512_in_ar_tokens", "AR tokens of time"))
+    for what, name, unit in rows:
+        print(f"{what:28} {result[name]:6.2f} {unit}")
 
     contexts = {n: model.prefill(torch.randint(4, 1024, (1, n)), reserve=16 * (rounds + 2))
                 for n in (256, 512, 1024, 2048, 4096, 8192)}
@@ -140,7 +142,7 @@ def bench_cpu(rounds: int) -> dict:
     t = take_turns({("all", n): tokens_after(c) for n, c in contexts.items()}
                    | {("attention", n): attention_of(c) for n, c in contexts.items()}, rounds)
     base_all, base_attention = t["all", 256], t["attention", 256]
-    print("context   AR token / at 256   of which grown attention   KV bytes a token   Mamba bytes")
+    print("\ncontext   AR token / at 256   by attention alone   KV bytes a token   Mamba bytes")
     result["growth"] = []
     for n, context in contexts.items():
         mamba = sum(s.ssm_state.nbytes for s in context.states if isinstance(s, MambaState))
@@ -148,7 +150,7 @@ def bench_cpu(rounds: int) -> dict:
                "explained": 1 + (t["attention", n] - base_attention) / base_all,
                "kv_bytes_per_token": bytes_per_cached_token(context), "mamba_bytes": mamba}
         result["growth"].append(row)
-        print(f"{n:7}   {row['token']:17.2f}   {row['explained']:24.2f}   "
+        print(f"{n:7}   {row['token']:17.2f}   {row['explained']:18.2f}   "
               f"{row['kv_bytes_per_token']:16}   {mamba:11}")
     return result
 
@@ -164,7 +166,7 @@ def main():
     torch.set_num_threads(args.threads)
     import transformers
     setting = {"torch": torch.__version__, "transformers": transformers.__version__,
-               "python": platform.python_version(), "processor": platform.processor() or platform.machine(),
+               "python": platform.python_version(), "processor": platform.machine(),
                "threads": args.threads, "rounds": args.rounds, "dtype": "float32", "batch": 1}
     print("  ".join(f"{name} {value}" for name, value in setting.items()) + "\n")
     print(json.dumps({"setting": setting} | bench_cpu(args.rounds)))

@@ -21,7 +21,8 @@ from tokenizers.decoders import DecodeStream
 from twotower import TwoTower
 
 DIFFUSION_ONLY = ("block_size", "steps_per_block", "confidence_threshold", "mask_token_id")
-SAMPLING = ("top_k", "top_p", "seed")
+SAMPLING = ("top_k", "top_p", "seed")               # mean something above temperature 0
+KNOBS = DIFFUSION_ONLY + ("temperature", "top_k", "top_p")
 
 
 def fail(message: str):
@@ -31,7 +32,7 @@ def fail(message: str):
 
 def seed(text: str) -> int:
     value = int(text)
-    if not 0 <= value < 2**63:
+    if not 0 <= value < 2**64:
         raise ValueError
     return value
 
@@ -43,7 +44,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("prompt")
     parser.add_argument("--checkpoint", required=True, metavar="DIR",
                         help="config.json, tokenizer.json and safetensors")
-    parser.add_argument("--mode", choices=["mask_diffusion", "mock_ar", "ar"], default="mask_diffusion")
+    parser.add_argument("--mode", choices=["mask_diffusion", "mock_ar", "ar"],
+                        default="mask_diffusion")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
     parser.add_argument("--block-size", type=int, help="tokens denoised together")
     parser.add_argument("--steps-per-block", type=int, help="denoiser passes a block may take")
@@ -80,7 +82,7 @@ class Printer:
     """Prints the prompt, then the text of each block as `on_step` reports it finished."""
 
     def __init__(self, prompt: str, tokenizer: Tokenizer, max_new_tokens: int,
-                 eos_token_id: int | None, mask_id: int):
+                 eos_token_id: int | None, mask_id: int | None):
         self.prompt, self.tokenizer = prompt, tokenizer
         self.stream = DecodeStream(skip_special_tokens=True)
         self.left, self.eos_token_id, self.mask_id = max_new_tokens, eos_token_id, mask_id
@@ -88,8 +90,8 @@ class Printer:
     def __call__(self, step):
         print(self.prompt, end="", flush=True)
         self.prompt = ""
-        if (step.after == self.mask_id).any() and step.before.shape[1] > 1:
-            return
+        if self.mask_id is not None and (step.after == self.mask_id).any():
+            return                                      # this block has masks left
         for token in step.after[0].tolist()[:self.left]:
             self.left -= 1
             if token == self.eos_token_id:
@@ -106,25 +108,23 @@ def run(args: argparse.Namespace):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
     model = TwoTower.from_pretrained(args.checkpoint, context_device=args.device,
                                      towers="context" if args.mode == "ar" else "both")
     generate = getattr(model, f"generate_{args.mode}")
-    knobs = {name: default.default for name, default in inspect.signature(generate).parameters.items()
-             if name in DIFFUSION_ONLY + ("temperature", "top_k", "top_p")}
-    knobs |= {name: value for name, value in vars(args).items() if name in knobs}
-    if "mask_token_id" in knobs and knobs["mask_token_id"] is None:
+    takes = inspect.signature(generate).parameters
+    knobs = {name: getattr(args, name, takes[name].default) for name in KNOBS if name in takes}
+    if args.mode == "mask_diffusion" and knobs["mask_token_id"] is None:
         knobs["mask_token_id"] = model.config.mask_token_id
-    generator = None
-    if knobs["temperature"]:
-        generator = torch.Generator()
-        knobs["seed"] = generator.manual_seed(args.seed).initial_seed() if "seed" in args else generator.seed()
+    generator = torch.Generator()
+    seed = generator.manual_seed(args.seed).initial_seed() if "seed" in args else generator.seed()
     eos = model.config.eos_token_id
-    printer = Printer(args.prompt, tokenizer, args.max_new_tokens, eos, knobs.get("mask_token_id", -1))
+    printer = Printer(args.prompt, tokenizer, args.max_new_tokens, eos, knobs.get("mask_token_id"))
 
     start = time.perf_counter()
-    result = generate([torch.tensor(prompt)], args.max_new_tokens, eos_token_id=eos, on_step=printer,
-                      generator=generator, **{name: value for name, value in knobs.items() if name != "seed"})
+    result = generate([torch.tensor(prompt)], args.max_new_tokens, eos_token_id=eos,
+                      generator=generator, on_step=printer, **knobs)
     seconds = time.perf_counter() - start
     print(flush=True)
     tokens, nfe, passes = len(result.tokens[0]), int(result.nfe), int(result.context_passes)
@@ -132,6 +132,7 @@ def run(args: argparse.Namespace):
              f"{passes} context passes", f"{tokens / (nfe or passes):.2f} tokens per pass",
              f"{tokens / seconds:.1f} tokens/s"]
     facts += [f"{name} {value}" for name, value in knobs.items() if value is not None]
+    facts += [f"seed {seed}"] if knobs["temperature"] else []
     print(", ".join(facts), file=sys.stderr)
 
 

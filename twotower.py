@@ -330,10 +330,10 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-# On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the same
-# build, uses it. Its only float32 entry is this operator, made for torch.compile: hence the checks.
-ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise")
+# On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the
+# same build, uses it. Its only float32 entry is an operator meant for torch.compile, hence the checks
+ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+          and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -416,7 +416,7 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     G, N = B.shape[2:]
     u = x * dt[..., None]
     B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (B, G, c, N)
-    log_decay = (dt * A).mT.contiguous().cumsum(-1)                              # (B, H, c), falling
+    log_decay = (dt * A).mT.contiguous().cumsum(-1)                              # (B, H, c)
     weight = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
     weight = weight.unflatten(1, (G, -1)) * (C @ B.mT).tril()[:, :, None]        # (B, G, H/G, c, c)
     within = weight.flatten(1, 2) @ u.transpose(1, 2)                            # (B, H, c, P)
@@ -444,11 +444,11 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """
     L, y, before = x.shape[1], [], []
     for start in range(0, L, chunk_size):
-        chunk = slice(start, start + chunk_size)
         before.append(state)
+        xc, dtc, Bc, Cc = (v[:, start:start + chunk_size] for v in (x, dt, B, C))
         needed = keep_state or start + chunk_size < L
-        out, state = ssd_chunk(x[:, chunk], dt[:, chunk], A, B[:, chunk], C[:, chunk], state, needed)
-        y.append(out)
+        yc, state = ssd_chunk(xc, dtc, A, Bc, Cc, state, needed)
+        y.append(yc)
     y = torch.addcmul(torch.cat(y, dim=1), D[:, None], x)
     return y, torch.stack(before, dim=1) if keep_chunks else state
 
@@ -842,7 +842,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
 
 
 def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
-    """A draw from softmax(logits): argmax(logits - log(-log(u))), u ~ U(0, 1) shaped like logits."""
+    """A draw from softmax(logits): argmax(logits - log(-log(u))), u ~ U(0, 1) of logits' shape."""
     return (logits - (-uniform.log()).log()).argmax(-1)
 
 
@@ -868,7 +868,7 @@ class Sampler:
             raise ValueError(f"top_p is {self.top_p}, but it must be in (0, 1]")
 
     def draw(self, logits: Tensor, rows: list[int | None]) -> Tensor:
-        """logits (R, ..., V) of these rows -> ids (R, ...); a row None leaves every generator be."""
+        """logits (R, ..., V) of these rows -> ids (R, ...); a row None draws nothing."""
         if self.temperature == 0:
             return logits.argmax(-1)
 
@@ -1095,8 +1095,9 @@ class TwoTower(nn.Module):
         elif isinstance(module, Mamba2):
             # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp().clamp(min=c.time_step_floor)
             with torch.no_grad():
+                dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp()
+                dt = dt.clamp(min=c.time_step_floor)
                 module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
                 module.A_log.copy_(torch.arange(1, c.mamba_num_heads + 1).log())
                 module.D.fill_(1.0)
@@ -1211,8 +1212,8 @@ class TwoTower(nn.Module):
         self._need_denoiser()
         B, M = clean.shape
         if block_size < 1 or M % block_size or noisy.shape != clean.shape:
-            raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but both "
-                             f"must be (B, M) with M a multiple of block_size {block_size}")
+            raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but "
+                             f"both must be (B, M), M a multiple of block_size {block_size}")
         clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
         context = Context(self.context_tower, B, 2 * M)
         with torch.no_grad():
@@ -1351,7 +1352,7 @@ class TwoTower(nn.Module):
                 t = masked.float().mean(-1)
                 logits = self._denoise(block, context, t)
                 rows.nfe[rows.live] += masked.any(-1)
-                # a row whose block is done must not draw, or its next draws would hang on the others
+                # a row whose block is done draws nothing: its draws must not hang on other rows
                 drawing = [row if masked[r].any() else None for r, row in enumerate(rows.live)]
                 ids, confidence = predict(logits, sampler, drawing, mask_id)
                 self._check_finite(confidence, masked, rows.live, block_index, step)
@@ -1387,7 +1388,7 @@ class TwoTower(nn.Module):
         """Check what all generations take."""
         prompts = self._check_prompts(prompts)
         if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be a positive integer")
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more")
         self._check_length(max(len(prompt) for prompt in prompts) + max_new_tokens)
         if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
             raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
@@ -1401,7 +1402,8 @@ class TwoTower(nn.Module):
 
     def _check_ids(self, ids: Tensor, name: str, rows: int | None = None) -> Tensor:
         if not isinstance(ids, Tensor) or ids.dtype != torch.long or ids.dim() != 2:
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            got = (f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor)
+                   else type(ids).__name__)
             raise ValueError(f"{name} must be a (B, L) int64 tensor, got {got}")
         if 0 in ids.shape or rows is not None and len(ids) != rows:
             raise ValueError(f"{name} has shape {tuple(ids.shape)}, but it needs "
@@ -1502,16 +1504,17 @@ class TwoTower(nn.Module):
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
-            # cloned: safetensors takes no views into the stacked experts
-            shard = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
+            shard = {key: part.contiguous() for key, part in shard.items()}
             save_file(shard, directory / f"{name}.partial", metadata={"format": "pt"})
             os.replace(directory / f"{name}.partial", directory / name)
-        dtype = str(self.context_lm_head.weight.dtype).removeprefix("torch.")
-        _write_json(directory / "config.json", dataclasses.asdict(self.config) | {"torch_dtype": dtype})
+        fields = dataclasses.asdict(self.config)
+        fields["torch_dtype"] = str(self.context_lm_head.weight.dtype).removeprefix("torch.")
+        _write_json(directory / "config.json", fields)
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
             total = sum(part.nbytes for shard in shards for part in shard.values())
-            _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(directory / INDEX, {"metadata": {"total_size": total},
+                                            "weight_map": weight_map})
             names.append(INDEX)
         for path in [directory / INDEX, *directory.glob("model*.safetensors")]:
             if path.name not in names:
