@@ -79,8 +79,17 @@ def random_model(odd: bool = False, dtype=torch.float64, seed: int = 0) -> TwoTo
     return model.to(dtype).eval()
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run_python(*args, cwd: Path = HERE) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
+                          encoding="utf-8", cwd=cwd)
+
+
 def ids(*shape, seed: int = 0) -> torch.Tensor:
-    return torch.randint(4, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(4, TINY["vocab_size"], shape, generator=seeded(seed))
 
 
 @functools.cache
@@ -117,9 +126,9 @@ def check_states(context: Context, data: dict, prefix: str):
 def test_golden_context(variant):
     data, _, model = golden(variant)
     check(model.context_logits(data["ids/prompt37"]), data["ctx/logits"], 1e-5)
-    for prompt, prefix in (("prompt37", "prefill/"), ("prompt2", "prefill2/"), ("prompt3", "prefill3/")):
+    for length, prefix in (37, "prefill/"), (2, "prefill2/"), (3, "prefill3/"):
         if f"{prefix}logits" in data:
-            context = model.prefill(data[f"ids/{prompt}"])
+            context = model.prefill(data[f"ids/prompt{length}"])
             check(context.logits, data[f"{prefix}logits"][:, 0], 1e-5, prefix)
             check_states(context, data, prefix)
 
@@ -177,7 +186,8 @@ def test_golden_layers():
     kinds = model.config.hybrid_override_pattern
     for prefix, hidden in (("ctx/hidden", seen[:11]), ("den_hidden/h", seen[11:])):
         for i, x in enumerate(hidden):
-            where = f"{prefix}: first difference after layer {i - 1} ({kinds[i - 1]})" if i else "embedding"
+            where = f"layer {i - 1} ({kinds[i - 1]}), the first that differs" if i else "embedding"
+            where = f"{prefix}: {where}"
             check(x, data[f"{prefix}.{i}"], 1e-5, where)
 
 
@@ -255,7 +265,7 @@ def module_outputs(model: TwoTower, data: dict, dtype) -> dict[str, torch.Tensor
     attention = layers[3].mixer
     cache = attention.empty_state(2, 0)
     out["attn/out"] = attention(get("attn/x"), cache, Span(0, 7, is_causal=True))
-    out |= {"attn/k": cache.key_cache[:, :, :7].clone(), "attn/v": cache.value_cache[:, :, :7].clone()}
+    out["attn/k"], out["attn/v"] = (x[:, :, :7].clone() for x in (cache.key_cache, cache.value_cache))
     out["attn/den_out"] = model.denoiser_tower.layers[3].mixer(get("attn/xd"), cache, Span(7, 13))
     return out
 
@@ -341,7 +351,8 @@ def test_golden_generation(variant, i):
             theirs = theirs[:theirs.index(eos) + 1]
         # at the first EOS of any row the release stops the batch: the other row is shorter there
         ours = ours.tolist()
-        assert ours == theirs or eos is not None and eos not in theirs and ours[:len(theirs)] == theirs
+        cut_short = eos is not None and eos not in theirs
+        assert ours == theirs or cut_short and ours[:len(theirs)] == theirs
     if run["kind"] == "generate_mask_diffusion":
         assert result.nfe.tolist() == [run["nfe"]]
         assert result.context_passes.tolist() == [run["max_new_tokens"] // run["block_size"]]
@@ -380,12 +391,12 @@ def test_context_tower_equals_transformers():
 # ------------------------------------------------------- pure functions against plain float64 loops
 
 def scan_inputs(L: int, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     randn = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
     b, H, P, G, N = 2, 4, 3, 2, 5
     dt = F.softplus(randn(b, L, H))
-    return dict(x=randn(b, L, H, P), dt=dt, A=-randn(H).exp(), B=randn(b, L, G, N), C=randn(b, L, G, N),
-                D=randn(H), state=randn(b, H, P, N))
+    return dict(x=randn(b, L, H, P), dt=dt, A=-randn(H).exp(), B=randn(b, L, G, N),
+                C=randn(b, L, G, N), D=randn(H), state=randn(b, H, P, N))
 
 
 def scan_by_definition(x, dt, A, B, C, D, state):
@@ -394,7 +405,8 @@ def scan_by_definition(x, dt, A, B, C, D, state):
         for l in range(x.shape[1]):
             for k in range(x.shape[2]):
                 g = k // (x.shape[2] // B.shape[2])
-                h[b, k] = math.exp(dt[b, l, k] * A[k]) * h[b, k] + dt[b, l, k] * torch.outer(x[b, l, k], B[b, l, g])
+                drive = dt[b, l, k] * torch.outer(x[b, l, k], B[b, l, g])
+                h[b, k] = math.exp(dt[b, l, k] * A[k]) * h[b, k] + drive
                 ys[b, l, k] = h[b, k] @ C[b, l, g] + D[k] * x[b, l, k]
     return ys, h
 
@@ -414,7 +426,8 @@ def test_scan(L):
         state = given["state"].clone()
         for l in range(L):
             token = {name: given[name][:, l] for name in ("x", "dt", "B", "C")}
-            out, state = twotower.ssd_step(**token, A=given["A"], D=given["D"], state=state, in_place=l % 2 == 1)
+            out, state = twotower.ssd_step(**token, A=given["A"], D=given["D"], state=state,
+                                           in_place=l % 2 == 1)
             check(out, y[:, l], limit)
         check(state, h, limit)
 
@@ -438,6 +451,20 @@ def test_scan_survives_strong_decay_and_large_states():
         assert error(state[:, head], h[:, head]) < 1e-4
 
 
+@pytest.mark.parametrize("rows", [1, 16, 700])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(rows, bias):
+    """Small products and those large enough for oneDNN, also from rows that are not contiguous."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 2, 128), torch.randn(320, 128)
+    bias = torch.randn(320) if bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            check(twotower.linear(x, weight, bias), exact, 1e-6)
+            check(twotower.linear(x[:, 1], weight, bias), exact[:, 1], 1e-6)
+
+
 @pytest.mark.parametrize("L", [1, 3, 16, 17])
 @pytest.mark.parametrize("bias", [True, False])
 def test_causal_conv1d(L, bias):
@@ -451,13 +478,14 @@ def test_causal_conv1d(L, bias):
     ref = ref if bias is None else ref + bias
     ref = ref / (1 + torch.exp(-ref))
     check(twotower.causal_conv1d(inputs, weight, bias), ref, 1e-12)
-    out = twotower.causal_conv1d(inputs.float(), weight.float(), None if bias is None else bias.float())
-    check(out, ref, 1e-5)
+    bias = None if bias is None else bias.float()
+    check(twotower.causal_conv1d(inputs.float(), weight.float(), bias), ref, 1e-5)
 
 
 def test_norms():
     torch.manual_seed(0)
-    x, z, w = torch.randn(3, 5, 12).double(), torch.randn(3, 5, 12).double(), torch.rand(12).double() + 0.5
+    x, z = torch.randn(2, 3, 5, 12).double()
+    w = torch.rand(12).double() + 0.5
     ref, gated = torch.empty_like(x), torch.empty_like(x)
     for row, gate, out, out_gated in zip(*(v.view(15, 12) for v in (x, z, ref, gated))):
         out.copy_(w * row / math.sqrt(sum(v * v for v in row) / 12 + 1e-5))
@@ -476,7 +504,7 @@ def test_norms():
 def test_attention():
     torch.manual_seed(0)
     B, H, G, L, S, K = 2, 6, 2, 5, 9, 8
-    q, k, v = torch.randn(B, H, L, K).double(), torch.randn(B, G, S, K).double(), torch.randn(B, G, S, K).double()
+    q, (k, v) = torch.randn(B, H, L, K).double(), torch.randn(2, B, G, S, K).double()
     mask = torch.rand(B, 1, L, S) < 0.6
     mask[..., 0] = True
 
@@ -491,7 +519,8 @@ def test_attention():
         return out
 
     check(twotower.attention(q, k, v), by_definition(q, k, v, lambda b, l: slice(None)), 1e-12)
-    check(twotower.attention(q, k, v, mask), by_definition(q, k, v, lambda b, l: mask[b, 0, l]), 1e-12)
+    masked = by_definition(q, k, v, lambda b, l: mask[b, 0, l])
+    check(twotower.attention(q, k, v, mask), masked, 1e-12)
     check(twotower.attention(q, k[:, :, :L], v[:, :, :L], is_causal=True),
           by_definition(q, k, v, lambda b, l: slice(0, l + 1)), 1e-12)
 
@@ -523,7 +552,8 @@ def test_route(groups, kept, normed):
 def test_moe_experts(routing, bias):
     torch.manual_seed(0)
     T = 1 if routing == "one token" else 13
-    x, up, down = torch.randn(T, 8).double(), torch.randn(5, 6, 8).double(), torch.randn(5, 8, 6).double()
+    x, up = torch.randn(T, 8).double(), torch.randn(5, 6, 8).double()
+    down = torch.randn(5, 8, 6).double()
     biases = (torch.randn(5, 6).double(), torch.randn(5, 8).double()) if bias else (None, None)
     topk_ids = torch.stack([torch.randperm(4)[:2] for _ in range(T)])           # expert 4 stays idle
     topk_ids = topk_ids * 0 + 2 if routing == "one expert" else topk_ids
@@ -540,9 +570,9 @@ def test_moe_experts(routing, bias):
 
 def test_select_commits():
     """The published rule, written out, on every small case of confidences and steps left."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     for _ in range(300):
-        Q, steps_left = int(torch.randint(1, 9, (), generator=g)), int(torch.randint(1, 9, (), generator=g))
+        Q, steps_left = torch.randint(1, 9, (2,), generator=g).tolist()
         confidence, masked = torch.rand(3, Q, generator=g), torch.rand(3, Q, generator=g) < 0.6
         commits = twotower.select_commits(confidence, masked, 0.8, steps_left)
         for row in range(3):
@@ -552,7 +582,8 @@ def test_select_commits():
                 max(sure, 1, math.ceil(len(places) / steps_left)), len(places))
             best = sorted(places, key=lambda i: -confidence[row, i])[:n]
             assert commits[row].nonzero().flatten().tolist() == sorted(best)
-    at_threshold = twotower.select_commits(torch.tensor([[0.8, 0.8]]), torch.ones(1, 2).bool(), 0.8, 9)
+    tie = torch.tensor([[0.8, 0.8]])
+    at_threshold = twotower.select_commits(tie, tie > 0, 0.8, 9)
     assert at_threshold.tolist() == [[True, False]]             # strict, and the first wins a tie
 
 
@@ -636,19 +667,21 @@ def test_ragged_generation_equals_single_rows(mode, temperature):
     prompts = [ids(1, n, seed=n)[0] for n in RAGGED]
     knobs = MODES[mode] | dict(temperature=temperature, top_k=20 if temperature else None)
     generate = getattr(model, mode)
-    generators = lambda rows: [torch.Generator().manual_seed(row) for row in rows]
+    generators = lambda rows: [seeded(row) for row in rows]
     free = generate(prompts, 29, generator=generators(range(5)), **knobs)
     texts, steps = [tokens.tolist() for tokens in free.tokens], []
     ends = lambda eos: [text.index(eos) if eos in text else 29 for text in texts]
     eos = max(range(64), key=lambda eos: len({end // 8 for end in ends(eos)}))
-    batch = generate(prompts, 29, eos_token_id=eos, generator=generators(range(5)), on_step=steps.append, **knobs)
+    knobs["eos_token_id"] = eos
+    batch = generate(prompts, 29, generator=generators(range(5)), on_step=steps.append, **knobs)
     lengths = [len(tokens) for tokens in batch.tokens]
     assert max(lengths) - min(lengths) >= 8, "no row ended a block before another"
     for row, prompt in enumerate(prompts):
         own = []
-        alone = generate([prompt], 29, eos_token_id=eos, generator=generators([row]), on_step=own.append, **knobs)
+        alone = generate([prompt], 29, generator=generators([row]), on_step=own.append, **knobs)
         assert batch.tokens[row].tolist() == alone.tokens[0].tolist()
-        assert batch.nfe[row] == alone.nfe[0] and batch.context_passes[row] == alone.context_passes[0]
+        assert batch.nfe[row] == alone.nfe[0]
+        assert batch.context_passes[row] == alone.context_passes[0]
         mine = [(s, s.rows.index(row)) for s in steps if row in s.rows]
         mine = [(s, r) for s, r in mine if s.committed[r].any()]
         for (a, r), b in zip(mine, own, strict=True):
@@ -662,7 +695,7 @@ def test_one_pass_training_logits_equal_decoding_logits(odd):
     """diffusion_logits of block b = denoise(block b) after a context of b clean blocks."""
     model, n, Q = random_model(odd), 4, 8
     clean, noisy, t = ids(2, n * Q), ids(2, n * Q, seed=1), torch.tensor([0.3, 0.9])
-    noisy[torch.rand(noisy.shape, generator=torch.Generator().manual_seed(2)) < 0.5] = MASK
+    noisy[torch.rand(noisy.shape, generator=seeded(2)) < 0.5] = MASK
     logits = model.diffusion_logits(clean, noisy, t, Q)
     for b in range(n):
         block = slice(b * Q, (b + 1) * Q)
@@ -730,8 +763,9 @@ def test_the_kv_cache_is_not_copied_when_room_was_reserved():
 def test_same_seed_same_tokens(mode):
     model, prompts = random_model(), [ids(1, 5)[0], ids(1, 9)[0]]
     def run(seed):
-        return [t.tolist() for t in getattr(model, mode)(
-            prompts, 24, temperature=1.0, generator=torch.Generator().manual_seed(seed), **MODES[mode]).tokens]
+        knobs = MODES[mode] | dict(temperature=1.0, generator=seeded(seed))
+        return [tokens.tolist() for tokens in getattr(model, mode)(prompts, 24, **knobs).tokens]
+
     assert run(1) == run(1) != run(2)
 
 
@@ -771,16 +805,14 @@ def test_top_k_and_top_p_shape_every_mode():
     for mode, knobs in MODES.items():
         generate = functools.partial(getattr(model, mode), prompt, 16, **knobs)
         greedy = generate().tokens[0].tolist()
-        seeded = lambda **k: generate(temperature=5.0, generator=torch.Generator().manual_seed(0), **k)
-        assert seeded(top_k=1).tokens[0].tolist() == greedy
-        assert seeded(top_p=1e-6).tokens[0].tolist() == greedy
-        assert seeded().tokens[0].tolist() != greedy
+        hot = lambda **k: generate(temperature=5.0, generator=seeded(0), **k).tokens[0].tolist()
+        assert hot(top_k=1) == hot(top_p=1e-6) == greedy != hot()
 
 
 def test_draws_follow_the_shaped_distribution():
     """20,000 draws: each frequency within five standard deviations of its probability."""
-    logits = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    sampler = Sampler(0.7, top_k=4, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(6, generator=seeded(0))
+    sampler = Sampler(0.7, top_k=4, generator=seeded(1))
     drawn = sampler.draw(logits.expand(20000, 6), list(range(20000))).bincount(minlength=6) / 20000
     p = twotower.shape_logits(logits, 0.7, top_k=4).softmax(-1)
     assert (p == 0).sum() == 2
@@ -788,13 +820,13 @@ def test_draws_follow_the_shaped_distribution():
 
 
 def test_confidence_ignores_temperature_and_mask_token():
-    logits = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(1, 4, 64, generator=seeded(0))
     logits[..., MASK] = 50.0
     chosen, confidence = twotower.predict(logits, Sampler(), [0], MASK)
     without = torch.cat([logits[..., :MASK], logits[..., MASK + 1:]], dim=-1)
     assert MASK not in chosen
     torch.testing.assert_close(confidence, without.softmax(-1).max(-1).values)
-    sampler = Sampler(3.0, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(3.0, generator=seeded(0))
     chosen, confidence = twotower.predict(logits, sampler, [0], MASK)
     p = without.softmax(-1).gather(-1, (chosen - (chosen > MASK).long())[..., None])[..., 0]
     torch.testing.assert_close(confidence, p)
@@ -841,7 +873,7 @@ def test_select_keeps_rows():
 def test_gradients_reach_the_denoiser_and_nothing_frozen():
     torch.manual_seed(0)
     model = TwoTower(TwoTowerConfig(**TINY))
-    model.diffusion_loss(ids(4, 64), 16, torch.Generator().manual_seed(0)).backward()
+    model.diffusion_loss(ids(4, 64), 16, seeded(0)).backward()
     for name, parameter in model.named_parameters():
         frozen = name.startswith("context_")
         got = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
@@ -857,7 +889,7 @@ def test_gradients_are_right():
     """Autograd through both losses against central differences, in float64."""
     model = random_model(seed=3)
     tokens = ids(1, 16)
-    losses = {"lm_head.weight": lambda: model.diffusion_loss(tokens, 8, torch.Generator().manual_seed(0)),
+    losses = {"lm_head.weight": lambda: model.diffusion_loss(tokens, 8, seeded(0)),
               "context_lm_head.weight": lambda: model.ar_loss(tokens)}
     names = ["layers.0.mixer.A_log", "layers.0.mixer.dt_bias", "layers.0.mixer.conv1d.weight",
              "layers.1.mixer.experts.up_proj.weight", "layers.1.mixer.gate.weight",
@@ -865,10 +897,10 @@ def test_gradients_are_right():
     parameters = dict(model.named_parameters())
     for head, loss in losses.items():
         tower = "context_tower." if head.startswith("context") else "denoiser_tower."
-        extra = [] if tower == "context_tower." else ["scale_shift_tables.2", "t_embedder.mlp.0.weight"]
+        extra = ["scale_shift_tables.2", "t_embedder.mlp.0.weight"] * (head == "lm_head.weight")
         for name in [head] + [tower + name for name in names] + extra:
             parameter = parameters[name]
-            direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
+            direction = torch.randn(parameter.shape, generator=seeded(1)).double()
             gradient, = torch.autograd.grad(loss(), parameter)
             with torch.no_grad():
                 parameter += 1e-6 * direction
@@ -877,13 +909,14 @@ def test_gradients_are_right():
                 down = loss()
                 parameter += 1e-6 * direction
             expected = float((up - down) / 2e-6)
-            assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-4, abs=1e-7), name
+            got = float((gradient * direction).sum())
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-7), name
 
 
 def test_diffusion_loss_is_the_mean_over_masked_positions():
     model, tokens = random_model(), ids(3, 32)
-    loss = model.diffusion_loss(tokens, 8, torch.Generator().manual_seed(5))
-    g = torch.Generator().manual_seed(5)
+    loss = model.diffusion_loss(tokens, 8, seeded(5))
+    g = seeded(5)
     t = 0.001 + 0.999 * torch.rand(3, generator=g)
     masked = torch.rand(3, 32, generator=g) < t[:, None]
     logits = model.diffusion_logits(tokens, tokens.masked_fill(masked, MASK), t, 8)
@@ -891,8 +924,8 @@ def test_diffusion_loss_is_the_mean_over_masked_positions():
     torch.testing.assert_close(loss, expected)
     assert 0 < masked.sum() < 96
     logits = model.context_logits(tokens).log_softmax(-1)
-    expected = -torch.stack([logits[b, l, tokens[b, l + 1]] for b in range(3) for l in range(31)]).mean()
-    torch.testing.assert_close(model.ar_loss(tokens), expected)
+    picked = [logits[b, l, tokens[b, l + 1]] for b in range(3) for l in range(31)]
+    torch.testing.assert_close(model.ar_loss(tokens), -torch.stack(picked).mean())
 
 
 def test_a_few_steps_of_training_learn():
@@ -907,13 +940,14 @@ def test_a_few_steps_of_training_learn():
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     tokens, losses = ids(1, 16).repeat(8, 4), []
     for step in range(80):
-        loss = model.diffusion_loss(tokens, 16, torch.Generator().manual_seed(step))
+        loss = model.diffusion_loss(tokens, 16, seeded(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.context_tower.state_dict().items())
+    after = model.context_tower.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
 
 
 # ----------------------------------------------------------------------------- loading and saving
@@ -940,7 +974,7 @@ def test_save_and_load(tmp_path, odd, shard):
 
 def test_golden_checkpoint_round_trips_byte_for_byte(tmp_path):
     golden("cfg1")[2].save_pretrained(tmp_path)
-    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / "cfg1" / "model.safetensors")
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path, GOLDEN / "cfg1"))
     assert ours.keys() == theirs.keys() and len(ours) == 282
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
 
@@ -962,9 +996,10 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     for name in set(weight_map.values()) - needed:
         (tmp_path / name).unlink()
     loaded = TwoTower.from_pretrained(tmp_path, towers="context")
-    assert not any(name.startswith(("denoiser", "lm_head", "t_", "scale")) for name in loaded.state_dict())
+    assert all(name.startswith("context_") for name in loaded.state_dict())
     prompt = ids(1, 9)
-    assert loaded.generate_ar(prompt, 8).tokens[0].tolist() == model.generate_ar(prompt, 8).tokens[0].tolist()
+    ours, theirs = (m.generate_ar(prompt, 8).tokens[0] for m in (loaded, model))
+    assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="only the context tower is loaded"):
         loaded.generate_mask_diffusion(prompt, 8)
     with pytest.raises(ValueError, match="is missing"):
@@ -993,10 +1028,15 @@ def test_memory_while_loading(tmp_path):
     torch.manual_seed(0)
     TwoTower(config).save_pretrained(tmp_path, 100_000_000)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    script = ("import re, sys; from twotower import TwoTower\n"
-              "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-              "before = peak(); model = TwoTower.from_pretrained(sys.argv[1]); print(peak() - before)\n")
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=HERE)
+    script = """
+import re, sys
+from twotower import TwoTower
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+model = TwoTower.from_pretrained(sys.argv[1])
+print(peak() - before)
+"""
+    run = run_python("-c", script, tmp_path)
     assert size > 250e6 and run.returncode == 0, run.stderr
     assert 0.9 * size < int(run.stdout) < size + 1.5 * 512 * 16384 * 4
 
@@ -1006,21 +1046,25 @@ def test_the_released_config_has_the_released_size():
     pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
     config = TwoTowerConfig(
         hidden_size=2688, num_hidden_layers=52, hybrid_override_pattern=pattern, vocab_size=131072,
-        layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8, ssm_state_size=128,
-        conv_kernel=4, chunk_size=128, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
-        intermediate_size=1856, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712, norm_topk_prob=True, routed_scaling_factor=2.5)
+        layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8,
+        ssm_state_size=128, conv_kernel=4, chunk_size=128, num_attention_heads=32,
+        num_key_value_heads=2, head_dim=128, intermediate_size=1856, n_routed_experts=128,
+        num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, norm_topk_prob=True, routed_scaling_factor=2.5)
     with torch.device("meta"):
         model = TwoTower(config)
     assert (config.d_inner, config.conv_dim) == (4096, 6144)
     count = lambda module: sum(p.numel() for p in module.parameters())
     assert round((count(model.context_tower) + count(model.context_lm_head)) / 1e9, 3) == 31.578
-    assert round(sum(count(l) - count(l.norm) for l in model.context_tower.layers if l.kind == "E") / 1e9, 3) == 29.842
-    keys = [key for name, meta in twotower._named_tensors(model) for key in twotower._checkpoint_keys(name, meta)]
+    moe = sum(count(layer.mixer) for layer in model.context_tower.layers if layer.kind == "E")
+    assert round(moe / 1e9, 3) == 29.842
+    keys = [key for name, meta in twotower._named_tensors(model)
+            for key in twotower._checkpoint_keys(name, meta)]
     assert len(keys) == len(set(keys)) == 12544
     states = model.to(torch.bfloat16).context_tower.empty_states(1, 1)
-    assert sum(s.key_cache.nbytes + s.value_cache.nbytes for s in states if isinstance(s, KVCache)) == 6144
-    assert round(sum(s.ssm_state.nbytes for s in states if isinstance(s, MambaState)) / 1e6, 1) == 48.2
+    caches = [state for state in states if isinstance(state, KVCache)]
+    assert sum(cache.key_cache.nbytes + cache.value_cache.nbytes for cache in caches) == 6144
+    ssm = sum(state.ssm_state.nbytes for state in states if isinstance(state, MambaState))
+    assert round(ssm / 1e6, 1) == 48.2
 
 
 def test_works_when_copied_alone(tmp_path):
@@ -1038,12 +1082,13 @@ loss.backward(); optimizer.step()
 print(len(model.generate_mask_diffusion(tokens[:, :5], 20).tokens[0]))
 model.save_pretrained("saved"); TwoTower.from_pretrained("saved")
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    run = run_python("-c", script, cwd=tmp_path)
     assert run.returncode == 0 and run.stdout == "20\n", run.stderr
 
 
 def test_twotower_imports_only_what_it_may():
-    imports = re.findall(r"^(?:from|import) ([\w]+)", (HERE / "twotower.py").read_text(), re.MULTILINE)
+    source = (HERE / "twotower.py").read_text()
+    imports = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
     third_party = {name for name in imports if name not in sys.stdlib_module_names}
     assert third_party == {"torch", "einops", "safetensors"}
 
@@ -1072,71 +1117,75 @@ def edit_tensors(path: Path, change):
     save_file(tensors, path)
 
 
-def truncate(path: Path, keep: int):
-    path.write_bytes(path.read_bytes()[:keep])
+def cut(name: str, keep: int):
+    return lambda d: (d / name).write_bytes((d / name).read_bytes()[:keep])
+
+
+def gone(name: str):
+    return lambda d: (d / name).unlink()
+
+
+def text(name: str, content: str):
+    return lambda d: (d / name).write_text(content)
+
+
+def config(**changes):
+    return lambda d: edit_json(d / "config.json", lambda c: c.update(changes))
+
+
+def index(change):
+    return lambda d: edit_json(d / twotower.INDEX, lambda i: change(i["weight_map"]))
+
+
+def weights(change, name: str = "model.safetensors"):
+    return lambda d: edit_tensors(d / name, change)
 
 
 UP = "denoiser_tower.layers.1.mixer.experts.3.up_proj.weight"
-SHARD = "model-00002-of-00005.safetensors"
-# what is wrong -> (sharded?, how to break a checkpoint, what the one line must say)
+FIRST, SHARD = "context_tower.embeddings.weight", "model-00002-of-00005.safetensors"
+# what is wrong -> (how to break a checkpoint, what the one line must say)
 BROKEN = {
-    "config missing": (False, lambda d: (d / "config.json").unlink(), "config.json is missing"),
-    "config is broken JSON": (False, lambda d: truncate(d / "config.json", 100), "config.json is not valid JSON"),
-    "config is a list": (False, lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object"),
-    "field missing": (False, lambda d: edit_json(d / "config.json", lambda c: c.pop("n_groups")),
+    "config missing": (gone("config.json"), "config.json is missing"),
+    "config is broken JSON": (cut("config.json", 100), "config.json is not valid JSON"),
+    "config is a list": (text("config.json", "[]"), "must hold a JSON object"),
+    "field missing": (lambda d: edit_json(d / "config.json", lambda c: c.pop("n_groups")),
                       "field 'n_groups' is missing"),
-    "unknown letter": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        hybrid_override_pattern="MEM*EMEM*X")), "'X' is no layer kind"),
-    "pattern too short": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        hybrid_override_pattern="MEM*EMEM*")), "num_hidden_layers is 10, but"),
-    "negative size": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(hidden_size=-64)),
-                      "hidden_size is -64"),
-    "size is text": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(head_dim="16")),
-                     "head_dim is '16'"),
-    "heads do not divide": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        num_key_value_heads=3)), "num_attention_heads is 4, but it must be a multiple"),
-    "more experts a token than experts": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        num_experts_per_tok=9)), "num_experts_per_tok is 9"),
-    "limits reversed": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        time_step_limit=[0.3, 0.1])), "time_step_limit is"),
-    "limits are a word": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        time_step_limit="none")), "time_step_limit is"),
-    "other activation": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        mlp_hidden_act="gelu")), "only relu2 is supported"),
-    "mask id outside": (False, lambda d: edit_json(d / "config.json", lambda c: c.update(
-        mask_token_id=128)), "mask_token_id is 128"),
-    "no weights": (False, lambda d: (d / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    "weights truncated": (False, lambda d: truncate(d / "model.safetensors", 10**6), "model.safetensors is truncated"),
-    "weights are text": (False, lambda d: (d / "model.safetensors").write_text("<html>not found</html>"),
-                         "not a safetensors file"),
-    "tensor missing": (False, lambda d: edit_tensors(d / "model.safetensors", lambda t: t.pop(UP)),
-                       f"lacks 1 of 282 tensors, first {UP}"),
-    "time conditioning missing": (False, lambda d: edit_tensors(
-        d / "model.safetensors", lambda t: t.pop("t_block.1.bias")), "first t_block.1.bias"),
-    "tensor too many": (False, lambda d: edit_tensors(d / "model.safetensors", lambda t: t.update(
-        extra=torch.zeros(1))), "holds tensor extra"),
-    "wrong shape": (False, lambda d: edit_tensors(d / "model.safetensors", lambda t: t.update(
-        {UP: torch.zeros(24, 63)})), f"tensor {UP} has shape [24, 63], expected [24, 64]"),
-    "wrong dtype": (False, lambda d: edit_tensors(d / "model.safetensors", lambda t: t.update(
-        {UP: torch.zeros(24, 64, dtype=torch.int8)})), f"tensor {UP} has dtype I8"),
-    "shard missing": (True, lambda d: (d / SHARD).unlink(), f"{SHARD} is missing"),
-    "shard truncated": (True, lambda d: truncate(d / SHARD, 10**5), f"{SHARD} is truncated"),
-    "index is broken JSON": (True, lambda d: truncate(d / twotower.INDEX, 500), "index.json is not valid JSON"),
-    "index without a map": (True, lambda d: (d / twotower.INDEX).write_text("{}"), "has no weight_map"),
-    "index points elsewhere": (True, lambda d: edit_json(d / twotower.INDEX, lambda i: i["weight_map"].update(
-        {UP: "../other.safetensors"})), "which is no file name"),
-    "index lies": (True, lambda d: edit_json(d / twotower.INDEX, lambda i: i["weight_map"].update(
-        {key: SHARD for key, name in i["weight_map"].items() if name != SHARD and "norm_f" in key})),
-        f"{SHARD} lacks tensor"),
-    "a tensor twice": (True, lambda d: edit_tensors(d / SHARD, lambda t: t.update(
-        {"context_tower.embeddings.weight": torch.zeros(128, 64)})), "embeddings.weight is in both"),
+    "unknown letter": (config(hybrid_override_pattern="MEM*EMEM*X"), "'X' is no layer kind"),
+    "pattern too short": (config(hybrid_override_pattern="MEM*"), "num_hidden_layers is 10, but"),
+    "negative size": (config(hidden_size=-64), "hidden_size is -64"),
+    "size is text": (config(head_dim="16"), "head_dim is '16'"),
+    "heads do not divide": (config(num_key_value_heads=3), "num_attention_heads is 4, but it must"),
+    "more experts a token than experts": (config(num_experts_per_tok=9), "num_experts_per_tok is 9"),
+    "limits reversed": (config(time_step_limit=[0.3, 0.1]), "time_step_limit is"),
+    "limits are a word": (config(time_step_limit="none"), "time_step_limit is"),
+    "other activation": (config(mlp_hidden_act="gelu"), "only relu2 is supported"),
+    "mask id outside": (config(mask_token_id=128), "mask_token_id is 128"),
+    "no weights": (gone("model.safetensors"), "holds neither model.safetensors nor"),
+    "weights truncated": (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
+    "weights are text": (text("model.safetensors", "<html></html>"), "not a safetensors file"),
+    "tensor missing": (weights(lambda t: t.pop(UP)), f"lacks 1 of 282 tensors, first {UP}"),
+    "time conditioning missing": (weights(lambda t: t.pop("t_block.1.bias")), "first t_block.1.bias"),
+    "tensor too many": (weights(lambda t: t.update(extra=torch.zeros(1))), "holds tensor extra"),
+    "wrong shape": (weights(lambda t: t.update({UP: torch.zeros(24, 63)})),
+                    f"tensor {UP} has shape [24, 63], expected [24, 64]"),
+    "wrong dtype": (weights(lambda t: t.update({UP: torch.zeros(24, 64, dtype=torch.int8)})),
+                    f"tensor {UP} has dtype I8"),
+    "shard missing": (gone(SHARD), f"{SHARD} is missing"),
+    "shard truncated": (cut(SHARD, 10**5), f"{SHARD} is truncated"),
+    "index is broken JSON": (cut(twotower.INDEX, 500), "index.json is not valid JSON"),
+    "index without a map": (text(twotower.INDEX, "{}"), "has no weight_map"),
+    "index points elsewhere": (index(lambda m: m.update({UP: "../other.safetensors"})),
+                               "which is no file name"),
+    "index lies": (index(lambda m: m.update({FIRST: SHARD})), f"{SHARD} lacks tensor {FIRST}"),
+    "a tensor twice": (weights(lambda t: t.update({FIRST: torch.zeros(128, 64)}), SHARD),
+                       f"tensor {FIRST} is in both"),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_checkpoint(what, tmp_path):
-    sharded, damage, message = BROKEN[what]
-    directory = copy_checkpoint(tmp_path, sharded)
+    damage, message = BROKEN[what]
+    directory = copy_checkpoint(tmp_path, what.startswith(("shard", "index", "a tensor twice")))
     damage(directory)
     with pytest.raises(ValueError, match=re.escape(message)):
         TwoTower.from_pretrained(directory)
@@ -1164,8 +1213,10 @@ def test_bad_arguments():
         "max_new_tokens is -3": lambda: model.generate_mock_ar(one, -3),
         "block_size is 0": lambda: model.generate_mask_diffusion(one, 8, block_size=0),
         "steps_per_block is 0": lambda: model.generate_mask_diffusion(one, 8, steps_per_block=0),
-        "mask_token_id holds id 128": lambda: model.generate_mask_diffusion(one, 8, mask_token_id=128),
-        "confidence_threshold is nan": lambda: model.generate_mask_diffusion(one, 8, confidence_threshold=math.nan),
+        "mask_token_id holds id 128":
+            lambda: model.generate_mask_diffusion(one, 8, mask_token_id=128),
+        "confidence_threshold is nan":
+            lambda: model.generate_mask_diffusion(one, 8, confidence_threshold=math.nan),
         "temperature is -1": lambda: model.generate_ar(one, 8, temperature=-1),
         "temperature is nan": lambda: model.generate_ar(one, 8, temperature=math.nan),
         "top_k is 0": lambda: model.generate_ar(one, 8, temperature=1, top_k=0),
@@ -1197,8 +1248,7 @@ def test_logits_that_are_not_finite_name_the_place(where):
 # ----------------------------------------------------------------------------- the command line
 
 def sample(*args, directory: Path = GOLDEN / "cfg1"):
-    return subprocess.run([sys.executable, str(HERE / "sample.py"), "--checkpoint", str(directory), *args],
-                          capture_output=True, text=True, encoding="utf-8", cwd=directory.parent)
+    return run_python(HERE / "sample.py", "--checkpoint", directory, *args, cwd=directory.parent)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1216,14 +1266,15 @@ def test_sample_prints_what_the_model_writes(mode):
     assert run.stdout == "Hello" + tokenizer.decode(new) + "\n"
     facts, = run.stderr.splitlines()
     nfe, passes = int(result.nfe), int(result.context_passes)
-    assert facts.startswith(f"{mode} on cpu, {len(new)} tokens, {nfe} denoiser passes, {passes} context passes, "
-                            f"{len(new) / (nfe or passes):.2f} tokens per pass, ")
+    assert facts.startswith(
+        f"{mode} on cpu, {len(new)} tokens, {nfe} denoiser passes, {passes} context passes, "
+        f"{len(new) / (nfe or passes):.2f} tokens per pass, ")
     assert ("block_size 8" in facts) == ("steps_per_block 16" in facts) == (mode == "mask_diffusion")
 
 
 def test_sample_is_seeded():
-    texts = [sample("--temperature", "1", "--top-k", "40", "--top-p", "0.95", "--seed", seed, "--mode", "ar",
-                    "--max-new-tokens", "16", "Hi").stdout for seed in ("1", "1", "2")]
+    knobs = "--mode ar --max-new-tokens 16 --temperature 1 --top-k 40 --top-p 0.95".split()
+    texts = [sample(*knobs, "--seed", seed, "Hi").stdout for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -1236,7 +1287,7 @@ def test_sample_is_seeded():
     (["--block-size", "eight", "Hi"], "invalid int value: 'eight'"),
     (["--max-new-tokens", "-5", "Hi"], "max_new_tokens is -5"),
     (["--max-new-tokens", "999999", "Hi"], "max_position_embeddings 4096"),
-    (["--mode", "ar", "--steps-per-block", "4", "Hi"], "--steps-per-block does nothing with --mode ar"),
+    (["--mode", "ar", "--steps-per-block", "4", "Hi"], "does nothing with --mode ar"),
     (["--top-k", "5", "Hi"], "--top-k does nothing without --temperature above 0"),
     (["--temperature", "-1", "Hi"], "temperature is -1.0"),
     (["--temperature", "1", "--seed", "-1", "Hi"], "invalid seed value: '-1'"),
@@ -1253,11 +1304,12 @@ def test_sample_refuses_in_one_line(args, message):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: shutil.rmtree(d), "is not a directory"),
-    (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-    (lambda d: truncate(d / "tokenizer.json", 300), "tokenizer.json is no tokenizer"),
-    (lambda d: truncate(d / "config.json", 300), "config.json is not valid JSON"),
-    (lambda d: truncate(d / "model.safetensors", 10**6), "model.safetensors is truncated"),
-    (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)), "id 128"),
+    (gone("tokenizer.json"), "tokenizer.json is missing"),
+    (cut("tokenizer.json", 300), "tokenizer.json is no tokenizer"),
+    (cut("config.json", 300), "config.json is not valid JSON"),
+    (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
+    (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
+     "id 128"),
 ])
 def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_path):
     directory = copy_checkpoint(tmp_path)
@@ -1279,7 +1331,7 @@ def test_readme_commands():
     assert test in commands and (HERE / ".ci" / "run").read_text().splitlines()[-1] == test
     program, *args = shlex.split(next(line for line in commands if "sample.py" in line))
     assert program == "python"
-    run = subprocess.run([sys.executable, *args], capture_output=True, text=True, encoding="utf-8", cwd=HERE)
+    run = run_python(*args)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(args[-1]) and run.stderr.startswith("mask_diffusion on ")
 
@@ -1287,8 +1339,7 @@ def test_readme_commands():
 def test_bench_runs():
     """One round of the CPU measurement: both context towers agree, the last line is JSON."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    run = subprocess.run([sys.executable, str(HERE / "bench.py"), "cpu", "--rounds", "1", "--threads", "1"],
-                         capture_output=True, text=True, cwd=HERE)
+    run = run_python("bench.py", "cpu", "--rounds", 1, "--threads", 1)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["prefill_512_speedup"] > 0 and len(result["growth"]) == 6

@@ -331,7 +331,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 # On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the
-# same build, uses it. Its only float32 entry is an operator meant for torch.compile, hence the checks
+# same build, uses it. Its one float32 entry is an operator meant for torch.compile: hence the checks
 ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
           and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
