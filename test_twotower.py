@@ -979,11 +979,20 @@ def test_golden_checkpoint_round_trips_byte_for_byte(tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
 
 
+def test_generated_tensors_can_be_trained_on():
+    model = random_model()
+    result = model.generate_ar(ids(1, 5), 8)
+    model.ar_loss(result.tokens[0][None]).backward()
+    result.nfe.add_(1)
+
+
 def test_saving_over_a_checkpoint_leaves_no_stale_shards(tmp_path):
     model = random_model(False, torch.float32)
+    (tmp_path / "model-ema.safetensors").write_bytes(b"somebody's own")
     model.save_pretrained(tmp_path, 20_000)
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "model-ema.safetensors", "model.safetensors"]
     assert same_tensors(TwoTower.from_pretrained(tmp_path), model)
 
 
@@ -1018,6 +1027,10 @@ def test_dtypes(tmp_path):
     context = loaded.prefill(ids(1, 20))
     assert context.states[0].ssm_state.dtype == context.logits.dtype == torch.float32
     assert context.states[0].conv_state.dtype == context.states[3].key_cache.dtype == torch.bfloat16
+    # casting a float32 model rounds all but the router, like loading it in bfloat16
+    cast = TwoTower.from_pretrained(GOLDEN / "cfg1").to(torch.bfloat16)
+    assert same_tensors(model, cast)
+    assert all(tensor.dtype == kinds[name] for name, tensor in cast.state_dict().items())
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
@@ -1049,7 +1062,8 @@ def test_the_released_config_has_the_released_size():
         layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8,
         ssm_state_size=128, conv_kernel=4, chunk_size=128, num_attention_heads=32,
         num_key_value_heads=2, head_dim=128, intermediate_size=1856, n_routed_experts=128,
-        num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, norm_topk_prob=True, routed_scaling_factor=2.5)
+        num_experts_per_tok=6, moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712, norm_topk_prob=True, routed_scaling_factor=2.5)
     with torch.device("meta"):
         model = TwoTower(config)
     assert (config.d_inner, config.conv_dim) == (4096, 6144)
@@ -1057,8 +1071,7 @@ def test_the_released_config_has_the_released_size():
     assert round((count(model.context_tower) + count(model.context_lm_head)) / 1e9, 3) == 31.578
     moe = sum(count(layer.mixer) for layer in model.context_tower.layers if layer.kind == "E")
     assert round(moe / 1e9, 3) == 29.842
-    keys = [key for name, meta in twotower._named_tensors(model)
-            for key in twotower._checkpoint_keys(name, meta)]
+    keys = [key for parts in twotower._checkpoint_tensors(model).values() for key, _ in parts]
     assert len(keys) == len(set(keys)) == 12544
     states = model.to(torch.bfloat16).context_tower.empty_states(1, 1)
     caches = [state for state in states if isinstance(state, KVCache)]
@@ -1157,6 +1170,7 @@ BROKEN = {
     "heads do not divide": (config(num_key_value_heads=3), "num_attention_heads is 4, but it must"),
     "more experts a token than experts": (config(num_experts_per_tok=9), "num_experts_per_tok is 9"),
     "limits reversed": (config(time_step_limit=[0.3, 0.1]), "time_step_limit is"),
+    "pattern is a number": (config(hybrid_override_pattern=5), "hybrid_override_pattern is 5"),
     "limits are a word": (config(time_step_limit="none"), "time_step_limit is"),
     "other activation": (config(mlp_hidden_act="gelu"), "only relu2 is supported"),
     "mask id outside": (config(mask_token_id=128), "mask_token_id is 128"),
@@ -1175,7 +1189,7 @@ BROKEN = {
     "index is broken JSON": (cut(twotower.INDEX, 500), "index.json is not valid JSON"),
     "index without a map": (text(twotower.INDEX, "{}"), "has no weight_map"),
     "index points elsewhere": (index(lambda m: m.update({UP: "../other.safetensors"})),
-                               "which is no file name"),
+                               "which is no safetensors file name"),
     "index lies": (index(lambda m: m.update({FIRST: SHARD})), f"{SHARD} lacks tensor {FIRST}"),
     "a tensor twice": (weights(lambda t: t.update({FIRST: torch.zeros(128, 64)}), SHARD),
                        f"tensor {FIRST} is in both"),
@@ -1206,9 +1220,9 @@ def test_bad_arguments():
         "tokens has shape (2, 1)": lambda: model.extend(context, torch.tensor([[1], [2]])),
         "tokens holds id 999": lambda: model.extend(context, torch.tensor([[999]])),
         "block has shape (1, 0)": lambda: model.denoise(mask[:, :0], context),
-        "t is [nan]": lambda: model.denoise(mask, context, math.nan),
+        "t is nan": lambda: model.denoise(mask, context, math.nan),
         "t is [1.5": lambda: model.denoise(mask, context, torch.tensor([1.5])),
-        "t is [-1.0]": lambda: model.denoise(mask, context, -1),
+        "t is -1.0": lambda: model.denoise(mask, context, -1),
         "max_new_tokens is 0": lambda: model.generate_ar(one, 0),
         "max_new_tokens is -3": lambda: model.generate_mock_ar(one, -3),
         "block_size is 0": lambda: model.generate_mask_diffusion(one, 8, block_size=0),
@@ -1219,6 +1233,10 @@ def test_bad_arguments():
             lambda: model.generate_mask_diffusion(one, 8, confidence_threshold=math.nan),
         "temperature is -1": lambda: model.generate_ar(one, 8, temperature=-1),
         "temperature is nan": lambda: model.generate_ar(one, 8, temperature=math.nan),
+        "t is [0.5, 0.5]": lambda: model.denoise(mask, context, torch.tensor([0.5, 0.5])),
+        "t is 7.0": lambda: model.diffusion_logits(mask, mask, 7, 4),
+        "eos_token_id is 128": lambda: model.generate_ar(one, 8, eos_token_id=128),
+        "eos_token_id is [2, 4]": lambda: model.generate_ar(one, 8, eos_token_id=[2, 4]),
         "top_k is 0": lambda: model.generate_ar(one, 8, temperature=1, top_k=0),
         "top_p is 1.5": lambda: model.generate_ar(one, 8, temperature=1, top_p=1.5),
         "2 generators for 1 prompts": lambda: model.generate_ar(one, 8, generator=[None, None]),
@@ -1240,8 +1258,7 @@ def test_logits_that_are_not_finite_name_the_place(where):
                   (model.lm_head, model.generate_mask_diffusion))
     with torch.no_grad():
         head.weight[7] = math.nan
-    place = "row 0, token 0" if where == "context" else "row 0, block 0, step 0, position 0"
-    with pytest.raises(ValueError, match=place):
+    with pytest.raises(ValueError, match="row 0, block 0, step 0, position 0"):
         mode(torch.tensor([[5, 6, 7]]), 8)
 
 

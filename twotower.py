@@ -37,7 +37,9 @@ Dimension key, used in every shape comment ("f32": float32, or float64 in a floa
     E experts  A active experts        F expert width            V vocabulary    T = B*L tokens
     R rows of a batch that are still being written
 
-Deviations from the released code (they change no output of a single greedy row):
+A, B, C, D and dt of a Mamba-2 layer are tensors, named as in its paper; batch is b beside them.
+
+Deviations from the released code (for one row they change nothing but the outputs named):
   - t is each row's own masked fraction, as in training; the release averages it over the batch.
   - prompts of different lengths batch together; a row that meets EOS ends alone; tokens after EOS
     are cut; one-token prompts and any max_new_tokens work.
@@ -54,6 +56,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -128,7 +131,8 @@ class TwoTowerConfig:
             if value is dataclasses.MISSING:
                 raise ValueError(f"config: field {field.name!r} is missing")
             if field.name == "time_step_limit":
-                value = field.default if value is None else tuple(value)
+                value = field.default if value is None else value
+                value = tuple(value) if isinstance(value, list | tuple) else (value,)
             setattr(self, field.name, value)
         self._validate()
 
@@ -138,7 +142,7 @@ class TwoTowerConfig:
         fields = _read_json(Path(path))
         try:
             return cls(**fields)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     @property
@@ -168,6 +172,7 @@ class TwoTowerConfig:
                 holds, rule = kinds[field.type]
                 require(holds(getattr(self, field.name)), field.name, rule)
         pattern, limit = self.hybrid_override_pattern, self.time_step_limit
+        require(isinstance(pattern, str), "hybrid_override_pattern", "it must be text")
         for letter in pattern:
             require(letter in "M*E-", "hybrid_override_pattern",
                     f"{letter!r} is no layer kind (M Mamba-2, * attention, E MoE, - MLP)")
@@ -182,8 +187,11 @@ class TwoTowerConfig:
         require(self.topk_group <= self.n_group, "topk_group", f"n_group is {self.n_group}")
         require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok",
                 f"there are {self.n_routed_experts} experts")
-        require(len(limit) == 2 and 0 <= limit[0] <= limit[1], "time_step_limit",
+        numbers = all(type(v) in (int, float) for v in limit)
+        require(numbers and len(limit) == 2 and 0 <= limit[0] <= limit[1], "time_step_limit",
                 "it must be [low, high] with 0 <= low <= high")
+        require(self.time_step_min <= self.time_step_max, "time_step_min",
+                f"time_step_max is {self.time_step_max}")
         require(self.mask_token_id is not None, "mask_token_id", "decoding needs one")
         require(self.mlp_hidden_act == "relu2", "mlp_hidden_act", "only relu2 is supported")
         require(self.mamba_hidden_act == "silu", "mamba_hidden_act", "only silu is supported")
@@ -195,34 +203,48 @@ class TwoTowerConfig:
 
 
 class Span(NamedTuple):
-    """One pass of L new tokens per row over cached ones: where they go and what they may see."""
+    """One pass of L new tokens per row over cached ones: where they go and what they may see.
+
+    pass               new tokens see                       Mamba states returned
+    prefill            the new ones before them (causal)    after the last token
+    extend             all cached, the new ones before      after the last token
+    denoise            all cached and all new ones          none
+    train, clean       the new ones before them (causal)    before every block
+    train, noisy       earlier clean blocks, own block      none
+    """
 
     start: int | Tensor             # first cache slot of the new tokens; (B,) when rows differ
     end: int                        # cache slots in use with the new tokens, longest row
-    mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible; None = all visible
-    is_causal: bool = False         # causal over the new tokens alone: nothing is cached
+    mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible; None = all visible,
+    is_causal: bool = False         # or, if is_causal, the new tokens up to each (cache was empty)
     counts: Tensor | None = None    # (B,) real tokens of each row, the rest is padding; None = L
     keep_state: bool = True         # return the Mamba state after the pass
-    block_size: int | None = None   # instead, return the states before every block of this size
+    block_size: int | None = None   # return the states before every block of this size instead
 
     @classmethod
-    def make(cls, lengths: Tensor, L: int, causal: bool, device, counts=None) -> Span:
-        """Span of L tokens appended to rows holding `lengths` (B,) tokens (host tensors)."""
+    def make(cls, lengths: Tensor, L: int, device, *, for_context: bool, counts=None) -> Span:
+        """L tokens appended to rows of `lengths` (B,) tokens (on the host, like counts)."""
         longest = int(lengths.max())
-        end = longest + L
         uniform = bool((lengths == longest).all())
         counts = None if counts is None or bool((counts == L).all()) else counts.to(device)
-        if uniform and (not causal or L == 1 or longest == 0):
-            return cls(longest, end, is_causal=causal and L > 1, counts=counts, keep_state=causal)
-        start = lengths[:1] if uniform else lengths                              # (1 or B,)
-        last_seen = start[:, None] + (torch.arange(L) if causal else L - 1)      # (1 or B, L or 1)
-        mask = torch.arange(end) <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
+        span = cls(longest, longest + L, counts=counts, keep_state=for_context)
+        if uniform and (L == 1 or not for_context):
+            return span                                     # every token sees every slot
+        if longest == 0:
+            return span._replace(is_causal=for_context)
+        last_seen = lengths[:, None] + (torch.arange(L) if for_context else L - 1)   # (B, L or 1)
+        if uniform:
+            last_seen = last_seen[:1]
+        visible = torch.arange(span.end) <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
         start = longest if uniform else lengths.to(device)
-        return cls(start, end, mask.to(device), counts=counts, keep_state=causal)
+        return span._replace(start=start, mask=visible.to(device))
 
 
 class MambaState(NamedTuple):
-    """What a Mamba-2 layer carries from call to call."""
+    """What a Mamba-2 layer carries from call to call.
+
+    Extending a context by one token updates ssm_state in place; no other pass changes a state.
+    """
 
     conv_state: Tensor              # (B, conv_dim, W) model dtype: raw inputs, newest last
     ssm_state: Tensor               # (B, H, P, N) float32 (float64 in a float64 model)
@@ -281,8 +303,8 @@ class Context:
         self.states = tower.empty_states(rows, capacity)
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.logits: Tensor | None = None
-        self._replica: list | None = None               # the states on another device, and for
-        self._sent = self.lengths                       # how many tokens of each row they hold
+        self._replica: list | None = None               # the states on another device
+        self._sent = self.lengths                       # tokens of each row that the replica holds
 
     def select(self, rows: list[int]):
         """Keep only these rows, in this order."""
@@ -331,7 +353,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 # On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the
-# same build, uses it. Its one float32 entry is an operator meant for torch.compile: hence the checks
+# same build, uses it. Its one float32 entry is an operator meant for torch.compile: so it is checked.
 ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
           and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
@@ -345,7 +367,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32; in the weight's dtype."""
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32.
+
+    Returned in the weight's dtype, the model's: x may be a float32 residual stream.
+    """
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(weight.dtype)
 
 
@@ -368,13 +393,13 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     """Depthwise causal convolution, then SiLU, in float32.
 
     Args:
-        inputs (B, W-1+L, C): the L new inputs behind the W-1 before them.
-        weight (C, 1, W), bias (C) or None.
-    Returns: (B, L, C) in the inputs' dtype; output l reads inputs l .. l+W-1.
+        inputs (B, W-1+L, channels): the L new inputs behind the W-1 before them.
+        weight (channels, 1, W), bias (channels) or None.
+    Returns: (B, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
     """
     W = weight.shape[-1]
     L = inputs.shape[1] - W + 1
-    x, taps = wide(inputs), wide(weight[:, 0]).mT.contiguous()                  # (W, C)
+    x, taps = wide(inputs), wide(weight[:, 0]).mT.contiguous()                  # (W, channels)
     if L == 1:
         out = (x * taps).sum(1, keepdim=True)
     else:
@@ -388,13 +413,13 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """One token of the Mamba-2 recurrence: h = exp(dt A) h + dt x (x) B; y = h C + D x.
 
-    Args: x (B,H,P), dt (B,H), A (H), B and C (B,G,N), D (H), state (B,H,P,N); all float32.
-    Returns: y (B,H,P) and the new state, which is `state` itself if in_place.
+    Args: x (b,H,P), dt (b,H), A (H), B and C (b,G,N), D (H), state (b,H,P,N); all f32.
+    Returns: y (b,H,P) and the new state, which is `state` itself if in_place.
     """
     b, H, P, N = state.shape
     grouped = (b, B.shape[1], -1, P, N)
-    decay = torch.exp(dt * A)[..., None, None]                                   # (B, H, 1, 1)
-    h = (state.mul_(decay) if in_place else state * decay).view(grouped)         # (B, G, H/G, P, N)
+    decay = torch.exp(dt * A)[..., None, None]                                   # (b, H, 1, 1)
+    h = (state.mul_(decay) if in_place else state * decay).view(grouped)         # (b, G, H/G, P, N)
     drive = (dt[..., None] * x).view(grouped[:4])
     h = h.addcmul_(drive[..., None], B[:, :, None, None])
     y = torch.einsum("bgrpn,bgn->bgrp", h, C).view(b, H, P)
@@ -408,26 +433,29 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     Token l reads token s <= l with weight exp(sum of dt A over s+1..l) dt_s (C_l . B_s), and
     everything older through the state.
 
-    Args: x (B,c,H,P), dt (B,c,H), A (H), B and C (B,c,G,N), state (B,H,P,N); all float32.
-    Returns: y (B,c,H,P); the state after the chunk, or None if not keep_state.
+    Args: x (b,c,H,P), dt (b,c,H), A (H), B and C (b,c,G,N), state (b,H,P,N); all f32.
+    Returns: y (b,c,H,P); the state after the chunk, or None if not keep_state.
     Source: arXiv 2405.21060, section 6.
     """
     b, c, H, P = x.shape
     G, N = B.shape[2:]
     u = x * dt[..., None]
-    B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (B, G, c, N)
-    log_decay = (dt * A).mT.contiguous().cumsum(-1)                              # (B, H, c)
+    B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (b, G, c, N)
+    log_decay = (dt * A).mT.contiguous().cumsum(-1)     # (b, H, c): sums of dt A up to each token
+    # from token s to token l >= s: exp(sum over s+1..l); the rest is clamped, then cut by tril
     weight = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
-    weight = weight.unflatten(1, (G, -1)) * (C @ B.mT).tril()[:, :, None]        # (B, G, H/G, c, c)
-    within = weight.flatten(1, 2) @ u.transpose(1, 2)                            # (B, H, c, P)
-    before = C @ state.view(b, G, -1, N).mT                                      # (B, G, c, H/G*P)
+    weight = weight.unflatten(1, (G, -1)) * (C @ B.mT).tril()[:, :, None]        # (b, G, H/G, c, c)
+    within = weight.flatten(1, 2) @ u.transpose(1, 2)                            # (b, H, c, P)
+    # from the state to token l: exp(sum over 1..l)
+    before = C @ state.view(b, G, -1, N).mT                                      # (b, G, c, H/G*P)
     before = rearrange(before, "b g c (r p) -> b (g r) c p", p=P)
     y = torch.addcmul(within, log_decay.exp()[..., None], before).transpose(1, 2)
     if not keep_state:
         return y, None
-    to_end = (log_decay[..., -1:] - log_decay).exp()                             # (B, H, c)
-    added = (u * to_end.mT[..., None]).view(b, c, G, -1).permute(0, 2, 3, 1) @ B
-    total = log_decay[..., -1].exp()[..., None, None]
+    # to the end of the chunk: from token s exp(sum over s+1..c), from the old state exp(sum)
+    to_end = (log_decay[..., -1:] - log_decay).exp().mT[..., None]               # (b, c, H, 1)
+    added = (u * to_end).view(b, c, G, -1).permute(0, 2, 3, 1) @ B               # (b, G, H/G*P, N)
+    total = log_decay[..., -1].exp()[..., None, None]                            # (b, H, 1, 1)
     return y, torch.addcmul(added.view(b, H, P, N), state, total)
 
 
@@ -436,15 +464,16 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """The recurrence of `ssd_step` over L tokens, chunk by chunk; chunk_size changes only the cost.
 
     Args:
-        x (B,L,H,P), dt (B,L,H), A (H), B and C (B,L,G,N), D (H), state (B,H,P,N); all float32.
+        x (b,L,H,P), dt (b,L,H), A (H), B and C (b,L,G,N), D (H), state (b,H,P,N); all f32.
         A dt of 0 makes a token invisible: the state passes it unchanged.
         keep_state: return the state after the last token; keep_chunks: return instead the states
-        before each chunk, (B, chunks, H, P, N).
-    Returns: y (B,L,H,P); the state(s), or None.
+        before each chunk, (b, chunks, H, P, N).
+    Returns: y (b,L,H,P); the state(s), or None.
     """
     L, y, before = x.shape[1], [], []
     for start in range(0, L, chunk_size):
-        before.append(state)
+        if keep_chunks:
+            before.append(state)
         xc, dtc, Bc, Cc = (v[:, start:start + chunk_size] for v in (x, dt, B, C))
         needed = keep_state or start + chunk_size < L
         yc, state = ssd_chunk(xc, dtc, A, Bc, Cc, state, needed)
@@ -457,15 +486,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
               is_causal: bool = False) -> Tensor:
     """Grouped-query attention, softmax(q k / sqrt(K)) v; query head h reads KV head h // (H/G).
 
-    Args: q (B,H,L,K); k, v (B,G,S,K); mask (B or 1, 1, L, S) bool, True = visible.
+    Args:
+        q (B,H,L,K); k, v (B,G,keys,K); mask (B or 1, 1, L, keys) bool, True = visible, None = all.
+        is_causal: query l sees keys 0..l.
     Returns: (B,H,L,K).
     """
-    if is_causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # without positions the H/G query heads of a KV head are just more queries to the same keys
+    if is_causal or mask is not None and q.shape[2] > 64:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    # without positions the H/G query heads of a KV head are just more queries to the same keys,
+    # which is faster for few queries; the mask must be repeated for them
     mask = None if mask is None else mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                  # (B, G, H/G*L, K)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tuple[Tensor, Tensor]:
@@ -508,6 +540,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     weights = topk_weights.flatten()[order].to(out.dtype)[:, None].split(counts)
     if torch.is_grad_enabled():         # indexing would give each expert a gradient of full size
         up, down = up.unbind(), down.unbind()
+    # plain F.linear: expert batches come in every size, and oneDNN compiles a kernel for each
     for (e, _), token, weight in zip(hit, tokens, weights):
         h = F.linear(x[token], up[e], None if up_bias is None else up_bias[e]).relu_().square()
         h = F.linear(h, down[e], None if down_bias is None else down_bias[e])
@@ -573,23 +606,21 @@ class Mamba2(nn.Module):
                           wide(weight.new_zeros(ssm)))
 
     def forward(self, u: Tensor, state: MambaState, span: Span) -> tuple[Tensor, MambaState | None]:
-        """u (B, L, D) -> (B, L, D) and the new state(s) as span asks.
-
-        A state of B*n rows makes each sequence n independent blocks, each from its own state.
-        """
+        """u (B, L, D) -> (B, L, D) and the new state(s) as span asks."""
         c = self.config
+        # training gives B*n states, one per block: a sequence then stands as n rows of L/n tokens
         rows = state.ssm_state.shape[0]
         z, xBC, dt = self.in_proj(u).reshape(rows, -1, self.in_proj.out_features).split(
             [c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
         L = xBC.shape[1]
-        history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (B, W+L, conv_dim)
+        history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (b, W+L, conv_dim)
         xBC = wide(causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias))
         groups = c.n_groups * c.ssm_state_size
         x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
-        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (B, L, H, P) f32
-        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (B, L, G, N) f32
+        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (b, L, H, P) f32
+        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (b, L, G, N) f32
         C = C.unflatten(-1, (c.n_groups, c.ssm_state_size))
-        dt = F.softplus(wide(dt) + self.dt_bias)                                 # (B, L, H) f32
+        dt = F.softplus(wide(dt) + self.dt_bias)                                 # (b, L, H) f32
         if c.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*c.time_step_limit)
         if span.counts is not None:                       # padding must not move the state
@@ -605,10 +636,11 @@ class Mamba2(nn.Module):
         return self.out_proj(y).reshape(u.shape), self._state_after(history, ssm, span)
 
     def _state_after(self, history: Tensor, ssm: Tensor, span: Span) -> MambaState | None:
-        """The state after the pass; the convolution's after n tokens is history[n : n+W]."""
+        """The state after the pass. history (b, W+L, conv_dim) is the W old inputs, then the L new
+        ones, so that the convolution's state after n tokens is history[n : n+W]."""
         W = self.config.conv_kernel
         if span.block_size is not None:
-            conv = history.unfold(1, W, span.block_size)[:, :ssm.shape[1]]  # (B, n, conv_dim, W)
+            conv = history.unfold(1, W, span.block_size)[:, :ssm.shape[1]]  # (b, n, conv_dim, W)
             return MambaState(conv.flatten(0, 1), ssm.flatten(0, 1))
         if not span.keep_state:
             return None
@@ -637,15 +669,13 @@ class Attention(nn.Module):
         shape = (rows, self.config.num_key_value_heads, capacity, self.config.head_dim)
         return KVCache(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape))
 
-    def forward(self, x: Tensor, cache: KVCache | None, span: Span) -> Tensor:
-        """x (B, L, D) -> (B, L, D), over the cached tokens (if any) and these L."""
+    def forward(self, x: Tensor, cache: KVCache, span: Span) -> Tensor:
+        """x (B, L, D) -> (B, L, D): queries of these L tokens over [cached tokens ; these L], as
+        span allows: causal in the context tower, everything in the denoiser."""
         K = self.config.head_dim
         q, k, v = (proj(x).unflatten(-1, (-1, K)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))     # (B, H or G, L, K)
-        if cache is not None:
-            k_all, v_all = cache.write(k, v, span)
-            if not span.is_causal:
-                k, v = k_all, v_all
+        k, v = cache.write(k, v, span)
         out = attention(q, k, v, span.mask, span.is_causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -672,6 +702,13 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=dtype))
+
+    def _apply(self, fn, recurse: bool = True):
+        def without_rounding(tensor):                   # model.to(torch.bfloat16) moves, no more
+            moved = fn(tensor)
+            return moved if wide(moved) is moved else tensor.to(moved.device)
+
+        return super()._apply(without_rounding, recurse)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return route(x, self.weight, self.e_score_correction_bias, self.config)
@@ -754,10 +791,9 @@ class Tower(nn.Module):
     def device(self) -> torch.device:
         return self.embeddings.weight.device
 
-    def empty_states(self, rows: int, capacity: int | None) -> list:
-        """States before the first token; capacity None leaves attention without a cache."""
-        return [layer.mixer.empty_state(rows, capacity or 0)
-                if layer.kind == "M" or layer.kind == "*" and capacity is not None else None
+    def empty_states(self, rows: int, capacity: int) -> list:
+        """States before the first token, with room for `capacity` tokens a row in the caches."""
+        return [layer.mixer.empty_state(rows, capacity) if layer.kind in "M*" else None
                 for layer in self.layers]
 
     def forward(self, tokens: Tensor, states: list, span: Span, modulations=None):
@@ -786,14 +822,14 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def features(t: Tensor) -> Tensor:
-        """(B,) -> (B, 256) float32. t is scaled in its own dtype, as released; the frequencies
-        and angles must be float32: at 1000 t more digits give another phase."""
+        """(B,) -> (B, 256) float32. Frequencies and angles must be float32: at 1000 t more digits
+        give another phase."""
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
         angles = (t * 1000)[:, None].float() * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        dtype = self.mlp[0].weight.dtype
+        dtype = self.mlp[0].weight.dtype            # t itself is rounded to it before the scaling
         return self.mlp(self.features(t.to(dtype)).to(dtype))
 
 
@@ -829,11 +865,11 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
 
     top_p keeps the most likely tokens, up to and including the one that takes their total past it.
     """
-    logits = logits / temperature
+    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(-1)
         beyond = p.cumsum(-1) - p > top_p           # what comes before already holds more
@@ -886,15 +922,16 @@ class Sampler:
         return gumbel_argmax(shaped, u.to(logits.device))
 
 
-def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token_id: int):
-    """One denoiser step's proposals; the mask token is never proposed.
+def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token_id: int | None):
+    """What a pass proposes for every position; never the mask token, where one is given.
 
-    Args: logits (R, Q, V) float32.
+    Args: logits (R, Q, V) f32.
     Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
     temperature 1, or NaN where a logit is not finite; both on the host.
     """
     finite = logits.isfinite().all(-1)
-    logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -math.inf)
+    if mask_token_id is not None:
+        logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -math.inf)
     ids = sampler.draw(logits, rows)
     confidence = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).exp()
     return ids.cpu(), confidence.where(finite, math.nan).cpu()
@@ -954,6 +991,7 @@ class _Rows:
 # 7. Checkpoint files
 
 INDEX = "model.safetensors.index.json"
+CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -976,21 +1014,14 @@ def _write_json(path: Path, value: dict):
     os.replace(partial, path)
 
 
-def _named_tensors(model: nn.Module):
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _checkpoint_keys(name: str, tensor: Tensor) -> list[str]:
-    """The checkpoint's name(s) of one of our tensors: one per expert where we stack them."""
-    if ".mixer.experts." not in name:
-        return [name]
-    return [name.replace(".experts.", f".experts.{e}.") for e in range(tensor.shape[0])]
-
-
-def _parts(name: str, tensor: Tensor) -> Tensor | list[Tensor]:
-    """The tensors that go by the names of `_checkpoint_keys`, as views."""
-    return tensor if ".mixer.experts." in name else [tensor]
+def _checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
+    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
+    names = {}
+    for name, tensor in model.state_dict().items():
+        stacked = ".mixer.experts." in name
+        names[name] = [(name.replace(".experts.", f".experts.{e}."), tensor[e])
+                       for e in range(len(tensor))] if stacked else [(name, tensor)]
+    return names
 
 
 def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, set[str]]:
@@ -1006,22 +1037,20 @@ def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Pa
         raise ValueError(f"{index} has no weight_map")
     files: dict[Path, set[str]] = {}
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} places {key} in {name!r}, which is no file name")
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise ValueError(f"{index} places {key} in {name!r}, which is no safetensors file name")
         if wanted(key):
             files.setdefault(directory / name, set()).add(key)
     for path, keys in files.items():
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{path} is missing; {index.name} places {len(keys)} tensors in it")
     return files
 
 
 def _check_headers(directory: Path, model: TwoTower) -> dict[str, tuple[Path, torch.dtype]]:
     """The file and dtype of every tensor of the model, after checking names and shapes of all."""
-    shapes = {}
-    for name, meta in _named_tensors(model):
-        keys = _checkpoint_keys(name, meta)
-        shapes |= {key: list(part.shape) for key, part in zip(keys, _parts(name, meta))}
+    shapes = {key: list(part.shape) for parts in _checkpoint_tensors(model).values()
+              for key, part in parts}
 
     def wanted(key: str) -> bool:
         return model.denoiser_tower is not None or not key.startswith(DENOISER_KEYS)
@@ -1125,12 +1154,10 @@ class TwoTower(nn.Module):
             return self._extend(context, tokens, logits="all")
 
     def context_logits(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) -> (B, L, V) float32 in one causal pass without cache; differentiable."""
-        tower = self.context_tower
-        tokens = self._check_ids(tokens, "tokens").to(tower.device)
-        span = Span(0, tokens.shape[1], is_causal=True, keep_state=False)
-        hidden, _ = tower(tokens, tower.empty_states(len(tokens), None), span)
-        return wide(self.context_lm_head(hidden))
+        """tokens (B, L) -> (B, L, V) float32 in one causal pass; differentiable."""
+        tokens = self._check_ids(tokens, "tokens")
+        context = Context(self.context_tower, *tokens.shape)
+        return self._extend(context, tokens, logits="all")
 
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last") -> Context:
         counts = torch.tensor([len(prompt) for prompt in prompts])
@@ -1145,16 +1172,15 @@ class TwoTower(nn.Module):
                 logits: str | None = None) -> Tensor | None:
         """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None."""
         L = tokens.shape[1]
-        span = Span.make(context.lengths, L, True, context.device, counts)
+        span = Span.make(context.lengths, L, context.device, for_context=True, counts=counts)
         hidden, context.states = self.context_tower(tokens.to(context.device), context.states, span)
         context.lengths = context.lengths + (L if counts is None else counts)
         context.logits = None
         if logits is None:
             return None
-        if logits == "last" and counts is not None:
-            hidden = hidden[torch.arange(len(hidden)), (counts - 1).clamp(min=0)][:, None]
-        elif logits == "last":
-            hidden = hidden[:, -1:]
+        if logits == "last":
+            last = L - 1 if counts is None else counts - 1
+            hidden = hidden[torch.arange(len(hidden)), last][:, None]
         out = wide(self.context_lm_head(hidden))
         context.logits = out[:, -1]
         return out
@@ -1167,20 +1193,17 @@ class TwoTower(nn.Module):
         Args:
             block (B, Q) int64, masked positions hold mask_token_id.
             t (B,) or a number in [0, 1]: the masked fraction; None: no modulation and no gate.
-        Returns: (B, Q, V) float32 logits; the context is left as it was.
+        Returns: (B, Q, V) float32 logits; the context stays as it was (but for scratch slots).
         """
         self._need_denoiser()
-        rows = len(context.lengths)
-        block = self._check_ids(block, "block", rows=rows)
-        if t is not None:
-            t = torch.as_tensor(t, dtype=torch.get_default_dtype()).expand(rows)
-            if not bool(((t >= 0) & (t <= 1)).all()):
-                raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1]")
+        block = self._check_ids(block, "block", rows=len(context.lengths))
+        t = None if t is None else self._check_t(t, len(block))
         with torch.no_grad():
             return self._denoise(block, context, t)
 
     def _denoise(self, block: Tensor, context: Context, t: Tensor | None) -> Tensor:
-        span = Span.make(context.lengths, block.shape[1], False, self.denoiser_tower.device)
+        device = self.denoiser_tower.device
+        span = Span.make(context.lengths, block.shape[1], device, for_context=False)
         return self._denoiser_logits(block, context, span, t)
 
     def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
@@ -1210,19 +1233,20 @@ class TwoTower(nn.Module):
         Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
-        B, M = clean.shape
+        clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
+        t, (B, M) = self._check_t(t, len(clean)), clean.shape
         if block_size < 1 or M % block_size or noisy.shape != clean.shape:
             raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but "
                              f"both must be (B, M), M a multiple of block_size {block_size}")
-        clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
-        context = Context(self.context_tower, B, 2 * M)
+        context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
             span = Span(0, M, is_causal=True, block_size=block_size)
             _, context.states = self.context_tower(clean.to(context.device), context.states, span)
         context.lengths = context.lengths + M
         device = self.denoiser_tower.device
         block = torch.arange(M, device=device) // block_size
-        mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)[None, None]
+        clean_seen, noisy_seen = block < block[:, None], block == block[:, None]     # (M, M)
+        mask = torch.cat([clean_seen, noisy_seen], dim=1)[None, None]
         return self._denoiser_logits(noisy, context, Span(M, 2 * M, mask, keep_state=False), t)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
@@ -1246,7 +1270,7 @@ class TwoTower(nn.Module):
 
     def ar_loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy of the context tower on tokens (B, L), L >= 2: a scalar."""
-        if tokens.shape[1] < 2:
+        if self._check_ids(tokens, "tokens").shape[1] < 2:
             raise ValueError("an AR loss needs sequences of two tokens or more")
         logits = self.context_logits(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device))
@@ -1260,7 +1284,7 @@ class TwoTower(nn.Module):
 
     # -- decoding -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate_ar(self, prompts, max_new_tokens: int, temperature: float = 0.0, *,
                     top_k: int | None = None, top_p: float | None = None,
                     eos_token_id: int | None = None, generator=None,
@@ -1284,7 +1308,7 @@ class TwoTower(nn.Module):
             self._extend(context, rows.last_tokens(), logits="last")
             rows.context_passes[rows.live] += 1
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate_mock_ar(self, prompts, max_new_tokens: int, temperature: float = 0.0, *,
                          top_k: int | None = None, top_p: float | None = None,
                          eos_token_id: int | None = None, generator=None,
@@ -1311,7 +1335,7 @@ class TwoTower(nn.Module):
             rows.context_passes[rows.live] += 1
             last = rows.last_tokens()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate_mask_diffusion(self, prompts, max_new_tokens: int, block_size: int = 16,
                                 steps_per_block: int = 16, mask_token_id: int | None = None,
                                 temperature: float = 0.0, *, confidence_threshold: float = 0.8,
@@ -1373,15 +1397,13 @@ class TwoTower(nn.Module):
     def _emit(self, logits: Tensor, sampler: Sampler, rows: _Rows, on_step) -> list[int]:
         """One AR token for every live row, from logits (R, V); returns who goes on."""
         index = len(rows.tokens[rows.live[0]])
-        if not logits.isfinite().all():
-            bad = rows.live[int((~logits.isfinite()).any(-1).nonzero()[0])]
-            raise ValueError(f"the logits of row {bad}, token {index} are not finite")
-        ids = sampler.draw(logits, rows.live)[:, None]                           # (R, 1)
+        ids, confidence = predict(logits[:, None], sampler, rows.live, None)     # (R, 1)
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        self._check_finite(confidence, everywhere, rows.live, index, 0)
         if on_step is not None:
-            confidence = wide(logits).softmax(-1).gather(-1, ids).cpu()
-            masks = torch.full((len(ids), 1), self.config.mask_token_id)
-            on_step(Step(list(rows.live), index, 0, torch.ones(len(ids)), masks, ids.cpu(),
-                         torch.ones_like(masks, dtype=torch.bool), confidence))
+            masks = torch.full_like(ids, self.config.mask_token_id)
+            t = torch.ones(len(ids))
+            on_step(Step(list(rows.live), index, 0, t, masks, ids, everywhere, confidence))
         return rows.append(ids)
 
     def _start(self, prompts, max_new_tokens, eos_token_id, sampler) -> tuple[list[Tensor], _Rows]:
@@ -1390,6 +1412,10 @@ class TwoTower(nn.Module):
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more")
         self._check_length(max(len(prompt) for prompt in prompts) + max_new_tokens)
+        ids = range(self.config.vocab_size)
+        if eos_token_id is not None and (type(eos_token_id) is not int or eos_token_id not in ids):
+            raise ValueError(f"eos_token_id is {eos_token_id!r}, but it must be one id in "
+                             f"[0, {self.config.vocab_size}), or None")
         if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
             raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
         return prompts, _Rows(len(prompts), max_new_tokens, eos_token_id)
@@ -1412,7 +1438,15 @@ class TwoTower(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"{name} holds id {low if low < 0 else high}, but ids must be in "
                              f"[0, {self.config.vocab_size})")
+        self._check_length(ids.shape[1])
         return ids
+
+    @staticmethod
+    def _check_t(t: Tensor | float, rows: int) -> Tensor:
+        t = torch.as_tensor(t, dtype=torch.float32)
+        if t.dim() > 1 or t.dim() == 1 and len(t) != rows or not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], one for all rows or each")
+        return t.expand(rows)
 
     def _check_prompts(self, prompts) -> list[Tensor]:
         if len(prompts) == 0:
@@ -1424,7 +1458,6 @@ class TwoTower(nn.Module):
                 raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}, but it must be "
                                  "one-dimensional and hold one token or more")
             checked.append(self._check_ids(prompt[None], f"prompt {i}")[0])
-            self._check_length(len(prompt))
         return checked
 
     def _check_length(self, length: int):
@@ -1467,22 +1500,25 @@ class TwoTower(nn.Module):
         with torch.device("meta"):
             model = cls(config, towers=towers)
         tensors = _check_headers(directory, model)
-        context_device = torch.device(context_device or torch.get_default_device())
-        denoiser_device = torch.device(denoiser_device or context_device)
-        for name, meta in list(_named_tensors(model)):
-            keys = _checkpoint_keys(name, meta)
-            kind = dtype or tensors[keys[0]][1]
+        if context_device is None:
+            context_device = torch.get_default_device()
+        if denoiser_device is None:
+            denoiser_device = context_device
+        for name, parts in _checkpoint_tensors(model).items():
+            owner, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(owner)
+            meta = getattr(owner, leaf)
+            kind = dtype or tensors[parts[0][0]][1]
             if name.endswith((".gate.weight", ".e_score_correction_bias")):
                 kind = torch.promote_types(kind, torch.float32)
             device = context_device if name.startswith("context_") else denoiser_device
             tensor = torch.empty(meta.shape, dtype=kind, device=device)
-            for key, part in zip(keys, _parts(name, tensor)):
+            for (key, _), part in zip(parts, tensor if len(parts) > 1 else [tensor]):
                 # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(tensors[key][0], "pt", device=str(device)) as file:
-                    part.copy_(file.get_tensor(key))
-            owner, _, leaf = name.rpartition(".")
+                with safe_open(tensors[key][0], "pt", device=str(tensor.device)) as file:
+                    part.copy_(file.get_tensor(key).view(part.shape))
             tensor = nn.Parameter(tensor) if isinstance(meta, nn.Parameter) else tensor
-            setattr(model.get_submodule(owner), leaf, tensor)
+            setattr(owner, leaf, tensor)
         return model
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
@@ -1494,13 +1530,12 @@ class TwoTower(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         shards, size = [{}], 0
-        for name, tensor in _named_tensors(self):
-            for key, part in zip(_checkpoint_keys(name, tensor), _parts(name, tensor.detach())):
-                if shards[-1] and size + part.nbytes > max_shard_bytes:
-                    shards.append({})
-                    size = 0
-                shards[-1][key] = part
-                size += part.nbytes
+        for key, part in (pair for parts in _checkpoint_tensors(self).values() for pair in parts):
+            if shards[-1] and size + part.nbytes > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][key] = part
+            size += part.nbytes
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
@@ -1516,6 +1551,6 @@ class TwoTower(nn.Module):
             _write_json(directory / INDEX, {"metadata": {"total_size": total},
                                             "weight_map": weight_map})
             names.append(INDEX)
-        for path in [directory / INDEX, *directory.glob("model*.safetensors")]:
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+        for path in directory.iterdir():
+            if CHECKPOINT_FILE.fullmatch(path.name) and path.name not in names:
+                path.unlink()
