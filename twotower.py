@@ -353,7 +353,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 # On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the
-# same build, uses it. Its one float32 entry is an operator meant for torch.compile: so it is checked.
+# same build, uses it. Its float32 entry is an operator meant for torch.compile: hence the checks.
 ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
           and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
@@ -1445,7 +1445,7 @@ class TwoTower(nn.Module):
     def _check_t(t: Tensor | float, rows: int) -> Tensor:
         t = torch.as_tensor(t, dtype=torch.float32)
         if t.dim() > 1 or t.dim() == 1 and len(t) != rows or not bool(((t >= 0) & (t <= 1)).all()):
-            raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], one for all rows or each")
+            raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], one or one per row")
         return t.expand(rows)
 
     def _check_prompts(self, prompts) -> list[Tensor]:
