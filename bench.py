@@ -16,7 +16,6 @@ import time
 
 import torch
 
-import twotower
 from twotower import KVCache, MambaState, TwoTower, TwoTowerConfig
 
 # golden/cfg1 four times as wide, with 16 experts and a vocabulary of 1024
@@ -66,8 +65,8 @@ def take_turns(contestants: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def bytes_per_cached_token(context) -> int:
-    return sum(2 * c.key_cache[0, :, 0].nbytes for c in context.states if isinstance(c, KVCache))
+def bytes_per_cached_token(states: list) -> int:
+    return sum(2 * s.key_cache[0, :, 0].nbytes for s in states if isinstance(s, KVCache))
 
 
 @torch.inference_mode()
@@ -118,40 +117,32 @@ def bench_cpu(rounds: int) -> dict:
     for what, name, unit in rows:
         print(f"{what:28} {result[name]:6.2f} {unit}")
 
-    contexts = {n: model.prefill(torch.randint(4, 1024, (1, n)), reserve=16 * (rounds + 2))
-                for n in (256, 512, 1024, 2048, 4096, 8192)}
+    pattern = SMALL["hybrid_override_pattern"].replace("*", "")
+    bare = TwoTower(TwoTowerConfig(**SMALL | dict(
+        hybrid_override_pattern=pattern, num_hidden_layers=len(pattern))), towers="context").eval()
     token = torch.tensor([[5]])
 
-    def tokens_after(context):
+    def sixteen_tokens_after(model, context):
         def run():
             for _ in range(16):
                 model.extend(context, token)
         return run
 
-    def attention_of(context):      # the attention layers' kernel alone, as often
-        caches = [c for c in context.states if isinstance(c, KVCache)]
-        S = int(context.lengths[0])
-        q = torch.randn(1, 4, 1, 64)
-
-        def run():
-            for _ in range(16):
-                for c in caches:
-                    twotower.attention(q, c.key_cache[:, :, :S], c.value_cache[:, :, :S])
-        return run
-
-    t = take_turns({("all", n): tokens_after(c) for n, c in contexts.items()}
-                   | {("attention", n): attention_of(c) for n, c in contexts.items()}, rounds)
-    base_all, base_attention = t["all", 256], t["attention", 256]
-    print("\ncontext   AR token / at 256   by attention alone   KV bytes a token   Mamba bytes")
+    lengths = (256, 512, 1024, 2048, 4096, 8192)
+    contexts = {(m, n): m.prefill(torch.randint(4, 1024, (1, n)), reserve=16 * (rounds + 1))
+                for m in (model, bare) for n in lengths}
+    t = take_turns({key: sixteen_tokens_after(key[0], c) for key, c in contexts.items()}, rounds)
+    print("\ncontext   AR token / at 256   without attention layers   KV bytes/token   Mamba bytes")
     result["growth"] = []
-    for n, context in contexts.items():
-        mamba = sum(s.ssm_state.nbytes for s in context.states if isinstance(s, MambaState))
-        row = {"context": n, "token": t["all", n] / base_all,
-               "explained": 1 + (t["attention", n] - base_attention) / base_all,
-               "kv_bytes_per_token": bytes_per_cached_token(context), "mamba_bytes": mamba}
+    for n in lengths:
+        states = contexts[model, n].states
+        mamba = sum(s.ssm_state.nbytes for s in states if isinstance(s, MambaState))
+        row = {"context": n, "token": t[model, n] / t[model, 256],
+               "token_without_attention": t[bare, n] / t[bare, 256],
+               "kv_bytes_per_token": bytes_per_cached_token(states), "mamba_bytes": mamba}
         result["growth"].append(row)
-        print(f"{n:7}   {row['token']:17.2f}   {row['explained']:18.2f}   "
-              f"{row['kv_bytes_per_token']:16}   {mamba:11}")
+        print(f"{n:7}   {row['token']:17.2f}   {row['token_without_attention']:24.2f}   "
+              f"{row['kv_bytes_per_token']:14}   {mamba:11}")
     return result
 
 
