@@ -1449,6 +1449,7 @@ def test_bad_arguments():
         "max_new_tokens is 0": lambda: model.generate_ar(one, 0),
         "max_new_tokens is -3": lambda: model.generate_mock_ar(one, -3),
         "block_size is 0": lambda: model.generate_mask_diffusion(one, 8, block_size=0),
+        "5000 tokens are more than": lambda: model.generate_mask_diffusion(one, 8, block_size=5000),
         "steps_per_block is 0": lambda: model.generate_mask_diffusion(one, 8, steps_per_block=0),
         "mask_token_id holds id 128":
             lambda: model.generate_mask_diffusion(one, 8, mask_token_id=128),

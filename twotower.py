@@ -1361,6 +1361,7 @@ class TwoTower(nn.Module):
         for name, value in (("block_size", block_size), ("steps_per_block", steps_per_block)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, but it must be a positive integer")
+        self._check_length(block_size)
         if not confidence_threshold >= 0:
             raise ValueError(f"confidence_threshold is {confidence_threshold}, but it must be >= 0")
         prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
