@@ -102,11 +102,15 @@ class Printer:
 
 def run(args: argparse.Namespace):
     tokenizer = load_tokenizer(args.checkpoint)
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid UTF-8") from None
     prompt = tokenizer.encode(args.prompt).ids
     if not prompt:
         raise ValueError("the prompt holds no token")
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()       # fails on "meta" too
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
@@ -140,7 +144,9 @@ def main():
     args = parse_args()
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:                             # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)

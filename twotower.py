@@ -43,7 +43,8 @@ Deviations from the released code (for one row they change nothing but the outpu
   - t is each row's own masked fraction, as in training; the release averages it over the batch.
   - prompts of different lengths batch together; a row that meets EOS ends alone; tokens after EOS
     are cut; one-token prompts and any max_new_tokens work.
-  - top_k and top_p act in every mode.
+  - top_k and top_p act in every mode; confidence_threshold is 0.8 unless given, the published
+    operating point (0.9 in the released code).
   - a finite time_step_limit holds in every path; biased experts add nothing where not routed.
   - mock-AR keeps its context one token behind instead of storing the state before the last token
     (which the release leaves stale after a block).
@@ -360,8 +361,9 @@ ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., inputs) weight^T (outputs, inputs) + bias (outputs)."""
-    if ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
-        if x.numel() * weight.shape[0] >= 2**20:        # smaller products do not repay its overhead
+    if ONEDNN and x.is_cpu and not torch.is_grad_enabled():
+        large = x.numel() * weight.shape[0] >= 2**20    # smaller products do not repay its overhead
+        if large and x.dtype == weight.dtype == torch.float32:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -1385,8 +1387,8 @@ class TwoTower(nn.Module):
                                          steps_per_block - step)
                 before, block = block, ids.where(commits, block)
                 if on_step is not None:
-                    on_step(Step(list(rows.live), block_index, step, t, before, block, commits,
-                                 confidence))
+                    on_step(Step(list(rows.live), block_index, step, t, before, block.clone(),
+                                 commits, confidence))
             going = rows.append(block)
             if not rows.live:
                 break
@@ -1444,7 +1446,8 @@ class TwoTower(nn.Module):
 
     @staticmethod
     def _check_t(t: Tensor | float, rows: int) -> Tensor:
-        t = torch.as_tensor(t, dtype=torch.float32)
+        t = torch.as_tensor(t)
+        t = t if t.is_floating_point() else t.float()
         if t.dim() > 1 or t.dim() == 1 and len(t) != rows or not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], one or one per row")
         return t.expand(rows)
@@ -1454,7 +1457,10 @@ class TwoTower(nn.Module):
             raise ValueError("there is no prompt")
         checked = []
         for i, prompt in enumerate(prompts):
-            prompt = torch.as_tensor(prompt)
+            try:
+                prompt = torch.as_tensor(prompt)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"prompt {i} must be token ids, got {prompt!r:.40}") from None
             if prompt.dim() != 1 or len(prompt) == 0:
                 raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}, but it must be "
                                  "one-dimensional and hold one token or more")
@@ -1530,6 +1536,10 @@ class TwoTower(nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
+        if old and self.denoiser_tower is None:
+            raise ValueError(f"{directory} holds a checkpoint, which a context tower alone must "
+                             "not replace; save it elsewhere")
         shards, size = [{}], 0
         for key, part in (pair for parts in _checkpoint_tensors(self).values() for pair in parts):
             if shards[-1] and size + part.nbytes > max_shard_bytes:
@@ -1552,6 +1562,6 @@ class TwoTower(nn.Module):
             _write_json(directory / INDEX, {"metadata": {"total_size": total},
                                             "weight_map": weight_map})
             names.append(INDEX)
-        for path in directory.iterdir():
-            if CHECKPOINT_FILE.fullmatch(path.name) and path.name not in names:
+        for path in old:
+            if path.name not in names:
                 path.unlink()
