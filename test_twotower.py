@@ -1247,10 +1247,10 @@ def test_each_tensor_goes_straight_to_its_device(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", fake_empty)
     monkeypatch.setattr(twotower, "safe_open", FakeFile)
-    TwoTower.from_pretrained(GOLDEN / "cfg1", context_device="cuda:1", denoiser_device="cuda:0")
-    assert set(made) - {"meta"} == set(read) == {"cuda:0", "cuda:1"}
+    TwoTower.from_pretrained(GOLDEN / "cfg1", context_device="cuda:1", denoiser_device=0)
+    assert set(made) - {"meta"} == set(read) == {"0", "cuda:1"}
     assert all(key.startswith("context_") for key in read["cuda:1"])
-    assert not any(key.startswith("context_") for key in read["cuda:0"])
+    assert not any(key.startswith("context_") for key in read["0"])
     assert sum(map(len, read.values())) == 282
 
 
@@ -1533,10 +1533,26 @@ def test_sample_prints_what_the_model_writes(mode):
     assert ("block_size 8" in facts) == ("steps_per_block 16" in facts) == (mode == "mask_diffusion")
 
 
+def test_sample_stops_at_eos(tmp_path):
+    """The text of a run without EOS, cut before the token that is now EOS."""
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json"))
+    prompt = torch.tensor([tokenizer.encode("Hello").ids])
+    new = golden("cfg1")[2].generate_mask_diffusion(prompt, 40, 8).tokens[0].tolist()
+    eos = new[20]
+    directory = copy_checkpoint(tmp_path)
+    config(eos_token_id=eos)(directory)
+    run = sample("--block-size", 8, "--max-new-tokens", 40, "Hello", directory=directory)
+    assert run.stdout == "Hello" + tokenizer.decode(new[:new.index(eos)]) + "\n"
+    assert f" {new.index(eos) + 1} tokens, " in run.stderr
+
+
 def test_sample_is_seeded():
     knobs = "--mode ar --max-new-tokens 16 --temperature 1 --top-k 40 --top-p 0.95".split()
     texts = [sample(*knobs, "--seed", seed, "Hi").stdout for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+    narrow = sample(*knobs[:-1], "1e-6", "--seed", 1, "Hi").stdout          # --top-p that is greedy
+    assert narrow == sample(*knobs[:4], "Hi").stdout != texts[0]
 
 
 @pytest.mark.parametrize("args, message", [

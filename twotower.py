@@ -1520,10 +1520,10 @@ class TwoTower(nn.Module):
                 kind = torch.promote_types(kind, torch.float32)
             device = context_device if name.startswith("context_") else denoiser_device
             tensor = torch.empty(meta.shape, dtype=kind, device=device)
-            for (key, _), part in zip(parts, tensor if len(parts) > 1 else [tensor]):
+            for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
                 with safe_open(tensors[key][0], "pt", device=str(tensor.device)) as file:
-                    part.copy_(file.get_tensor(key).view(part.shape))
+                    part.copy_(file.get_tensor(key))
             tensor = nn.Parameter(tensor) if isinstance(meta, nn.Parameter) else tensor
             setattr(owner, leaf, tensor)
         return model
