@@ -2,21 +2,35 @@
 
     python bench.py cpu         prefill, AR decoding and one denoiser step of a small random model,
                                 beside transformers' NemotronH with the same weights
+    python bench.py miniature   quality and speed of the trained miniature in all modes: exact match
+                                on held-out items, passes, tokens/s, likelihood; writes a plot
 
 Timings are medians over rounds in which all contestants take turns, so that a machine that
 slows down slows all of them; compare ratios, not milliseconds.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
+import dataclasses
+import itertools
 import json
+import os
 import platform
+import random
 import statistics
 import sys
 import time
+from dataclasses import dataclass, replace
 
 import torch
+from tokenizers import Tokenizer
 
+from train import MODEL, PUBLISHED, TASKS, Data, Recipe, Trainer, build, library, task_items
 from twotower import KVCache, MambaState, TwoTower, TwoTowerConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 # golden/cfg1 four times as wide, with 16 experts and a vocabulary of 1024
 SMALL = dict(
@@ -146,21 +160,271 @@ def bench_cpu(rounds: int) -> dict:
     return result
 
 
+# ---------------------------------------------------------------------------------------------
+# bench.py miniature
+
+MODES = {"ar": ("ar", {}), "mock-AR": ("mock_ar", {})}
+MODES |= {f"gamma {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
+          for gamma in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)}
+MODES |= {f"block {size}": ("mask_diffusion", {"block_size": size, "steps_per_block": size})
+          for size in (8, 32, 64)}             # at gamma 0.8; "gamma 0.8" itself has block 16
+MODES |= {"t frozen": ("mask_diffusion", {}), "no Mamba seeding": ("mask_diffusion", {})}
+
+
+@contextlib.contextmanager
+def altered(model: TwoTower, name: str):
+    """The model with t held at 0.5, or with Mamba layers of the denoiser starting from zeros."""
+    hooks = []
+    if name == "t frozen":
+        hooks.append(model.t_embedder.register_forward_pre_hook(
+            lambda _, args: (torch.full_like(args[0], 0.5),)))
+    if name == "no Mamba seeding":
+        def unseeded(mixer, args):
+            x, state, span = args
+            return x, mixer.empty_state(len(x), 0), span
+
+        hooks += [layer.mixer.register_forward_pre_hook(unseeded)
+                  for layer in model.denoiser_tower.layers if layer.kind == "M"]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@dataclass
+class Score:
+    """What one mode did with a list of items; tokens count up to and with </s>."""
+
+    items: int = 0
+    right: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    nfe: int = 0
+    context_passes: int = 0
+    log_likelihood: float = 0.0     # of the tokens written, under the context tower; nats
+    seconds: float = 0.0
+
+    def add(self, other: Score):
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@torch.inference_mode()
+def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 50) -> Score:
+    """Let one mode answer (prompt ids, right answer, new tokens) items, `batch` rows at a time."""
+    mode, knobs = MODES[name]
+    block_size, total = knobs.get("block_size", 16), Score()
+    for i in range(0, len(items), batch):
+        prompts, answers, lengths = zip(*items[i:i + batch])
+        with altered(model, name):
+            start = time.perf_counter()
+            result = getattr(model, f"generate_{mode}")(
+                prompts, max(lengths), eos_token_id=model.config.eos_token_id, **knobs)
+            seconds = time.perf_counter() - start
+        rows = [torch.cat(pair) for pair in zip(prompts, result.tokens)]
+        score = Score(
+            items=len(rows), seconds=seconds, nfe=int(result.nfe.sum()),
+            tokens=sum(map(len, result.tokens)),
+            blocks=sum(-(-len(new) // block_size) for new in result.tokens),
+            context_passes=int(result.context_passes.sum()),
+            right=sum(is_right(tokenizer.decode(new.tolist()), right)
+                      for new, right in zip(result.tokens, answers)))
+        logits = model.context_logits(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        for logit, row, prompt in zip(logits.log_softmax(-1), rows, prompts):
+            steps = torch.arange(len(prompt), len(row))
+            score.log_likelihood += float(logit[steps - 1, row[steps]].sum())
+        total.add(score)
+    return total
+
+
+def is_right(written: str, right: str) -> bool:
+    """A task's answer must be right to the last character, a source line up to its end."""
+    return written == right or right.endswith("\n") and written.startswith(right)
+
+
+def task_prompts(tokenizer, task: str, count: int) -> list:
+    return [(torch.tensor(tokenizer.encode(prompt).ids), text, 96)
+            for prompt, text in itertools.islice(task_items(task, "bench", held_out=True), count)]
+
+
+def library_prompts(tokenizer, count: int) -> list:
+    """Held-out source to go on from the middle of a line; right if that line is finished so."""
+    rng, items = random.Random("library"), []
+    files = library(held_out=True)
+    while len(items) < count:
+        text = rng.choice(files)
+        start = rng.randrange(max(1, len(text) - 400))
+        end = text.find("\n", start + 300)
+        line = text[:end].rpartition("\n")[2]
+        if end < 0 or len(line.strip()) < 20:
+            continue
+        cut = end - len(line.lstrip()) // 2
+        prompt = tokenizer.encode(text[start:cut]).ids
+        items.append((torch.tensor(prompt), text[cut:end + 1], 48))
+    return items
+
+
+def bench_miniature(checkpoint: str, count: int, timed: int, plot: str) -> dict:
+    """Accuracy of every mode in batches; speed at batch 1, all modes taking turns item by item."""
+    model = TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
+    kinds = {task: task_prompts(tokenizer, task, count) for task in TASKS}
+    kinds["library"] = library_prompts(tokenizer, count)
+    quality = {(name, kind): answer(model, tokenizer, items, name)
+               for name in MODES for kind, items in kinds.items()}
+    speed = {key: Score() for key in quality}
+    for i in range(-1, timed):
+        for kind, items in kinds.items():
+            for name in MODES:
+                score = answer(model, tokenizer, items[max(i, 0):][:1], name)
+                if i >= 0:                          # the first round only warms up
+                    speed[name, kind].add(score)
+    rows = [summary(name, kinds, quality, speed) for name in MODES]
+    for row in rows:
+        row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        row["share_of_ar_accuracy"] = row["accuracy"] / max(rows[0]["accuracy"], 1e-9)
+    print_table(rows, list(kinds))
+    if plot:
+        plot_frontier(rows, plot)
+    return {"checkpoint": checkpoint, "items": count, "timed": timed, "rows": rows}
+
+
+def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
+    """One row of the table: tasks together, library source beside them."""
+    tasks, timed, row = Score(), Score(), {"mode": name}
+    for kind in kinds:
+        score = quality[name, kind]
+        row[kind] = score.right / score.items
+        if kind != "library":
+            tasks.add(score)
+            timed.add(speed[name, kind])
+    source, source_timed = quality[name, "library"], speed[name, "library"]
+    passes = tasks.nfe or tasks.context_passes
+    return row | {
+        "accuracy": statistics.mean(row[kind] for kind in kinds if kind != "library"),
+        "tokens_per_pass": tasks.tokens / passes, "passes_per_block": passes / tasks.blocks,
+        "tokens_per_second": timed.tokens / timed.seconds,
+        "log_likelihood": tasks.log_likelihood / tasks.tokens,
+        "library_tokens_per_pass": source.tokens / (source.nfe or source.context_passes),
+        "library_tokens_per_second": source_timed.tokens / source_timed.seconds,
+        "library_log_likelihood": source.log_likelihood / source.tokens}
+
+
+def print_table(rows: list[dict], kinds: list[str]):
+    print(f"{'':17}" + "".join(f"{kind:>8}" for kind in kinds[:-1])
+          + "    mean   of AR  tok/pass pass/block  speed  log p   library  tok/pass  speed  log p")
+    base = rows[0]
+    for row in rows:
+        print(f"{row['mode']:17}" + "".join(f"{row[kind]:8.3f}" for kind in kinds[:-1])
+              + f"{row['accuracy']:8.3f}{row['share_of_ar_accuracy']:8.3f}"
+              f"{row['tokens_per_pass']:10.2f}{row['passes_per_block']:11.2f}"
+              f"{row['speedup']:6.2f}x{row['log_likelihood']:7.3f}"
+              f"{row['library']:10.3f}{row['library_tokens_per_pass']:10.2f}"
+              f"{row['library_tokens_per_second'] / base['library_tokens_per_second']:6.2f}x"
+              f"{row['library_log_likelihood']:7.3f}")
+
+
+def plot_frontier(rows: list[dict], path: str):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    gammas = [row for row in rows if row["mode"].startswith("gamma")]
+    axes.plot([row["speedup"] for row in gammas], [row["accuracy"] for row in gammas], "o-",
+              label="diffusion, block 16")
+    others = [row for row in rows if row["mode"] in ("ar", "mock-AR", "block 8", "block 32")]
+    axes.plot([row["speedup"] for row in others], [row["accuracy"] for row in others], "s",
+              color="tab:gray")
+    for row in gammas + others:
+        axes.annotate(row["mode"], (row["speedup"], row["accuracy"]), xytext=(4, 5),
+                      textcoords="offset points", fontsize=8)
+    axes.axhline(0.987 * rows[0]["accuracy"], color="tab:green", lw=0.8, ls="--",
+                 label="98.7 % of AR's accuracy")
+    axes.axvline(2.42, color="tab:red", lw=0.8, ls="--", label="2.42 x AR's tokens per second")
+    axes.set_xlabel("speed, x AR in the same run (batch 1)")
+    axes.set_ylabel("exact match, mean of five tasks")
+    axes.legend(loc="lower left", fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------
+# bench.py recipes
+
+RECIPES = {
+    "published": PUBLISHED,
+    "gate 1": PUBLISHED | dict(gate="copy"),
+    "t per block": dict(t_per="block"),
+    "t = 1 in half": dict(t_per="block", full_masks=0.5),
+    "slope 0.8": dict(t_per="block", slope=0.8),
+    "1/t": dict(t_per="block", weight="1/t"),
+    "tied towers": dict(tied=True),
+    "no time": dict(timeless=True)}
+
+
+def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
+    """Train a denoiser by every recipe for the same steps; what it writes, measured as above."""
+    saved = torch.load(phase1, map_location="cpu", weights_only=True)
+    tokenizer = Tokenizer.from_file(os.path.join(os.path.dirname(phase1), "tokenizer.json"))
+    base = Recipe(steps=(0, steps), warm_up=30)
+    data = Data(tokenizer, base.row, base.block_size, seed=0)
+    context = build(base, MODEL, "context")
+    context.load_state_dict(saved["model"])
+    kinds = {task: task_prompts(tokenizer, task, count) for task in TASKS}
+    rows = []
+    for arm in arms:
+        torch.manual_seed(0)
+        recipe = replace(base, **RECIPES[arm])
+        model = build(recipe, MODEL, "both", context)
+        trainer = Trainer(1, model, recipe, data, path=None, autocast=True)
+        trainer.run(every=steps)
+        model.eval()
+        for name in ("ar", "gamma 0.8") if recipe.tied or not rows else ("gamma 0.8",):
+            row, total = {"recipe": arm, "mode": name}, Score()
+            for kind, items in kinds.items():
+                score = answer(model, tokenizer, items, name)
+                row[kind] = score.right / score.items
+                total.add(score)
+            row |= {"accuracy": total.right / total.items, "valid": trainer.log[-1]["valid"],
+                    "passes_per_block": (total.nfe or total.tokens) / total.blocks}
+            rows.append(row)
+            print(f"{arm:16}{name:10} accuracy {row['accuracy']:.3f} passes/block "
+                  f"{row['passes_per_block']:.2f} valid "
+                  f"{statistics.mean(row['valid'].values()):.3f} "
+                  + " ".join(f"{kind} {row[kind]:.2f}" for kind in kinds), flush=True)
+    return {"phase1_step": saved["step"], "steps": steps, "items": count, "rows": rows}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cpu"])
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of turns (default 15)")
+    parser.add_argument("what", choices=["cpu", "miniature", "recipes"])
+    parser.add_argument("--rounds", type=int, default=15, help="cpu: rounds of turns (default 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
+    parser.add_argument("--items", type=int, default=500, help="miniature: items a task")
+    parser.add_argument("--phase1", default="runs/miniature/phase1.pt", metavar="FILE",
+                        help="recipes: train.py's checkpoint to start from")
+    parser.add_argument("--steps", type=int, default=400, help="recipes: steps an arm")
+    parser.add_argument("--arms", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--timed", type=int, default=25, help="miniature: items timed at batch 1")
+    parser.add_argument("--plot", default="", metavar="FILE", help="miniature: a plot of the table")
     args = parser.parse_args()
-    if args.rounds < 1 or args.threads < 1:
-        parser.error("--rounds and --threads must be 1 or more")
+    if min(args.rounds, args.threads, args.items, args.timed) < 1:
+        parser.error("--rounds, --threads, --items and --timed must be 1 or more")
     torch.set_num_threads(args.threads)
-    import transformers
-    setting = {"torch": torch.__version__, "transformers": transformers.__version__,
-               "python": platform.python_version(), "processor": platform.machine(),
-               "threads": args.threads, "rounds": args.rounds, "dtype": "float32", "batch": 1}
-    print("  ".join(f"{name} {value}" for name, value in setting.items()) + "\n")
-    print(json.dumps({"setting": setting} | bench_cpu(args.rounds)))
+    setting = {"torch": torch.__version__, "python": platform.python_version(),
+               "processor": platform.machine(), "threads": args.threads, "dtype": "float32"}
+    if args.what == "cpu":
+        import transformers
+        setting |= {"transformers": transformers.__version__, "rounds": args.rounds, "batch": 1}
+    print("  ".join(f"{name} {value}" for name, value in setting.items()) + "\n", flush=True)
+    if args.what == "cpu":
+        result = bench_cpu(args.rounds)
+    elif args.what == "miniature":
+        result = bench_miniature(args.checkpoint, args.items, args.timed, args.plot)
+    else:
+        result = bench_recipes(args.phase1, args.steps, args.items, args.arms)
+    print(json.dumps({"setting": setting} | result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Write text with a TwoTower checkpoint.
+"""Write text with a TwoTower checkpoint; without one, with the miniature beside this file.
 
-    python sample.py --checkpoint DIR "prompt"
+    python sample.py                            a short demonstration, every denoiser pass shown
+    python sample.py "def main(args):"          continue a prompt
     python sample.py --checkpoint DIR --mode ar --max-new-tokens 64 "prompt"
 
 Text appears as blocks are committed, on standard output; one line of facts follows on standard
@@ -13,6 +14,7 @@ import inspect
 import os
 import sys
 import time
+from itertools import groupby
 
 import torch
 from tokenizers import Tokenizer
@@ -20,7 +22,10 @@ from tokenizers.decoders import DecodeStream
 
 from twotower import TwoTower
 
+MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
+DEFAULT_PROMPT = "class Point label:str width:int height:int color:str\n"     # one of its tasks
 DIFFUSION_ONLY = ("block_size", "steps_per_block", "confidence_threshold", "mask_token_id")
+MASKED = "\u2591"                                   # a shaded box
 SAMPLING = ("top_k", "top_p", "seed")               # mean something above temperature 0
 KNOBS = DIFFUSION_ONLY + ("temperature", "top_k", "top_p")
 
@@ -41,9 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("prompt")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR",
-                        help="config.json, tokenizer.json and safetensors")
+    parser.add_argument("prompt", nargs="?", default=None,
+                        help="text to continue; without it a demonstration")
+    parser.add_argument("--checkpoint", default=MINIATURE, metavar="DIR",
+                        help="config.json, tokenizer.json and safetensors; default miniature/")
     parser.add_argument("--mode", choices=["mask_diffusion", "mock_ar", "ar"],
                         default="mask_diffusion")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
@@ -57,6 +63,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, help="of the draws; random if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    args.demonstrate = args.prompt is None
+    if args.demonstrate:
+        if args.mode != "mask_diffusion":
+            fail(f"--mode {args.mode} needs a prompt; the demonstration is of mask_diffusion")
+        args.prompt = DEFAULT_PROMPT
     idle = [name for name in DIFFUSION_ONLY if args.mode != "mask_diffusion" and name in args]
     if idle:
         fail(f"--{idle[0].replace('_', '-')} does nothing with --mode {args.mode}")
@@ -76,6 +87,24 @@ def load_tokenizer(directory: str) -> Tokenizer:
         return Tokenizer.from_file(path)
     except Exception as error:              # the package raises nothing more specific
         raise ValueError(f"{path} is no tokenizer: {error}") from None
+
+
+class Demonstration:
+    """Prints the prompt, then for every denoiser pass a line: the block as it stands after it."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, mask_id: int):
+        self.tokenizer, self.mask_id = tokenizer, mask_id
+        print(f"{prompt}\n{MASKED} is a masked token; a line shows a block after one denoiser pass")
+
+    def __call__(self, step):
+        if step.step == 0:
+            print(f"\nblock {step.block_index}  {MASKED * step.after.shape[1]}")
+        print("         ", end="")
+        for masked, tokens in groupby(step.after[0].tolist(), lambda token: token == self.mask_id):
+            tokens = list(tokens)
+            text = MASKED * len(tokens) if masked else self.tokenizer.decode(tokens)
+            print(text.replace("\n", "\u21b5"), end="")
+        print(flush=True)
 
 
 class Printer:
@@ -124,13 +153,17 @@ def run(args: argparse.Namespace):
     generator = torch.Generator()
     seed = generator.manual_seed(args.seed).initial_seed() if "seed" in args else generator.seed()
     eos = model.config.eos_token_id
-    printer = Printer(args.prompt, tokenizer, args.max_new_tokens, eos, knobs.get("mask_token_id"))
+    mask_id = knobs.get("mask_token_id")
+    printer = (Demonstration(args.prompt, tokenizer, mask_id) if args.demonstrate else
+               Printer(args.prompt, tokenizer, args.max_new_tokens, eos, mask_id))
 
     start = time.perf_counter()
     result = generate([torch.tensor(prompt)], args.max_new_tokens, eos_token_id=eos,
                       generator=generator, on_step=printer, **knobs)
     seconds = time.perf_counter() - start
     print(flush=True)
+    if args.demonstrate:
+        print(tokenizer.decode(result.tokens[0].tolist()), flush=True)
     tokens, nfe, passes = len(result.tokens[0]), int(result.nfe), int(result.context_passes)
     facts = [f"{args.mode} on {args.device}", f"{tokens} tokens", f"{nfe} denoiser passes",
              f"{passes} context passes", f"{tokens / (nfe or passes):.2f} tokens per pass",

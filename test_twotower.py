@@ -8,8 +8,10 @@ measured on this data: 6e-7 for one operation, 2e-6 through ten layers); bfloat1
 own bfloat16 error, since rounding alone costs 2e-3.
 """
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,16 +20,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 
+import bench
+import train
 import twotower
-from twotower import (Context, KVCache, MambaState, Sampler, Span, TimestepEmbedder, Tower, TwoTower,
-                      TwoTowerConfig)
+from twotower import (Context, KVCache, MambaState, Router, Sampler, Span, TimestepEmbedder, Tower,
+                      TwoTower, TwoTowerConfig)
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden"
@@ -1514,7 +1520,6 @@ def sample(*args, directory: Path = GOLDEN / "cfg1"):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sample_prints_what_the_model_writes(mode):
-    from tokenizers import Tokenizer
     tokenizer, model = Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json")), golden("cfg1")[2]
     mode = mode.removeprefix("generate_")
     knobs = ["--block-size", "8", "--confidence-threshold", "0.5"] if mode == "mask_diffusion" else []
@@ -1535,7 +1540,6 @@ def test_sample_prints_what_the_model_writes(mode):
 
 def test_sample_stops_at_eos(tmp_path):
     """The text of a run without EOS, cut before the token that is now EOS."""
-    from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json"))
     prompt = torch.tensor([tokenizer.encode("Hello").ids])
     new = golden("cfg1")[2].generate_mask_diffusion(prompt, 40, 8).tokens[0].tolist()
@@ -1556,7 +1560,7 @@ def test_sample_is_seeded():
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "the following arguments are required: prompt"),
+    (["--mode", "ar"], "--mode ar needs a prompt"),
     ([""], "the prompt holds no token"),
     (["--mode", "fast", "Hi"], "invalid choice: 'fast'"),
     (["--blocksize", "8", "Hi"], "unrecognized arguments"),
@@ -1597,6 +1601,282 @@ def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_pat
     assert run.returncode == 2 and run.stdout == ""
     line, = run.stderr.splitlines()
     assert line.startswith("sample.py: ") and message in line
+
+
+# ---------------------------------------------------------------------- training the miniature
+
+def items(task: str, count: int, held_out: bool = False):
+    return list(itertools.islice(train.task_items(task, "test", held_out), count))
+
+
+def test_answers_are_right():
+    """Every task's answer, recomputed from its prompt alone in another way."""
+    for prompt, answer in items("add", 200):
+        sums, lines = re.findall(r"(\d{3})\+(\d{3})", prompt), answer.split("\n")
+        assert len(sums) == len(lines) == 2
+        for (a, b), line in zip(sums, lines):
+            *columns, total = line.split(" ")
+            assert total == f"{int(a) + int(b):04}"
+            carry = 0
+            for column, x, y in zip(columns, reversed(a), reversed(b), strict=True):
+                value = int(x) + int(y) + carry
+                assert column == f"{x}+{y}+{carry}={value:02}"
+                carry = value // 10
+    for prompt, answer in items("sort", 200):
+        numbers = prompt.split()[1:]
+        assert answer.split() == sorted(numbers) and 12 <= len(set(numbers)) == len(numbers)
+    for prompt, answer in items("json", 200):
+        record = dict(pair.split("=") for pair in prompt.split()[1:])
+        assert {field: str(value) for field, value in json.loads(answer).items()} == record
+    for prompt, answer in items("letter", 200):
+        values = dict(pair.split("=") for pair in prompt.split()[1:])
+        found = re.fullmatch(
+            r"Dear (?P<name>\w+),\nyour order (?P<code>\d+) of (?P<count>\d+) (?P<item>\w+) will "
+            r"leave on (?P<day>\w+)\.\nWe send all (?P=count) (?P=item) to you in (?P<city>\w+)\.\n"
+            r"If they are not there a week after (?P=day), call us and give the number (?P=code)\.",
+            answer)
+        assert found.groupdict() == values
+    for prompt, answer in items("class", 200):
+        _, name, *fields = prompt.split()
+        namespace = {}
+        exec(answer, namespace)
+        signature = inspect.signature(namespace[name])
+        assert [f"{p.name}:{p.annotation.__name__}" for p in signature.parameters.values()] == fields
+        instance = namespace[name](*fields)
+        assert list(vars(instance).values()) == fields
+
+
+@pytest.mark.parametrize("task", train.TASKS)
+def test_held_out_items_are_never_trained_on(task):
+    seen = {prompt for prompt, _ in items(task, 2000)}
+    held_out = {prompt for prompt, _ in items(task, 300, held_out=True)}
+    assert not seen & held_out and len(held_out) > 290 and len(seen) > 1900
+    assert items(task, 5) == items(task, 5)
+
+
+def test_held_out_library_files_are_never_trained_on():
+    seen, held_out = train.library(), train.library(held_out=True)
+    assert not set(seen) & set(held_out) - {""} and len(seen) > 8 * len(held_out) > 80
+
+
+@functools.cache
+def smoke() -> tuple[Path, subprocess.CompletedProcess]:
+    """The result of `train.py --smoke`, run once as a process."""
+    out = Path(tempfile.mkdtemp()) / "smoke"
+    return out, run_python("train.py", "--smoke", "--threads", 1, "--out", out)
+
+
+def test_train_runs_end_to_end():
+    """Both phases learn, and what is written loads, decodes and has the tokenizer beside it."""
+    out, run = smoke()
+    assert run.returncode == 0, run.stderr
+    for phase in (1, 2):
+        log = torch.load(out / f"phase{phase}.pt")["log"]
+        assert log[-1]["loss"] < log[0]["loss"] and f"phase {phase} step" in run.stdout
+    assert torch.load(out / "phase1.pt")["log"][-1]["loss"] < 0.8 * math.log(1024)
+    assert "tokens/s 0 min left" in run.stdout and (out / "curves.png").stat().st_size > 10**4
+    sampled = sample("--max-new-tokens", 20, "sort 12 11\n", directory=out)
+    assert sampled.returncode == 0 and sampled.stdout.startswith("sort 12 11\n"), sampled.stderr
+    again = run_python("train.py", "--smoke", "--threads", 1, "--out", out)
+    assert again.returncode == 0 and "phase 1 step" not in again.stdout, again.stderr
+
+
+def test_tokenizer_round_trips():
+    tokenizer = Tokenizer.from_file(str(smoke()[0] / "tokenizer.json"))
+    assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000, 7), 0x10FFFF]))
+    for text in (everything, "", " a  b\t\n\n  c 12 345", *train.library(held_out=True)[:20]):
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text and 0 not in ids
+    # every byte has a token, so that byte strings round-trip through latin-1 or surrogates alike
+    vocabulary = tokenizer.get_vocab()
+    assert len(vocabulary) == 1024
+    assert all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
+    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
+
+
+def training_data(row: int = 128) -> train.Data:
+    return train.Data(Tokenizer.from_file(str(smoke()[0] / "tokenizer.json")), row, 16, seed=0)
+
+
+def test_task_rows_are_laid_out_as_when_decoding():
+    """Targets are the answers with </s> up to the end of a block; all but perhaps the first answer
+    begin a block."""
+    data, starts = training_data(row=256), []
+    for step in range(20):
+        tokens, targets = data.batch(2, step, only="json")
+        for row, kept in zip(tokens, targets):
+            kept = torch.cat([torch.tensor([False]), kept, torch.tensor([False])]).int().diff()
+            begins, ends = (kept == 1).nonzero()[:, 0], (kept == -1).nonzero()[:, 0]
+            assert (begins[1:] % 16 == 0).all() and (ends % 16 == 0).all()
+            starts.append(int(begins[0]) % 16)
+            for begin, end in zip(begins, ends[:-1]):
+                text = data.tokenizer.decode(row[begin:end].tolist(), skip_special_tokens=False)
+                answer, ending = text.split("</s>", 1)
+                assert json.loads(answer) and ending.replace("</s>", "") == ""
+                record = data.tokenizer.decode(row[:begin].tolist()).split("json ")[-1].split()
+                assert list(json.loads(answer)) == [pair.split("=")[0] for pair in record]
+    assert 0 < sum(start == 0 for start in starts) < len(starts)
+
+
+def test_batches_repeat_and_mix():
+    data = training_data()
+    tokens, targets = data.batch(6, 3)
+    assert tokens.shape == targets.shape == (6, 128)
+    assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(6, 3)))
+    assert not torch.equal(tokens, data.batch(6, 4)[0])
+    assert not torch.equal(tokens, data.batch(6, 3, held_out=True)[0])
+    assert [bool(row.all()) for row in targets] == [True, False, False] * 2     # library, two tasks
+
+
+def test_the_published_recipe_is_diffusion_loss():
+    model, recipe = random_model(), dataclasses.replace(train.Recipe(), **train.PUBLISHED)
+    tokens = ids(5, 48)
+    ours = train.denoiser_loss(model, recipe, tokens, torch.ones_like(tokens).bool(), seeded(4))
+    torch.testing.assert_close(ours, model.diffusion_loss(tokens, 16, seeded(4)), rtol=0, atol=0)
+
+
+def test_noise_follows_the_recipe():
+    targets = torch.rand(400, 64, generator=seeded(1)) < 0.7
+    recipe = train.Recipe(t_per="block", full_masks=0.25, slope=0.0)
+    masked, t = train.add_noise(recipe, targets, seeded(2))
+    assert t.shape == (400, 4) and not (masked & ~targets).any()
+    full = t == 1.0
+    assert 0.2 < full.float().mean() < 0.3
+    blocks, kept = masked.view(400, 4, 16), targets.view(400, 4, 16)
+    assert torch.equal(blocks[full], kept[full])
+    share = blocks[~full].sum() / kept[~full].sum()                     # the mean of U[0.001, 1]
+    assert abs(share - 0.5) < 0.02
+    slope, t = train.add_noise(train.Recipe(t_per="block", full_masks=0.0, slope=0.8),
+                               torch.ones_like(targets), seeded(2))
+    slope = slope.view(-1, 16).float().mean(0)
+    assert slope[-1] - slope[0] > 0.2 and abs(slope.mean() - 0.5) < 0.02
+
+
+def test_the_denoiser_starts_as_the_ar_model():
+    """With gate 1, shift 0 and scale 0 at every t the first denoiser is the unconditioned one."""
+    context = train.build(train.SMOKE, train.SMOKE_MODEL, "context")
+    model = train.build(train.Recipe(gate="copy"), train.SMOKE_MODEL, "both", context)
+    given, block = model.prefill(ids(1, 20)), torch.full((1, 16), MASK)
+    plain = model.denoise(block, given, None)
+    for t in (0.1, 1.0):
+        check(model.denoise(block, given, t), plain, 1e-6)
+    published = train.build(train.Recipe(gate="published"), train.SMOKE_MODEL, "both", context)
+    assert error(published.denoise(block, given, 1.0), plain) > 0.1
+
+
+def test_learning_rate_schedule():
+    recipe = train.Recipe(steps=(1000, 10), peak=(2.0, 1.0), warm_up=10, decay=0.3, floor=0.01)
+    rates = [recipe.learning_rate(0, step) for step in range(1000)]
+    assert rates[0] == 0.2 and rates[9:700] == [2.0] * 691
+    assert rates[700:] == sorted(rates[700:], reverse=True) and rates[-1] == 0.02
+    assert rates[775] == 2 * (1 - math.sqrt(0.25))              # a quarter into the decay
+
+
+def test_balance_evens_out_the_experts():
+    torch.manual_seed(0)
+    router = Router(TwoTowerConfig(**TINY)).requires_grad_(False)
+    torch.nn.init.normal_(router.weight, std=0.2)
+    router.weight[0] += 0.1                                     # most inputs would choose expert 0
+    balance, x, worst = train.Balance(router, step=0.02), torch.randn(512, 32) + 1, []
+    for _ in range(100):
+        router(x)
+        worst.append(balance.update())
+    assert worst[0] > 3 and worst[-1] < 1.3
+    assert router.e_score_correction_bias[0] == router.e_score_correction_bias.min()
+
+
+def test_training_resumes_exactly(tmp_path):
+    """Interrupted and resumed at a checkpoint, both phases end in the same weights as in one go."""
+    recipe = dataclasses.replace(train.SMOKE, steps=(12, 12), rows=2)
+    data = training_data()
+
+    def trainer(phase, path):
+        torch.manual_seed(0)
+        context = train.build(recipe, train.SMOKE_MODEL, "context")
+        model = train.build(recipe, train.SMOKE_MODEL, "both", context) if phase else context
+        return train.Trainer(phase, model, recipe, data, path)
+
+    for phase in (0, 1):
+        whole = trainer(phase, tmp_path / f"whole{phase}.pt")
+        whole.run(every=5)
+        path = tmp_path / f"parts{phase}.pt"
+        first = trainer(phase, path)
+        step = first.train_step
+
+        def interrupted():
+            if first.step == 8:
+                raise KeyboardInterrupt
+            return step()
+
+        first.train_step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            first.run(every=5)
+        second = trainer(phase, path)
+        assert second.step == 5
+        second.run(every=5)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, second.model.state_dict()[name]), name
+        assert [line["loss"] for line in whole.log][-1] == second.log[-1]["loss"]
+        if phase:                                               # the context tower was frozen
+            before = trainer(1, tmp_path / "none.pt").model.context_tower.state_dict()
+            assert all(torch.equal(tensor, before[name])
+                       for name, tensor in whole.model.context_tower.state_dict().items())
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--threads", "0"], "--threads is 0"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--device", "toaster"], "--device toaster cannot be used"),
+    (["--steps"], "unrecognized arguments"),
+    (["--out", "README.md"], "README.md"),
+])
+def test_train_refuses_in_one_line(args, message):
+    run = run_python("train.py", "--smoke", *args)
+    assert run.returncode == 2
+    line, = run.stderr.splitlines()
+    assert line.startswith("train.py: ") and message in line
+
+
+def test_train_refuses_checkpoints_of_another_kind(tmp_path):
+    shutil.copytree(smoke()[0], tmp_path / "out")
+    path = tmp_path / "out" / "phase1.pt"
+    saved = torch.load(path)
+    for damage, message in ((lambda: torch.save(saved | {"recipe": "{}"}, path), "another recipe"),
+                            (lambda: path.write_bytes(path.read_bytes()[:5000]), "delete it")):
+        damage()
+        run = run_python("train.py", "--smoke", "--threads", 1, "--out", tmp_path / "out")
+        line, = run.stderr.splitlines()
+        assert run.returncode == 2 and line.startswith("train.py: ") and message in line
+
+
+def test_bench_miniature_runs(tmp_path):
+    """Two items a task on the smoke model: every mode has its row and the counts add up."""
+    run = run_python("bench.py", "miniature", "--checkpoint", smoke()[0], "--items", 2, "--timed", 1,
+                     "--threads", 1, "--plot", tmp_path / "plot.png")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    assert [row["mode"] for row in rows] == list(bench.MODES)
+    assert rows[0]["tokens_per_pass"] == 1 and all(row["log_likelihood"] < 0 for row in rows)
+    assert all(row["tokens_per_second"] > 0 and row["passes_per_block"] > 0 for row in rows)
+    assert (tmp_path / "plot.png").stat().st_size > 10**4
+
+
+def test_bench_alterations_do_what_they_say():
+    model = train.build(train.SMOKE, train.SMOKE_MODEL, "both",
+                        train.build(train.SMOKE, train.SMOKE_MODEL, "context"))
+    with torch.no_grad():
+        model.t_block[1].weight.normal_()
+    context, block = model.prefill(ids(1, 30)), torch.full((1, 16), MASK)
+    plain, half = model.denoise(block, context, 1.0), model.denoise(block, context, 0.5)
+    with bench.altered(model, "t frozen"):
+        assert torch.equal(model.denoise(block, context, 1.0), half) and error(plain, half) > 1e-3
+    empty = [state and MambaState(*map(torch.zeros_like, state)) if isinstance(state, MambaState)
+             else state for state in context.states]
+    with bench.altered(model, "no Mamba seeding"):
+        unseeded = model.denoise(block, context, 1.0)
+    context.states = empty
+    assert torch.equal(unseeded, model.denoise(block, context, 1.0)) and error(unseeded, plain) > 1e-3
 
 
 # ------------------------------------------------------------------------------------- the rest

@@ -388,7 +388,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -775,7 +775,7 @@ class Layer(nn.Module):
             h = self.mixer(h, state, span)
         else:
             h = self.mixer(h)
-        return x + (h if gate is None else gate * h), state
+        return x + h if gate is None else torch.addcmul(x, gate, h), state
 
 
 class Tower(nn.Module):
@@ -1211,15 +1211,19 @@ class TwoTower(nn.Module):
     def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
                          t: Tensor | None) -> Tensor:
         tower = self.denoiser_tower
-        modulations = None if t is None else self._modulations(t.to(tower.device))
+        L = tokens.shape[1]
+        modulations = None if t is None else self._modulations(t.to(tower.device), L)
         hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)
         return wide(self.lm_head(hidden))
 
-    def _modulations(self, t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """t (B,) -> per layer (shift, scale, gate), each (B, 1, D)."""
-        embedding = self.t_block(self.t_embedder(t)).unflatten(-1, (3, -1))      # (B, 3, D)
-        tables = torch.stack(list(self.scale_shift_tables))[:, None] + embedding
-        return [table[:, :, None].unbind(1) for table in tables.unbind(0)]
+    def _modulations(self, t: Tensor, L: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per layer (shift, scale, gate): (B, 1, D) for t (B,), (B, L, D) for t (B, n)."""
+        D = self.config.hidden_size
+        embedding = self.t_block(self.t_embedder(t.flatten())).view(len(t), -1, 3, D)
+        tables = torch.stack(list(self.scale_shift_tables))[:, None, None] + embedding
+        if t.dim() == 2:                                    # one t for each of n blocks
+            tables = tables.repeat_interleave(L // t.shape[1], dim=2)
+        return [table.unbind(2) for table in tables.unbind(0)]                  # (B, 1 or L, D)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -1230,16 +1234,18 @@ class TwoTower(nn.Module):
         the context's states after block b-1. Equal to `denoise` block by block; differentiable in
         the denoiser's parameters only.
 
-        Args: clean, noisy (B, M) int64 with M a multiple of block_size; t (B,) in [0, 1].
+        Args: clean, noisy (B, M) int64 with M a multiple of block_size; t in [0, 1], (B,) for one
+            noise level per sequence as published, or (B, n) for one per block.
         Returns: (B, M, V) float32.
         Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
         clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
-        t, (B, M) = self._check_t(t, len(clean)), clean.shape
+        B, M = clean.shape
         if block_size < 1 or M % block_size or noisy.shape != clean.shape:
             raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but "
                              f"both must be (B, M), M a multiple of block_size {block_size}")
+        t = self._check_t(t, B, M // block_size)
         context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
             span = Span(0, M, is_causal=True, block_size=block_size)
@@ -1445,12 +1451,13 @@ class TwoTower(nn.Module):
         return ids
 
     @staticmethod
-    def _check_t(t: Tensor | float, rows: int) -> Tensor:
+    def _check_t(t: Tensor | float, rows: int, blocks: int = 0) -> Tensor:
         t = torch.as_tensor(t)
         t = t if t.is_floating_point() else t.float()
-        if t.dim() > 1 or t.dim() == 1 and len(t) != rows or not bool(((t >= 0) & (t <= 1)).all()):
+        fits = t.dim() == 0 or tuple(t.shape) in ((rows,), (rows, blocks))
+        if not fits or not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], one or one per row")
-        return t.expand(rows)
+        return t if t.dim() == 2 else t.expand(rows)
 
     def _check_prompts(self, prompts) -> list[Tensor]:
         if len(prompts) == 0:

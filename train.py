@@ -1,0 +1,557 @@
+"""Train a small TwoTower from nothing: the published two-phase recipe on one laptop.
+
+    python train.py                     everything, into runs/miniature; run it again to go on
+    python train.py --smoke             the same in under a minute, with a model too small for use
+
+1. corpus      the standard library of the running Python, and five tasks whose answers can be
+               checked exactly (sums, sorting, records to JSON, letters, classes)
+2. tokenizer   byte-level BPE with 1,024 ids, so that every byte string round-trips
+3. phase 1     an autoregressive model, next-token loss
+4. phase 2     the model is copied into both towers, the context tower is frozen, and the denoiser
+               learns to fill masked blocks of 16 (arXiv 2606.26493, training)
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import statistics
+import sys
+import sysconfig
+import time
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from twotower import Router, TwoTower, TwoTowerConfig
+
+# ---------------------------------------------------------------------------------------------
+# 1. Corpus: five tasks and the standard library
+
+NAMES = ("Ada Alan Barbara Boris Carla David Dora Edgar Emma Felix Grace Hugo Ida Ivan Jane "
+         "Karl Laura Lena Linus Maria Nora Oscar Paul Rosa Ruth Sam Tara Theo Tom Vera Walter "
+         "Zoe").split()
+CITIES = ("Athens Berlin Boston Cairo Delhi Dublin Geneva Hanoi Kyoto Lagos Lima Lisbon London "
+          "Madrid Milan Moscow Oslo Paris Prague Rome Seoul Sydney Tokyo Vienna").split()
+ITEMS = ("books boxes chairs clocks cups desks doors fans keys lamps maps pens pots rugs tables "
+         "toys").split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+COLORS = "black blue brown gray green orange pink purple red silver white yellow".split()
+JOBS = "baker cook doctor driver farmer judge nurse painter pilot singer teacher writer".split()
+TYPES = "bool bytes dict float int list set str".split()
+FIELDS = ("address age city code color count date depth height index key kind label length "
+          "level limit name number offset owner path port price rate size source speed start "
+          "state status target text time title total unit user value weight width").split()
+CLASSES = ("Account Block Book Box Client Color Event Field File Frame Group Image Item Job "
+           "Line Message Node Order Page Point Query Record Route Server Shape Table Task Ticket "
+           "Token Tree User Window").split()
+
+
+def add(rng: random.Random) -> tuple[str, str]:
+    """Two sums of three digits, worked column by column: digit + digit + carry = sum."""
+    def work(a: int, b: int) -> str:
+        columns, carry = [], 0
+        for place in (1, 10, 100):
+            x, y = a // place % 10, b // place % 10
+            columns.append(f"{x}+{y}+{carry}={x + y + carry:02}")
+            carry = (x + y + carry) // 10
+        return " ".join(columns) + f" {a + b:04}"
+
+    sums = [(rng.randrange(1000), rng.randrange(1000)) for _ in range(2)]
+    return (" ".join(f"{a:03}+{b:03}" for a, b in sums), "\n".join(work(a, b) for a, b in sums))
+
+
+def sort(rng: random.Random) -> tuple[str, str]:
+    numbers = rng.sample(range(100), rng.randint(12, 15))
+    return (" ".join(f"{n:02}" for n in numbers), " ".join(f"{n:02}" for n in sorted(numbers)))
+
+
+def to_json(rng: random.Random) -> tuple[str, str]:
+    record = {"name": rng.choice(NAMES), "age": rng.randrange(10, 100), "city": rng.choice(CITIES),
+              "color": rng.choice(COLORS), "job": rng.choice(JOBS), "day": rng.choice(DAYS),
+              "code": rng.randrange(1000, 10000), "item": rng.choice(ITEMS)}
+    fields = rng.sample(sorted(record), rng.randint(5, 7))
+    record = {field: record[field] for field in fields}
+    return " ".join(f"{field}={value}" for field, value in record.items()), json.dumps(record)
+
+
+def letter(rng: random.Random) -> tuple[str, str]:
+    name, city, day, item = (rng.choice(words) for words in (NAMES, CITIES, DAYS, ITEMS))
+    count, code = rng.randrange(10, 100), rng.randrange(1000, 10000)
+    return (f"code={code} count={count} item={item} name={name} city={city} day={day}",
+            f"Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\n"
+            f"We send all {count} {item} to you in {city}.\n"
+            f"If they are not there a week after {day}, call us and give the number {code}.")
+
+
+def to_class(rng: random.Random) -> tuple[str, str]:
+    name = rng.choice(CLASSES)
+    fields = [(field, rng.choice(TYPES)) for field in rng.sample(FIELDS, rng.randint(3, 5))]
+    return (" ".join([name] + [f"{field}:{kind}" for field, kind in fields]),
+            f"class {name}:\n    def __init__(self, "
+            + ", ".join(f"{field}: {kind}" for field, kind in fields) + "):"
+            + "".join(f"\n        self.{field} = {field}" for field, _ in fields))
+
+
+TASKS = {"add": add, "sort": sort, "json": to_json, "letter": letter, "class": to_class}
+
+
+def task_items(task: str, seed: str, held_out: bool = False):
+    """Endless (prompt, answer) pairs; one prompt in 16, by its CRC, is held out from training."""
+    rng = random.Random(f"{task} {seed}")
+    while True:
+        prompt, answer = TASKS[task](rng)
+        prompt = f"{task} {prompt}\n"
+        if (zlib.crc32(prompt.encode()) % 16 == 0) == held_out:
+            yield prompt, answer
+
+
+def library(held_out: bool = False) -> list[str]:
+    """The standard library's source files, without its tests; one file in 16 is held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    texts = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not skip & set(name.split("/")) and (zlib.crc32(name.encode()) % 16 == 0) == held_out:
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return texts
+
+
+def fingerprint(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Tokenizer
+
+UNK, BOS, EOS, MASK = "<unk>", "<s>", "</s>", "<mask>"                          # ids 0, 1, 2, 3
+# words, single digits, punctuation, each with a space before it, or white space: every number is
+# spelled digit by digit, so that sums can be learned
+PIECES = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(PIECES, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[UNK, BOS, EOS, MASK], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Batches
+
+
+class Data:
+    """Rows of M tokens and which of them are targets: learned, and masked in phase 2.
+
+    A library row is a window of source text, all of it targets. A task row holds items, each as
+    prompt, answer and </s>; fillers of </s> make every answer begin a block, as it does when
+    decoding, and fill its last block (but half of the rows begin with a prompt, as generation does,
+    wherever that puts the answer). Targets are answers and the </s> up to the end of the block.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, row: int, block_size: int, seed: int):
+        self.tokenizer, self.row, self.block_size, self.seed = tokenizer, row, block_size, seed
+        self.eos = tokenizer.token_to_id(EOS)
+        self.streams = {}
+        for held_out in (False, True):
+            files = tokenizer.encode_batch(library(held_out))
+            self.streams[held_out] = torch.tensor(
+                [token for file in files for token in [*file.ids, self.eos]])
+
+    def library_row(self, rng: random.Random, held_out: bool = False):
+        stream = self.streams[held_out]
+        start = rng.randrange(len(stream) - self.row)
+        return stream[start:start + self.row], torch.ones(self.row, dtype=torch.bool)
+
+    def task_row(self, rng: random.Random, items):
+        tokens, targets = [], []
+        while True:
+            prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
+            aligned = tokens or rng.random() < 0.5
+            fill = -(len(tokens) + len(prompt)) % self.block_size if aligned else 0
+            end = len(tokens) + fill + len(prompt) + len(answer)
+            rest = self.block_size - end % self.block_size
+            tokens += [self.eos] * fill + prompt + answer + [self.eos] * rest
+            targets += [False] * (fill + len(prompt)) + [True] * (len(answer) + rest)
+            if len(tokens) > self.row:
+                break
+        # the item that did not fit is cut: what there is of it is learned all the same
+        return torch.tensor(tokens[:self.row]), torch.tensor(targets[:self.row])
+
+    def batch(self, rows: int, step: int, held_out: bool = False, only: str | None = None):
+        """tokens (rows, M) int64 and targets (rows, M) bool; the same for the same step.
+
+        One row in three is library text, the others take the tasks in turn.
+        """
+        rng = random.Random(f"{self.seed} {step} {held_out}")
+        tasks = list(TASKS)
+        made = []
+        for r in range(rows):
+            kind = only or ("library" if r % 3 == 0 else tasks[(step * rows + r) % len(tasks)])
+            if kind == "library":
+                made.append(self.library_row(rng, held_out))
+            else:
+                made.append(self.task_row(rng, task_items(kind, str(rng.random()), held_out)))
+        tokens, targets = zip(*made)
+        return torch.stack(tokens), torch.stack(targets)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The two phases
+
+
+@dataclass
+class Recipe:
+    """What is trained and for how long. The default is what made miniature/; `published` has the
+    published choices of phase 2."""
+
+    steps: tuple[int, int] = (4000, 6000)       # of phase 1 and 2
+    rows: int = 8                               # sequences a step
+    row: int = 192                              # M, tokens a sequence
+    block_size: int = 16
+    peak: tuple[float, float] = (3e-3, 3e-3)    # learning rates; AdamW
+    floor: float = 0.01                         # of the peak, at the end
+    warm_up: int = 100                          # steps
+    decay: float = 0.3                          # share of the steps
+    balance: float = 1e-3                       # step of e_score_correction_bias
+    vocab_size: int = 1024
+    gate: str = "copy"                          # or "published": tables of randn / sqrt(D)
+    t_per: str = "block"                        # or "sequence"
+    full_masks: float = 0.3                     # share of the blocks or sequences with t = 1
+    slope: float = 0.0                          # of the mask probability along a block
+    weight: str = "mean"                        # or "1/t"
+    tied: bool = False                          # one tower in both roles, also trained with AR loss
+    timeless: bool = False                      # t is 0 whatever it is
+
+    def learning_rate(self, phase: int, step: int) -> float:
+        """Warm-up, stable, decay (square root), as a function of the step."""
+        left = (self.steps[phase] - step) / (self.decay * self.steps[phase])
+        decay = max(self.floor, 1 - math.sqrt(max(0.0, 1 - left)))
+        return self.peak[phase] * min(1.0, (step + 1) / self.warm_up, decay)
+
+
+PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0)        # of phase 2
+
+MODEL = dict(
+    hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1024,
+    layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
+    conv_kernel=4, chunk_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+    intermediate_size=256, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
+    moe_shared_expert_intermediate_size=256, norm_topk_prob=True, routed_scaling_factor=1.0,
+    initializer_range=0.05, max_position_embeddings=4096)
+SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hidden_layers=3,
+                           mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
+SMOKE = Recipe(steps=(200, 100), rows=4, row=128, warm_up=10)
+
+
+def add_noise(recipe: Recipe, targets: Tensor, generator: torch.Generator):
+    """Which of the targets (B, M) to mask: a mask (B, M) and t (B,) or, per block, (B, n)."""
+    (B, M), Q = targets.shape, recipe.block_size
+    t = 0.001 + 0.999 * torch.rand((B, M // Q) if recipe.t_per == "block" else B,
+                                   generator=generator)
+    if recipe.full_masks:
+        t[torch.rand(t.shape, generator=generator) < recipe.full_masks] = 1.0
+    p = per_token(t, M)
+    if recipe.slope:        # later positions of a block are masked more often, for the same mean
+        p = p + recipe.slope * p * (1 - p) * torch.linspace(-1, 1, Q).repeat(M // Q)
+    return targets & (torch.rand(B, M, generator=generator) < p), t
+
+
+def per_token(t: Tensor, M: int) -> Tensor:
+    """t (B,) or (B, n) -> (B, M)."""
+    t = t.view(len(t), -1)
+    return t.repeat_interleave(M // t.shape[1], dim=1)
+
+
+def denoiser_loss(model: TwoTower, recipe: Recipe, tokens: Tensor, targets: Tensor,
+                  generator: torch.Generator) -> Tensor:
+    """`TwoTower.diffusion_loss` with the recipe's choices; the same for the published ones and
+    all tokens as targets. tokens and targets (B, M) are on the host."""
+    masked, t = add_noise(recipe, targets, generator)
+    noisy = tokens.masked_fill(masked, model.config.mask_token_id)
+    logits = model.diffusion_logits(tokens, noisy, t, recipe.block_size)
+    right = tokens[masked].to(logits.device)
+    loss = F.cross_entropy(logits[masked.to(logits.device)], right, reduction="none")
+    if recipe.weight == "1/t":
+        return (loss / per_token(t, tokens.shape[1])[masked].to(loss.device)).sum() / targets.sum()
+    return loss.sum() / masked.sum().clamp(min=1)
+
+
+def context_loss(model: TwoTower, tokens: Tensor, targets: Tensor) -> Tensor:
+    """`TwoTower.ar_loss` over the targets only."""
+    logits = model.context_logits(tokens[:, :-1])
+    right = tokens[:, 1:][targets[:, 1:]].to(logits.device)
+    return F.cross_entropy(logits[targets[:, 1:].to(logits.device)], right)
+
+
+class Balance:
+    """Keeps experts evenly used: after every step the correction bias of an expert that was chosen
+    too often falls by `step`, of the others rises (arXiv 2412.19437, 2.1.2)."""
+
+    def __init__(self, tower, step: float):
+        self.routers = [module for module in tower.modules() if isinstance(module, Router)]
+        self.loads = [None] * len(self.routers)
+        self.step = step
+        for i, router in enumerate(self.routers):
+            router.register_forward_hook(lambda _, __, routed, i=i: self.count(i, routed[0]))
+
+    def count(self, i: int, topk_ids: Tensor):
+        self.loads[i] = torch.bincount(topk_ids.flatten(), minlength=len(self.routers[i].weight))
+
+    def update(self) -> float:
+        """Returns the largest share of tokens that one expert of a layer took, over the mean."""
+        worst = 0.0
+        for router, load in zip(self.routers, self.loads):
+            load = load.float()
+            router.e_score_correction_bias += self.step * (load.mean() - load).sign()
+            worst = max(worst, float(load.max() / load.mean()))
+        return worst
+
+
+class Trainer:
+    """One phase: optimiser, schedule, validation, and a checkpoint to go on from exactly."""
+
+    def __init__(self, phase: int, model: TwoTower, recipe: Recipe, data: Data, path: Path | None,
+                 autocast: bool = False):
+        self.phase, self.model, self.recipe, self.data, self.path = phase, model, recipe, data, path
+        self.device = model.context_tower.device
+        self.autocast = autocast
+        trained = model.context_tower if phase == 0 else model.denoiser_tower
+        self.balance = Balance(trained, recipe.balance)
+        if phase == 1 and not recipe.tied:
+            model.context_tower.requires_grad_(False)
+            model.context_lm_head.requires_grad_(False)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}],
+            lr=0.0, betas=(0.9, 0.95))
+        self.step, self.seconds, self.log = 0, 0.0, []
+        if path is not None and path.exists():
+            try:
+                saved = torch.load(path, map_location=self.device, weights_only=True)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+                raise ValueError(f"{path} is not a checkpoint of train.py; delete it") from None
+            if saved["recipe"] != json.dumps(asdict(recipe)):
+                raise ValueError(f"{path} was made with another recipe; use another --out")
+            model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
+
+    def save(self):
+        if self.path is None:
+            return
+        partial = self.path.with_suffix(".partial")
+        torch.save({"recipe": json.dumps(asdict(self.recipe)), "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(), "step": self.step,
+                    "seconds": self.seconds, "log": self.log}, partial)
+        os.replace(partial, self.path)
+
+    def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
+        tokens, targets = self.data.batch(self.recipe.rows, step, held_out, only)
+        generator = torch.Generator().manual_seed(self.data.seed * 10**6 + step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            if self.phase == 0:
+                return context_loss(self.model, tokens, targets)
+            recipe = self.recipe
+            if held_out:            # validation has the published noise, to compare recipes
+                recipe = replace(recipe, **PUBLISHED)
+            loss = denoiser_loss(self.model, recipe, tokens, targets, generator)
+            if self.recipe.tied and not held_out:
+                loss = loss + context_loss(self.model, tokens, targets)
+            return loss
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        return {kind: statistics.mean(float(self.loss(i, True, kind)) for i in range(2))
+                for kind in ("library", *TASKS)}
+
+    def train_step(self) -> tuple[float, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(self.phase, self.step)
+        loss = self.loss(self.step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return float(loss.detach()), self.balance.update()
+
+    def run(self, every: int = 0):
+        """Train to the end of the phase, validating and saving every so many steps."""
+        total, name = self.recipe.steps[self.phase], f"phase {self.phase + 1}"
+        tokens = self.recipe.rows * self.recipe.row
+        every = every or min(250, total // 2)
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+        with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+            task = bar.add_task(name, total=total, completed=self.step)
+            losses, start = [], time.perf_counter()
+            while self.step < total:
+                loss, imbalance = self.train_step()
+                losses.append(loss)
+                speed = tokens * len(losses) / (time.perf_counter() - start)
+                bar.update(task, completed=self.step,
+                           description=f"{name} loss {loss:.3f} {speed:.0f} tokens/s")
+                if self.step % every and self.step < total:
+                    continue
+                self.seconds += time.perf_counter() - start
+                valid = self.validate()
+                self.log.append({"step": self.step, "loss": statistics.mean(losses),
+                                 "tokens_per_second": round(speed), "imbalance": imbalance,
+                                 "seconds": round(self.seconds), "valid": valid})
+                left = (total - self.step) * tokens / speed / 60
+                bar.console.print(
+                    f"{name} step {self.step}/{total} loss {self.log[-1]['loss']:.3f} valid "
+                    + " ".join(f"{kind} {value:.3f}" for kind, value in valid.items())
+                    + f" {speed:.0f} tokens/s {left:.0f} min left", soft_wrap=True)
+                sys.stdout.flush()
+                self.save()
+                losses, start = [], time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Command line
+
+
+def build(recipe: Recipe, fields: dict, towers: str, context: TwoTower | None = None) -> TwoTower:
+    """A model to train; for phase 2 both its towers start as the trained `context`."""
+    model = TwoTower(TwoTowerConfig(**fields), towers=towers)
+    if context is None:
+        with torch.no_grad():           # so small a network learns to copy much sooner from these
+            model.context_tower.embeddings.weight.normal_()
+            for layer in model.context_tower.layers:
+                if layer.kind == "*":
+                    layer.mixer.q_proj.weight *= 2
+                    layer.mixer.k_proj.weight *= 2
+        return model
+    model.context_tower.load_state_dict(context.context_tower.state_dict())
+    model.context_lm_head.load_state_dict(context.context_lm_head.state_dict())
+    model.copy_context_to_denoiser()
+    if recipe.gate == "copy":           # shift 0, scale 0, gate 1: at first the denoiser is exactly
+        with torch.no_grad():           # the AR model
+            model.t_block[1].weight.zero_()
+            for table in model.scale_shift_tables:
+                table.copy_(torch.tensor([0.0, 0.0, 1.0])[:, None].expand_as(table))
+    if recipe.tied:
+        model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
+    if recipe.timeless:
+        model.t_embedder.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+    return model
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), metavar="DIR",
+                        help="checkpoints and the result; an interrupted run goes on from there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--bf16", action="store_true",
+                        help="matrix products in bfloat16, where the processor is fast at it")
+    parser.add_argument("--published", action="store_true", help="phase 2 as it was published")
+    parser.add_argument("--smoke", action="store_true", help="a run of under a minute")
+    args = parser.parse_args()
+    if args.threads < 1:
+        fail(f"--threads is {args.threads}, but it must be 1 or more")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed is {args.seed}, but it must be in [0, 2**32)")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args
+
+
+def fail(message):
+    print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def run(args: argparse.Namespace):
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    recipe, fields = (SMOKE, SMOKE_MODEL) if args.smoke else (Recipe(), MODEL)
+    if args.published:
+        recipe = replace(recipe, **PUBLISHED)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = corpus(args.out, recipe.vocab_size)
+    data = Data(tokenizer, recipe.row, recipe.block_size, args.seed)
+    context = build(recipe, fields, "context").to(args.device)
+    first = Trainer(0, context, recipe, data, args.out / "phase1.pt", args.bf16)
+    first.run()
+    model = build(recipe, fields, "both", context).to(args.device)
+    second = Trainer(1, model, recipe, data, args.out / "phase2.pt", args.bf16)
+    second.run()
+    model.save_pretrained(args.out)
+    plot_curves([first.log, second.log], args.out / "curves.png")
+    print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} PROMPT")
+
+
+def main():
+    args = parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped; the same command goes on from the last checkpoint",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+def plot_curves(logs: list[list[dict]], path: Path):
+    """Validation losses of both phases, by source."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    titles = "phase 1: next token, context tower", "phase 2: masked tokens, denoiser tower"
+    for ax, title, log in zip(axes, titles, logs):
+        for kind in log[0]["valid"]:
+            ax.plot([line["step"] for line in log], [line["valid"][kind] for line in log],
+                    label=kind)
+        ax.set(title=title, xlabel="step", yscale="log")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss, nats a token")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def corpus(out: Path, vocab_size: int) -> Tokenizer:
+    """Train and save the tokenizer, if it is not there; say what the corpus is."""
+    texts = library()
+    facts = {"python": platform.python_version(), "library files": len(texts),
+             "library characters": sum(map(len, texts)), "library sha256": fingerprint(texts)}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    path = out / "tokenizer.json"
+    if not path.exists():
+        items = [prompt + answer for task in TASKS
+                 for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 2000)]
+        train_tokenizer(texts[::4] + items, vocab_size).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+if __name__ == "__main__":
+    main()
