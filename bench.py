@@ -4,6 +4,9 @@
                                 beside transformers' NemotronH with the same weights
     python bench.py miniature   quality and speed of the trained miniature in all modes: exact match
                                 on held-out items, passes, tokens/s, likelihood; writes a plot
+    python bench.py samples     what the miniature writes after held-out source
+    python bench.py recipes     a denoiser trained briefly by each of several recipes, from a
+                                phase 1 of train.py
 
 Timings are medians over rounds in which all contestants take turns, so that a machine that
 slows down slows all of them; compare ratios, not milliseconds.
@@ -349,6 +352,28 @@ def plot_frontier(rows: list[dict], path: str):
 
 
 # ---------------------------------------------------------------------------------------------
+# bench.py samples
+
+
+def bench_samples(checkpoint: str, temperature: float) -> dict:
+    """Ten continuations of held-out source, the first ten that the seed gives."""
+    model = TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
+    rng, files, samples = random.Random("samples"), library(held_out=True), []
+    for i in range(10):
+        lines = rng.choice(files).splitlines(keepends=True)
+        start = rng.randrange(max(1, len(lines) - 5))
+        prompt = "".join(lines[start:start + 5])
+        result = model.generate_mask_diffusion(
+            [torch.tensor(tokenizer.encode(prompt).ids)], 96, temperature=temperature,
+            eos_token_id=model.config.eos_token_id, generator=torch.Generator().manual_seed(i))
+        samples.append({"prompt": prompt, "text": tokenizer.decode(result.tokens[0].tolist())})
+        print(f"--- {i}: five lines of held-out source, then what the model writes\n{prompt}"
+              f"\u25b8{samples[-1]['text']}", flush=True)
+    return {"temperature": temperature, "samples": samples}
+
+
+# ---------------------------------------------------------------------------------------------
 # bench.py recipes
 
 RECIPES = {
@@ -397,11 +422,12 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cpu", "miniature", "recipes"])
+    parser.add_argument("what", choices=["cpu", "miniature", "samples", "recipes"])
     parser.add_argument("--rounds", type=int, default=15, help="cpu: rounds of turns (default 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
     parser.add_argument("--items", type=int, default=500, help="miniature: items a task")
+    parser.add_argument("--temperature", type=float, default=0.7, help="samples")
     parser.add_argument("--phase1", default="runs/miniature/phase1.pt", metavar="FILE",
                         help="recipes: train.py's checkpoint to start from")
     parser.add_argument("--steps", type=int, default=400, help="recipes: steps an arm")
@@ -422,6 +448,8 @@ def main():
         result = bench_cpu(args.rounds)
     elif args.what == "miniature":
         result = bench_miniature(args.checkpoint, args.items, args.timed, args.plot)
+    elif args.what == "samples":
+        result = bench_samples(args.checkpoint, args.temperature)
     else:
         result = bench_recipes(args.phase1, args.steps, args.items, args.arms)
     print(json.dumps({"setting": setting} | result))

@@ -2,6 +2,8 @@
 
     python train.py                     everything, into runs/miniature; run it again to go on
     python train.py --smoke             the same in under a minute, with a model too small for use
+    torchrun --nproc-per-node 2 train.py --threads 1        the rows of a step shared by two
+                                        processes, faster than two threads at this size
 
 1. corpus      the standard library of the running Python, and five tasks whose answers can be
                checked exactly (sums, sorting, records to JSON, letters, classes)
@@ -29,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -163,9 +166,13 @@ class Data:
 
     A library row is a window of source text, all of it targets. A task row holds items, each as
     prompt, answer and </s>; fillers of </s> make every answer begin a block, as it does when
-    decoding, and fill its last block (but half of the rows begin with a prompt, as generation does,
+    decoding, and fill its last block (but some rows begin with a prompt, as generation does,
     wherever that puts the answer). Targets are answers and the </s> up to the end of the block.
+    Phase 1 has one library row in three and half of its task rows begin with a prompt; phase 2 one
+    in four and a tenth.
     """
+
+    LIBRARY_ROWS, UNALIGNED = (3, 4), (0.5, 0.1)
 
     def __init__(self, tokenizer: Tokenizer, row: int, block_size: int, seed: int):
         self.tokenizer, self.row, self.block_size, self.seed = tokenizer, row, block_size, seed
@@ -181,12 +188,12 @@ class Data:
         start = rng.randrange(len(stream) - self.row)
         return stream[start:start + self.row], torch.ones(self.row, dtype=torch.bool)
 
-    def task_row(self, rng: random.Random, items):
+    def task_row(self, rng: random.Random, items, phase: int = 1):
         tokens, targets = [], []
+        aligned = rng.random() < 1 - self.UNALIGNED[phase]
         while True:
             prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
-            aligned = tokens or rng.random() < 0.5
-            fill = -(len(tokens) + len(prompt)) % self.block_size if aligned else 0
+            fill = -(len(tokens) + len(prompt)) % self.block_size if tokens or aligned else 0
             end = len(tokens) + fill + len(prompt) + len(answer)
             rest = self.block_size - end % self.block_size
             tokens += [self.eos] * fill + prompt + answer + [self.eos] * rest
@@ -196,20 +203,24 @@ class Data:
         # the item that did not fit is cut: what there is of it is learned all the same
         return torch.tensor(tokens[:self.row]), torch.tensor(targets[:self.row])
 
-    def batch(self, rows: int, step: int, held_out: bool = False, only: str | None = None):
+    def batch(self, phase: int, rows: int, step: int, held_out: bool = False,
+              only: str | None = None) -> tuple[Tensor, Tensor]:
         """tokens (rows, M) int64 and targets (rows, M) bool; the same for the same step.
 
-        One row in three is library text, the others take the tasks in turn.
+        Tasks take turns; `only` asks for one of them, or for "library".
         """
         rng = random.Random(f"{self.seed} {step} {held_out}")
         tasks = list(TASKS)
         made = []
         for r in range(rows):
-            kind = only or ("library" if r % 3 == 0 else tasks[(step * rows + r) % len(tasks)])
+            kind = only or tasks[(step * rows + r) % len(tasks)]
+            if only is None and r % self.LIBRARY_ROWS[phase] == 0:
+                kind = "library"
             if kind == "library":
                 made.append(self.library_row(rng, held_out))
             else:
-                made.append(self.task_row(rng, task_items(kind, str(rng.random()), held_out)))
+                made.append(self.task_row(rng, task_items(kind, str(rng.random()), held_out),
+                                          phase))
         tokens, targets = zip(*made)
         return torch.stack(tokens), torch.stack(targets)
 
@@ -302,6 +313,10 @@ def context_loss(model: TwoTower, tokens: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits[targets[:, 1:].to(logits.device)], right)
 
 
+# under torchrun: this process and how many there are
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Balance:
     """Keeps experts evenly used: after every step the correction bias of an expert that was chosen
     too often falls by `step`, of the others rises (arXiv 2412.19437, 2.1.2)."""
@@ -321,6 +336,8 @@ class Balance:
         worst = 0.0
         for router, load in zip(self.routers, self.loads):
             load = load.float()
+            if WORLD > 1:
+                dist.all_reduce(load)
             router.e_score_correction_bias += self.step * (load.mean() - load).sign()
             worst = max(worst, float(load.max() / load.mean()))
         return worst
@@ -367,8 +384,10 @@ class Trainer:
         os.replace(partial, self.path)
 
     def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
-        tokens, targets = self.data.batch(self.recipe.rows, step, held_out, only)
-        generator = torch.Generator().manual_seed(self.data.seed * 10**6 + step)
+        tokens, targets = self.data.batch(self.phase, self.recipe.rows, step, held_out, only)
+        if not held_out:
+            tokens, targets = tokens.chunk(WORLD)[RANK], targets.chunk(WORLD)[RANK]
+        generator = torch.Generator().manual_seed((self.data.seed * 10**6 + step) * WORLD + RANK)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if self.phase == 0:
                 return context_loss(self.model, tokens, targets)
@@ -390,6 +409,11 @@ class Trainer:
             group["lr"] = self.recipe.learning_rate(self.phase, self.step)
         loss = self.loss(self.step)
         loss.backward()
+        if WORLD > 1:
+            grads = [p.grad for p in self.parameters]
+            total = torch.nn.utils.parameters_to_vector(grads)
+            dist.all_reduce(total)
+            torch.nn.utils.vector_to_parameters(total / WORLD, grads)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -402,7 +426,7 @@ class Trainer:
         tokens = self.recipe.rows * self.recipe.row
         every = every or min(250, total // 2)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        with Progress(*columns, disable=not sys.stdout.isatty() or RANK > 0) as bar:
             task = bar.add_task(name, total=total, completed=self.step)
             losses, start = [], time.perf_counter()
             while self.step < total:
@@ -418,13 +442,14 @@ class Trainer:
                 self.log.append({"step": self.step, "loss": statistics.mean(losses),
                                  "tokens_per_second": round(speed), "imbalance": imbalance,
                                  "seconds": round(self.seconds), "valid": valid})
-                left = (total - self.step) * tokens / speed / 60
-                bar.console.print(
-                    f"{name} step {self.step}/{total} loss {self.log[-1]['loss']:.3f} valid "
-                    + " ".join(f"{kind} {value:.3f}" for kind, value in valid.items())
-                    + f" {speed:.0f} tokens/s {left:.0f} min left", soft_wrap=True)
-                sys.stdout.flush()
-                self.save()
+                if RANK == 0:
+                    left = (total - self.step) * tokens / speed / 60
+                    bar.console.print(
+                        f"{name} step {self.step}/{total} loss {self.log[-1]['loss']:.3f} valid "
+                        + " ".join(f"{kind} {value:.3f}" for kind, value in valid.items())
+                        + f" {speed:.0f} tokens/s {left:.0f} min left", soft_wrap=True)
+                    sys.stdout.flush()
+                    self.save()
                 losses, start = [], time.perf_counter()
 
 
@@ -493,8 +518,14 @@ def run(args: argparse.Namespace):
     recipe, fields = (SMOKE, SMOKE_MODEL) if args.smoke else (Recipe(), MODEL)
     if args.published:
         recipe = replace(recipe, **PUBLISHED)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = corpus(args.out, recipe.vocab_size)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        corpus(args.out, recipe.vocab_size)
+    if WORLD > 1:
+        dist.barrier()
+    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     data = Data(tokenizer, recipe.row, recipe.block_size, args.seed)
     context = build(recipe, fields, "context").to(args.device)
     first = Trainer(0, context, recipe, data, args.out / "phase1.pt", args.bf16)
@@ -502,6 +533,8 @@ def run(args: argparse.Namespace):
     model = build(recipe, fields, "both", context).to(args.device)
     second = Trainer(1, model, recipe, data, args.out / "phase2.pt", args.bf16)
     second.run()
+    if RANK > 0:
+        return
     model.save_pretrained(args.out)
     plot_curves([first.log, second.log], args.out / "curves.png")
     print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} PROMPT")
@@ -539,7 +572,7 @@ def plot_curves(logs: list[list[dict]], path: Path):
     plt.close(figure)
 
 
-def corpus(out: Path, vocab_size: int) -> Tokenizer:
+def corpus(out: Path, vocab_size: int):
     """Train and save the tokenizer, if it is not there; say what the corpus is."""
     texts = library()
     facts = {"python": platform.python_version(), "library files": len(texts),
@@ -550,7 +583,6 @@ def corpus(out: Path, vocab_size: int) -> Tokenizer:
         items = [prompt + answer for task in TASKS
                  for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 2000)]
         train_tokenizer(texts[::4] + items, vocab_size).save(str(path))
-    return Tokenizer.from_file(str(path))
 
 
 if __name__ == "__main__":
