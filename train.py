@@ -1,13 +1,14 @@
-"""Train a small TwoTower from nothing: the published two-phase recipe on one laptop.
+"""Train a small TwoTower from nothing in the two phases of the published recipe, on a laptop.
 
     python train.py                     everything, into runs/miniature; run it again to go on
     python train.py --smoke             the same in under a minute, with a model too small for use
-    torchrun --nproc-per-node 2 train.py --threads 1        the rows of a step shared by two
-                                        processes, faster than two threads at this size
+    torchrun --nproc-per-node 2 train.py --threads 1
+                                        two processes share the sequences of a step, which is
+                                        faster than two threads at this size
 
 1. corpus      the standard library of the running Python, and five tasks whose answers can be
                checked exactly (sums, sorting, records to JSON, letters, classes)
-2. tokenizer   byte-level BPE with 1,024 ids, so that every byte string round-trips
+2. tokenizer   byte-level BPE with 1,024 ids: any text round-trips
 3. phase 1     an autoregressive model, next-token loss
 4. phase 2     the model is copied into both towers, the context tower is frozen, and the denoiser
                learns to fill masked blocks of 16 (arXiv 2606.26493, training)
@@ -38,6 +39,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 
 from twotower import Router, TwoTower, TwoTowerConfig
+
+# under torchrun: this process, its place on this machine, and how many there are
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 # ---------------------------------------------------------------------------------------------
 # 1. Corpus: five tasks and the standard library
@@ -121,19 +126,18 @@ def task_items(task: str, seed: str, held_out: bool = False):
 
 
 def library(held_out: bool = False) -> list[str]:
-    """The standard library's source files, without its tests; one file in 16 is held out."""
+    """The standard library's source files; one in 16, by the CRC of its name, is held out.
+
+    Without tests, and without `encodings`, whose files are copies of each other.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
     texts = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if not skip & set(name.split("/")) and (zlib.crc32(name.encode()) % 16 == 0) == held_out:
             texts.append(path.read_text(encoding="utf-8", errors="replace"))
     return texts
-
-
-def fingerprint(texts: list[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,6 +161,19 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def prepare(path: Path, vocab_size: int):
+    """Say what the corpus is; train and save the tokenizer if it is not there."""
+    texts = library()
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    print(f"Python {platform.python_version()}: {len(texts)} library files, "
+          f"{sum(map(len, texts))} characters, sha256 {digest[:16]}", flush=True)
+    if not path.exists():
+        items = [prompt + answer for task in TASKS
+                 for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 2000)]
+        train_tokenizer(texts[::4] + items, vocab_size).save(f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. Batches
 
@@ -168,14 +185,15 @@ class Data:
     prompt, answer and </s>; fillers of </s> make every answer begin a block, as it does when
     decoding, and fill its last block (but some rows begin with a prompt, as generation does,
     wherever that puts the answer). Targets are answers and the </s> up to the end of the block.
-    Phase 1 has one library row in three and half of its task rows begin with a prompt; phase 2 one
-    in four and a tenth.
+    In phase 1 every third row is library text and half of the task rows begin with a prompt; in
+    phase 2 every fourth row and a tenth.
     """
 
-    LIBRARY_ROWS, UNALIGNED = (3, 4), (0.5, 0.1)
+    LIBRARY_EVERY, UNALIGNED = {1: 3, 2: 4}, {1: 0.5, 2: 0.1}
 
     def __init__(self, tokenizer: Tokenizer, row: int, block_size: int, seed: int):
         self.tokenizer, self.row, self.block_size, self.seed = tokenizer, row, block_size, seed
+        self.digest = hashlib.sha256(repr((library(), tokenizer.to_str())).encode()).hexdigest()
         self.eos = tokenizer.token_to_id(EOS)
         self.streams = {}
         for held_out in (False, True):
@@ -188,9 +206,9 @@ class Data:
         start = rng.randrange(len(stream) - self.row)
         return stream[start:start + self.row], torch.ones(self.row, dtype=torch.bool)
 
-    def task_row(self, rng: random.Random, items, phase: int = 1):
+    def task_row(self, rng: random.Random, items, unaligned: float):
         tokens, targets = [], []
-        aligned = rng.random() < 1 - self.UNALIGNED[phase]
+        aligned = rng.random() >= unaligned
         while True:
             prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
             fill = -(len(tokens) + len(prompt)) % self.block_size if tokens or aligned else 0
@@ -209,19 +227,17 @@ class Data:
 
         Tasks take turns; `only` asks for one of them, or for "library".
         """
-        rng = random.Random(f"{self.seed} {step} {held_out}")
-        tasks = list(TASKS)
-        made = []
+        rng = random.Random(f"{self.seed} {phase} {step} {held_out}")
+        tasks, drawn = list(TASKS), []
         for r in range(rows):
-            kind = only or tasks[(step * rows + r) % len(tasks)]
-            if only is None and r % self.LIBRARY_ROWS[phase] == 0:
-                kind = "library"
+            is_library = r % self.LIBRARY_EVERY[phase] == 0
+            kind = only or ("library" if is_library else tasks[(step * rows + r) % len(tasks)])
             if kind == "library":
-                made.append(self.library_row(rng, held_out))
+                drawn.append(self.library_row(rng, held_out))
             else:
-                made.append(self.task_row(rng, task_items(kind, str(rng.random()), held_out),
-                                          phase))
-        tokens, targets = zip(*made)
+                items = task_items(kind, str(rng.random()), held_out)
+                drawn.append(self.task_row(rng, items, self.UNALIGNED[phase]))
+        tokens, targets = zip(*drawn)
         return torch.stack(tokens), torch.stack(targets)
 
 
@@ -231,17 +247,16 @@ class Data:
 
 @dataclass
 class Recipe:
-    """What is trained and for how long. The default is what made miniature/; `published` has the
-    published choices of phase 2."""
+    """What is trained and for how long; PUBLISHED changes phase 2 to what was published."""
 
-    steps: tuple[int, int] = (4000, 6000)       # of phase 1 and 2
+    steps: tuple[int, int] = (4000, 20000)      # of phase 1 and 2
     rows: int = 8                               # sequences a step
     row: int = 192                              # M, tokens a sequence
     block_size: int = 16
-    peak: tuple[float, float] = (3e-3, 3e-3)    # learning rates; AdamW
+    peak: tuple[float, float] = (3e-3, 3e-3)    # learning rates of AdamW
     floor: float = 0.01                         # of the peak, at the end
     warm_up: int = 100                          # steps
-    decay: float = 0.3                          # share of the steps
+    decay: tuple[float, float] = (0.3, 0.5)     # shares of the steps
     balance: float = 1e-3                       # step of e_score_correction_bias
     vocab_size: int = 1024
     gate: str = "copy"                          # or "published": tables of randn / sqrt(D)
@@ -254,12 +269,14 @@ class Recipe:
 
     def learning_rate(self, phase: int, step: int) -> float:
         """Warm-up, stable, decay (square root), as a function of the step."""
-        left = (self.steps[phase] - step) / (self.decay * self.steps[phase])
+        steps, share = self.steps[phase - 1], self.decay[phase - 1]
+        left = (steps - step) / (share * steps)
         decay = max(self.floor, 1 - math.sqrt(max(0.0, 1 - left)))
-        return self.peak[phase] * min(1.0, (step + 1) / self.warm_up, decay)
+        return self.peak[phase - 1] * min(1.0, (step + 1) / self.warm_up, decay)
 
 
-PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0)        # of phase 2
+PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
+                 tied=False, timeless=False)
 
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1024,
@@ -292,54 +309,60 @@ def per_token(t: Tensor, M: int) -> Tensor:
     return t.repeat_interleave(M // t.shape[1], dim=1)
 
 
-def denoiser_loss(model: TwoTower, recipe: Recipe, tokens: Tensor, targets: Tensor,
-                  generator: torch.Generator) -> Tensor:
-    """`TwoTower.diffusion_loss` with the recipe's choices; the same for the published ones and
-    all tokens as targets. tokens and targets (B, M) are on the host."""
-    masked, t = add_noise(recipe, targets, generator)
+def denoiser_losses(model: TwoTower, recipe: Recipe, tokens: Tensor, masked: Tensor,
+                    t: Tensor) -> Tensor:
+    """Cross-entropy at every masked position, (masked.sum(),); their mean is what
+    `TwoTower.diffusion_loss` gives. tokens and masked (B, M) and t are on the host."""
     noisy = tokens.masked_fill(masked, model.config.mask_token_id)
     logits = model.diffusion_logits(tokens, noisy, t, recipe.block_size)
-    right = tokens[masked].to(logits.device)
-    loss = F.cross_entropy(logits[masked.to(logits.device)], right, reduction="none")
+    labels = tokens[masked].to(logits.device)
+    losses = F.cross_entropy(logits[masked.to(logits.device)], labels, reduction="none")
     if recipe.weight == "1/t":
-        return (loss / per_token(t, tokens.shape[1])[masked].to(loss.device)).sum() / targets.sum()
-    return loss.sum() / masked.sum().clamp(min=1)
+        losses = losses / per_token(t, tokens.shape[1])[masked].to(losses.device)
+    return losses
 
 
-def context_loss(model: TwoTower, tokens: Tensor, targets: Tensor) -> Tensor:
-    """`TwoTower.ar_loss` over the targets only."""
+def context_losses(model: TwoTower, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Next-token cross-entropy at every target but the first token, (n,)."""
     logits = model.context_logits(tokens[:, :-1])
-    right = tokens[:, 1:][targets[:, 1:]].to(logits.device)
-    return F.cross_entropy(logits[targets[:, 1:].to(logits.device)], right)
+    labels = tokens[:, 1:][targets[:, 1:]].to(logits.device)
+    return F.cross_entropy(logits[targets[:, 1:].to(logits.device)], labels, reduction="none")
 
 
-# under torchrun: this process and how many there are
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over the processes of a torchrun, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 class Balance:
     """Keeps experts evenly used: after every step the correction bias of an expert that was chosen
-    too often falls by `step`, of the others rises (arXiv 2412.19437, 2.1.2)."""
+    too often falls by `rate`, of the others rises (arXiv 2412.19437, 2.1.2)."""
 
-    def __init__(self, tower, step: float):
+    def __init__(self, tower, rate: float):
         self.routers = [module for module in tower.modules() if isinstance(module, Router)]
-        self.loads = [None] * len(self.routers)
-        self.step = step
-        for i, router in enumerate(self.routers):
-            router.register_forward_hook(lambda _, __, routed, i=i: self.count(i, routed[0]))
+        self.rate = rate
+        self.loads = [torch.zeros_like(router.e_score_correction_bias) for router in self.routers]
+        for router, load in zip(self.routers, self.loads):
+            router.register_forward_hook(lambda _, __, routed, load=load: self.count(load, routed))
 
-    def count(self, i: int, topk_ids: Tensor):
-        self.loads[i] = torch.bincount(topk_ids.flatten(), minlength=len(self.routers[i].weight))
+    @staticmethod
+    def count(load: Tensor, routed: tuple[Tensor, Tensor]):
+        load += torch.bincount(routed[0].flatten(), minlength=len(load))
+
+    def reset(self):
+        for load in self.loads:
+            load.zero_()
 
     def update(self) -> float:
         """Returns the largest share of tokens that one expert of a layer took, over the mean."""
         worst = 0.0
         for router, load in zip(self.routers, self.loads):
-            load = load.float()
-            if WORLD > 1:
-                dist.all_reduce(load)
-            router.e_score_correction_bias += self.step * (load.mean() - load).sign()
+            all_reduce(load)
+            router.e_score_correction_bias += self.rate * (load.mean() - load).sign()
             worst = max(worst, float(load.max() / load.mean()))
+        self.reset()
         return worst
 
 
@@ -351,78 +374,96 @@ class Trainer:
         self.phase, self.model, self.recipe, self.data, self.path = phase, model, recipe, data, path
         self.device = model.context_tower.device
         self.autocast = autocast
-        trained = model.context_tower if phase == 0 else model.denoiser_tower
-        self.balance = Balance(trained, recipe.balance)
-        if phase == 1 and not recipe.tied:
+        self.balance = Balance(model.context_tower if phase == 1 else model.denoiser_tower,
+                               recipe.balance)
+        if phase == 2 and not recipe.tied:
             model.context_tower.requires_grad_(False)
             model.context_lm_head.requires_grad_(False)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = parameters
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
+        decays = {name: p.dim() > 1 and "scale_shift" not in name for name, p in trained.items()}
         self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}],
-            lr=0.0, betas=(0.9, 0.95))
+            [{"params": [p for name, p in trained.items() if decays[name]], "weight_decay": 0.1},
+             {"params": [p for name, p in trained.items() if not decays[name]],
+              "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.95))
+        # what a checkpoint must have been made with
+        if phase == 1:                          # which the choices of phase 2 do not change
+            recipe = replace(recipe, **PUBLISHED, steps=recipe.steps[:1], peak=recipe.peak[:1],
+                             decay=recipe.decay[:1])
+        self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest])
         self.step, self.seconds, self.log = 0, 0.0, []
         if path is not None and path.exists():
-            try:
-                saved = torch.load(path, map_location=self.device, weights_only=True)
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
-                raise ValueError(f"{path} is not a checkpoint of train.py; delete it") from None
-            if saved["recipe"] != json.dumps(asdict(recipe)):
-                raise ValueError(f"{path} was made with another recipe; use another --out")
-            model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
+            self.load()
+
+    def load(self):
+        try:
+            saved = torch.load(self.path, map_location=self.device, weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+            raise ValueError(f"{self.path} is not a checkpoint of train.py; delete it") from None
+        if saved["made_with"] != self.made_with:
+            raise ValueError(f"{self.path} was made with another recipe, model, seed or corpus; "
+                             "use another --out")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
 
     def save(self):
         if self.path is None:
             return
         partial = self.path.with_suffix(".partial")
-        torch.save({"recipe": json.dumps(asdict(self.recipe)), "model": self.model.state_dict(),
+        torch.save({"made_with": self.made_with, "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(), "step": self.step,
                     "seconds": self.seconds, "log": self.log}, partial)
         os.replace(partial, self.path)
 
+    def losses(self, tokens: Tensor, targets: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
+        """The losses to average, at every position of this process's share of the sequences."""
+        share = slice(RANK * len(tokens) // WORLD, (RANK + 1) * len(tokens) // WORLD)
+        if self.phase == 1:
+            return [context_losses(self.model, tokens[share], targets[share])]
+        masked, t = add_noise(recipe, targets, torch.Generator().manual_seed(seed))
+        losses = [denoiser_losses(self.model, recipe, tokens[share], masked[share], t[share])]
+        if recipe.tied:
+            losses.append(context_losses(self.model, tokens[share], targets[share]))
+        return losses
+
     def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
-        tokens, targets = self.data.batch(self.phase, self.recipe.rows, step, held_out, only)
-        if not held_out:
-            tokens, targets = tokens.chunk(WORLD)[RANK], targets.chunk(WORLD)[RANK]
-        generator = torch.Generator().manual_seed((self.data.seed * 10**6 + step) * WORLD + RANK)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            if self.phase == 0:
-                return context_loss(self.model, tokens, targets)
-            recipe = self.recipe
-            if held_out:            # validation has the published noise, to compare recipes
-                recipe = replace(recipe, **PUBLISHED)
-            loss = denoiser_loss(self.model, recipe, tokens, targets, generator)
-            if self.recipe.tied and not held_out:
-                loss = loss + context_loss(self.model, tokens, targets)
-            return loss
+        """The loss of a step, a scalar of which every process has its summand."""
+        recipe = replace(self.recipe, **PUBLISHED) if held_out else self.recipe
+        tokens, targets = self.data.batch(self.phase, recipe.rows, step, held_out, only)
+        # no cache of cast weights: one cast in the frozen context's pass would have no gradient
+        with torch.autocast(self.device.type, torch.bfloat16, self.autocast, cache_enabled=False):
+            losses = self.losses(tokens, targets, recipe, self.data.seed * 10**6 + step)
+        counts = [all_reduce(torch.tensor(len(loss))).clamp(min=1) for loss in losses]
+        return sum(loss.sum() / count.to(loss.device) for loss, count in zip(losses, counts))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        return {kind: statistics.mean(float(self.loss(i, True, kind)) for i in range(2))
-                for kind in ("library", *TASKS)}
+        """Held-out losses by source; of phase 2 with the published noise, to compare recipes."""
+        valid = {kind: statistics.mean(float(all_reduce(self.loss(step, True, kind)))
+                                       for step in range(2)) for kind in ("library", *TASKS)}
+        self.balance.reset()
+        return valid
 
     def train_step(self) -> tuple[float, float]:
+        """Returns the loss, and the imbalance of the experts."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.phase, self.step)
         loss = self.loss(self.step)
         loss.backward()
         if WORLD > 1:
             grads = [p.grad for p in self.parameters]
-            total = torch.nn.utils.parameters_to_vector(grads)
-            dist.all_reduce(total)
-            torch.nn.utils.vector_to_parameters(total / WORLD, grads)
+            total = all_reduce(torch.nn.utils.parameters_to_vector(grads))
+            torch.nn.utils.vector_to_parameters(total, grads)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return float(loss.detach()), self.balance.update()
+        return float(all_reduce(loss.detach())), self.balance.update()
 
     def run(self, every: int = 0):
         """Train to the end of the phase, validating and saving every so many steps."""
-        total, name = self.recipe.steps[self.phase], f"phase {self.phase + 1}"
+        total, name = self.recipe.steps[self.phase - 1], f"phase {self.phase}"
         tokens = self.recipe.rows * self.recipe.row
         every = every or min(250, total // 2)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -471,8 +512,8 @@ def build(recipe: Recipe, fields: dict, towers: str, context: TwoTower | None = 
     model.context_tower.load_state_dict(context.context_tower.state_dict())
     model.context_lm_head.load_state_dict(context.context_lm_head.state_dict())
     model.copy_context_to_denoiser()
-    if recipe.gate == "copy":           # shift 0, scale 0, gate 1: at first the denoiser is exactly
-        with torch.no_grad():           # the AR model
+    if recipe.gate == "copy":           # shift 0, scale 0, gate 1: at first t changes nothing
+        with torch.no_grad():
             model.t_block[1].weight.zero_()
             for table in model.scale_shift_tables:
                 table.copy_(torch.tensor([0.0, 0.0, 1.0])[:, None].expand_as(table))
@@ -486,8 +527,9 @@ def build(recipe: Recipe, fields: dict, towers: str, context: TwoTower | None = 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), metavar="DIR",
-                        help="checkpoints and the result; an interrupted run goes on from there")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="checkpoints and the result; an interrupted run goes on from there; "
+                             "default runs/miniature, runs/published or runs/smoke")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -496,10 +538,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--published", action="store_true", help="phase 2 as it was published")
     parser.add_argument("--smoke", action="store_true", help="a run of under a minute")
     args = parser.parse_args()
+    if args.out is None:
+        kind = "smoke" if args.smoke else "published" if args.published else "miniature"
+        args.out = Path("runs") / kind
     if args.threads < 1:
         fail(f"--threads is {args.threads}, but it must be 1 or more")
     if not 0 <= args.seed < 2**32:
         fail(f"--seed is {args.seed}, but it must be in [0, 2**32)")
+    if Recipe.rows % WORLD or SMOKE.rows % WORLD:
+        fail(f"{WORLD} processes cannot share {SMOKE.rows} or {Recipe.rows} sequences evenly")
+    if args.device == "cuda":
+        args.device = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
@@ -522,16 +571,16 @@ def run(args: argparse.Namespace):
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        corpus(args.out, recipe.vocab_size)
+        prepare(args.out / "tokenizer.json", recipe.vocab_size)
     if WORLD > 1:
         dist.barrier()
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     data = Data(tokenizer, recipe.row, recipe.block_size, args.seed)
     context = build(recipe, fields, "context").to(args.device)
-    first = Trainer(0, context, recipe, data, args.out / "phase1.pt", args.bf16)
+    first = Trainer(1, context, recipe, data, args.out / "phase1.pt", args.bf16)
     first.run()
     model = build(recipe, fields, "both", context).to(args.device)
-    second = Trainer(1, model, recipe, data, args.out / "phase2.pt", args.bf16)
+    second = Trainer(2, model, recipe, data, args.out / "phase2.pt", args.bf16)
     second.run()
     if RANK > 0:
         return
@@ -550,6 +599,9 @@ def main():
         print("\ntrain.py: stopped; the same command goes on from the last checkpoint",
               file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def plot_curves(logs: list[list[dict]], path: Path):
@@ -570,19 +622,6 @@ def plot_curves(logs: list[list[dict]], path: Path):
     axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def corpus(out: Path, vocab_size: int):
-    """Train and save the tokenizer, if it is not there; say what the corpus is."""
-    texts = library()
-    facts = {"python": platform.python_version(), "library files": len(texts),
-             "library characters": sum(map(len, texts)), "library sha256": fingerprint(texts)}
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    path = out / "tokenizer.json"
-    if not path.exists():
-        items = [prompt + answer for task in TASKS
-                 for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 2000)]
-        train_tokenizer(texts[::4] + items, vocab_size).save(str(path))
 
 
 if __name__ == "__main__":

@@ -361,7 +361,7 @@ ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., inputs) weight^T (outputs, inputs) + bias (outputs)."""
-    if ONEDNN and x.is_cpu and not torch.is_grad_enabled():
+    if ONEDNN and x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         large = x.numel() * weight.shape[0] >= 2**20    # smaller products do not repay its overhead
         if large and x.dtype == weight.dtype == torch.float32:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -473,13 +473,14 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     Returns: y (b,L,H,P); the state(s), or None.
     """
     L, y, before = x.shape[1], [], []
-    for start in range(0, L, chunk_size):
-        if keep_chunks:
-            before.append(state)
-        xc, dtc, Bc, Cc = (v[:, start:start + chunk_size] for v in (x, dt, B, C))
-        needed = keep_state or start + chunk_size < L
-        yc, state = ssd_chunk(xc, dtc, A, Bc, Cc, state, needed)
-        y.append(yc)
+    with torch.autocast(x.device.type, enabled=False):          # the scan is never in bfloat16
+        for start in range(0, L, chunk_size):
+            if keep_chunks:
+                before.append(state)
+            xc, dtc, Bc, Cc = (v[:, start:start + chunk_size] for v in (x, dt, B, C))
+            needed = keep_state or start + chunk_size < L
+            yc, state = ssd_chunk(xc, dtc, A, Bc, Cc, state, needed)
+            y.append(yc)
     y = torch.addcmul(torch.cat(y, dim=1), D[:, None], x)
     return y, torch.stack(before, dim=1) if keep_chunks else state
 
@@ -759,7 +760,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, state, span: Span, modulation=None):
         """x (B, L, D) -> (B, L, D) and the layer's new state.
 
-        modulation: shift, scale and gate, each (B, 1, D), or None for neither modulation nor gate.
+        modulation: shift, scale and gate, each (B, 1, D) or (B, L, D), or None for neither
+        modulation nor gate.
         Mamba and attention modulate before the norm, MoE and MLP after it.
         """
         shift, scale, gate = modulation or (None, None, None)
@@ -1451,12 +1453,13 @@ class TwoTower(nn.Module):
         return ids
 
     @staticmethod
-    def _check_t(t: Tensor | float, rows: int, blocks: int = 0) -> Tensor:
+    def _check_t(t: Tensor | float, rows: int, blocks: int | None = None) -> Tensor:
         t = torch.as_tensor(t)
         t = t if t.is_floating_point() else t.float()
         fits = t.dim() == 0 or tuple(t.shape) in ((rows,), (rows, blocks))
         if not fits or not bool(((t >= 0) & (t <= 1)).all()):
-            raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], one or one per row")
+            each = "one or one per row" + (" or block" if blocks else "")
+            raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], {each}")
         return t if t.dim() == 2 else t.expand(rows)
 
     def _check_prompts(self, prompts) -> list[Tensor]:
