@@ -380,7 +380,7 @@ def bench_samples(checkpoint: str, temperature: float) -> dict:
 # bench.py recipes
 
 RECIPES = {
-    "default": dict(),                      # gate 1, t per block, 1 in 0.3 of them
+    "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
     "gate 1": PUBLISHED | dict(gate="copy"),
     "t per block": dict(full_masks=0.0),

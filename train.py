@@ -185,11 +185,13 @@ class Data:
     prompt, answer and </s>; fillers of </s> make every answer begin a block, as it does when
     decoding, and fill its last block (but some rows begin with a prompt, as generation does,
     wherever that puts the answer). Targets are answers and the </s> up to the end of the block.
-    In phase 1 every third row is library text and half of the task rows begin with a prompt; in
-    phase 2 every fourth row and a tenth.
+    By phase: which of the rows are library text, whose turn it is in the others (what is hard to
+    write in parallel comes twice), and how many of those begin with a prompt.
     """
 
-    LIBRARY_EVERY, UNALIGNED = {1: 3, 2: 4}, {1: 0.5, 2: 0.1}
+    LIBRARY_EVERY = {1: 3, 2: 8}
+    TURNS = {1: tuple(TASKS), 2: ("add", "sort", "json", "add", "sort", "class", "letter")}
+    UNALIGNED = {1: 0.5, 2: 0.1}
 
     def __init__(self, tokenizer: Tokenizer, row: int, block_size: int, seed: int):
         self.tokenizer, self.row, self.block_size, self.seed = tokenizer, row, block_size, seed
@@ -225,13 +227,13 @@ class Data:
               only: str | None = None) -> tuple[Tensor, Tensor]:
         """tokens (rows, M) int64 and targets (rows, M) bool; the same for the same step.
 
-        Tasks take turns; `only` asks for one of them, or for "library".
+        only: a task, or "library", for all rows.
         """
         rng = random.Random(f"{self.seed} {phase} {step} {held_out}")
-        tasks, drawn = list(TASKS), []
+        turns, drawn = self.TURNS[phase], []
         for r in range(rows):
             is_library = r % self.LIBRARY_EVERY[phase] == 0
-            kind = only or ("library" if is_library else tasks[(step * rows + r) % len(tasks)])
+            kind = only or ("library" if is_library else turns[(step * rows + r) % len(turns)])
             if kind == "library":
                 drawn.append(self.library_row(rng, held_out))
             else:
@@ -261,7 +263,7 @@ class Recipe:
     vocab_size: int = 1024
     gate: str = "copy"                          # or "published": tables of randn / sqrt(D)
     t_per: str = "block"                        # or "sequence"
-    full_masks: float = 0.3                     # share of the blocks or sequences with t = 1
+    full_masks: float = 0.5                     # share of the blocks or sequences with t = 1
     slope: float = 0.0                          # of the mask probability along a block
     weight: str = "mean"                        # or "1/t"
     tied: bool = False                          # one tower in both roles, also trained with AR loss
