@@ -395,7 +395,7 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
     saved = torch.load(phase1, map_location="cpu", weights_only=True)
     tokenizer = Tokenizer.from_file(os.path.join(os.path.dirname(phase1), "tokenizer.json"))
     base = Recipe(steps=(0, steps), warm_up=30)
-    data = Data(tokenizer, base.row, base.block_size, seed=0)
+    data = Data(tokenizer, base, seed=0)
     context = build(base, MODEL, "context")
     context.load_state_dict(saved["model"])
     kinds = {task: task_prompts(tokenizer, task, count, "recipes") for task in TASKS}

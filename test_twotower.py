@@ -1662,6 +1662,7 @@ def test_held_out_items_are_never_trained_on(task):
 def test_held_out_library_files_are_never_trained_on():
     seen, held_out = train.library(), train.library(held_out=True)
     assert not set(seen) & set(held_out) - {""} and len(seen) > 8 * len(held_out) > 80
+    assert train.library(every=16) == seen[::16]
 
 
 @functools.cache
@@ -1702,7 +1703,8 @@ def test_tokenizer_round_trips():
 
 
 def training_data(row: int = 128) -> train.Data:
-    return train.Data(Tokenizer.from_file(str(smoke()[0] / "tokenizer.json")), row, 16, seed=0)
+    recipe = dataclasses.replace(train.SMOKE, row=row)
+    return train.Data(Tokenizer.from_file(str(smoke()[0] / "tokenizer.json")), recipe, seed=0)
 
 
 def test_task_rows_are_laid_out_as_when_decoding():

@@ -14,6 +14,8 @@
                learns to fill masked blocks of 16 (arXiv 2606.26493, training)
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import itertools
@@ -125,19 +127,21 @@ def task_items(task: str, seed: str, held_out: bool = False):
             yield prompt, answer
 
 
-def library(held_out: bool = False) -> list[str]:
+def library(held_out: bool = False, every: int = 1) -> list[str]:
     """The standard library's source files; one in 16, by the CRC of its name, is held out.
+
+    every: return only every so many-th file.
 
     Without tests, and without `encodings`, whose files are copies of each other.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
-    texts = []
+    paths = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if not skip & set(name.split("/")) and (zlib.crc32(name.encode()) % 16 == 0) == held_out:
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
-    return texts
+            paths.append(path)
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths[::every]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,16 +165,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def prepare(path: Path, vocab_size: int):
+def prepare(path: Path, recipe: Recipe):
     """Say what the corpus is; train and save the tokenizer if it is not there."""
-    texts = library()
+    texts = library(every=recipe.every_file)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     print(f"Python {platform.python_version()}: {len(texts)} library files, "
           f"{sum(map(len, texts))} characters, sha256 {digest[:16]}", flush=True)
     if not path.exists():
         items = [prompt + answer for task in TASKS
                  for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 2000)]
-        train_tokenizer(texts[::4] + items, vocab_size).save(f"{path}.partial")
+        train_tokenizer(texts[::4] + items, recipe.vocab_size).save(f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
 
@@ -193,15 +197,18 @@ class Data:
     TURNS = {1: tuple(TASKS), 2: ("add", "sort", "json", "add", "sort", "class", "letter")}
     UNALIGNED = {1: 0.5, 2: 0.1}
 
-    def __init__(self, tokenizer: Tokenizer, row: int, block_size: int, seed: int):
-        self.tokenizer, self.row, self.block_size, self.seed = tokenizer, row, block_size, seed
-        self.digest = hashlib.sha256(repr((library(), tokenizer.to_str())).encode()).hexdigest()
+    def __init__(self, tokenizer: Tokenizer, recipe: Recipe, seed: int):
+        self.tokenizer, self.seed = tokenizer, seed
+        self.row, self.block_size = recipe.row, recipe.block_size
         self.eos = tokenizer.token_to_id(EOS)
-        self.streams = {}
+        self.streams, digest = {}, hashlib.sha256(tokenizer.to_str().encode())
         for held_out in (False, True):
-            files = tokenizer.encode_batch(library(held_out))
+            texts = library(held_out, recipe.every_file)
+            digest.update("\0".join(texts).encode())
+            files = tokenizer.encode_batch(texts)
             self.streams[held_out] = torch.tensor(
                 [token for file in files for token in [*file.ids, self.eos]])
+        self.digest = digest.hexdigest()
 
     def library_row(self, rng: random.Random, held_out: bool = False):
         stream = self.streams[held_out]
@@ -261,6 +268,7 @@ class Recipe:
     decay: tuple[float, float] = (0.3, 0.5)     # shares of the steps
     balance: float = 1e-3                       # step of e_score_correction_bias
     vocab_size: int = 1024
+    every_file: int = 1                         # every so many-th library file is read
     gate: str = "copy"                          # or "published": tables of randn / sqrt(D)
     t_per: str = "block"                        # or "sequence"
     full_masks: float = 0.5                     # share of the blocks or sequences with t = 1
@@ -289,7 +297,7 @@ MODEL = dict(
     initializer_range=0.05, max_position_embeddings=4096)
 SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hidden_layers=3,
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
-SMOKE = Recipe(steps=(200, 100), rows=4, row=128, warm_up=10)
+SMOKE = Recipe(steps=(200, 100), rows=4, row=128, warm_up=10, every_file=16)
 
 
 def add_noise(recipe: Recipe, targets: Tensor, generator: torch.Generator):
@@ -573,11 +581,11 @@ def run(args: argparse.Namespace):
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        prepare(args.out / "tokenizer.json", recipe.vocab_size)
+        prepare(args.out / "tokenizer.json", recipe)
     if WORLD > 1:
         dist.barrier()
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    data = Data(tokenizer, recipe.row, recipe.block_size, args.seed)
+    data = Data(tokenizer, recipe, args.seed)
     context = build(recipe, fields, "context").to(args.device)
     first = Trainer(1, context, recipe, data, args.out / "phase1.pt", args.bf16)
     first.run()
