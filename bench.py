@@ -448,14 +448,18 @@ def main():
         import transformers
         setting |= {"transformers": transformers.__version__, "rounds": args.rounds, "batch": 1}
     print("  ".join(f"{name} {value}" for name, value in setting.items()) + "\n", flush=True)
-    if args.what == "cpu":
-        result = bench_cpu(args.rounds)
-    elif args.what == "miniature":
-        result = bench_miniature(args.checkpoint, args.items, args.timed, args.plot)
-    elif args.what == "samples":
-        result = bench_samples(args.checkpoint, args.temperature)
-    else:
-        result = bench_recipes(args.phase1, args.steps, args.items, args.arms)
+    try:
+        if args.what == "cpu":
+            result = bench_cpu(args.rounds)
+        elif args.what == "miniature":
+            result = bench_miniature(args.checkpoint, args.items, args.timed, args.plot)
+        elif args.what == "samples":
+            result = bench_samples(args.checkpoint, args.temperature)
+        else:
+            result = bench_recipes(args.phase1, args.steps, args.items, args.arms)
+    except (ValueError, OSError) as error:
+        print("bench.py: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     print(json.dumps({"setting": setting} | result))
 
 

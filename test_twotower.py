@@ -1945,6 +1945,15 @@ def test_bench_miniature_runs(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10**4
 
 
+@pytest.mark.parametrize("args", [("miniature", "--checkpoint", "nowhere"),
+                                  ("samples", "--checkpoint", "nowhere"),
+                                  ("recipes", "--phase1", "nowhere")])
+def test_bench_refuses_in_one_line(args):
+    run = run_python("bench.py", *args)
+    line, = run.stderr.splitlines()
+    assert run.returncode == 2 and line.startswith("bench.py: ") and "nowhere" in line
+
+
 def test_bench_alterations_do_what_they_say():
     model = train.build(train.SMOKE, train.SMOKE_MODEL, "both",
                         train.build(train.SMOKE, train.SMOKE_MODEL, "context"))
