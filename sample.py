@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 def load_tokenizer(directory: str) -> Tokenizer:
     if not os.path.isdir(directory):
-        hint = "; train.py makes it, or give --checkpoint" if directory == MINIATURE else ""
+        hint = "; give --checkpoint (train.py makes one)" if directory == MINIATURE else ""
         raise ValueError(f"--checkpoint {directory} is not a directory{hint}")
     path = os.path.join(directory, "tokenizer.json")
     if not os.path.isfile(path):
