@@ -274,7 +274,7 @@ def bench_miniature(checkpoint: str, count: int, timed: int, plot: str) -> dict:
     tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
     kinds = {task: task_prompts(tokenizer, task, count) for task in TASKS}
     kinds["library"] = library_prompts(tokenizer, count)
-    quality = {(name, kind): answer(model, tokenizer, items, name)
+    quality = {(name, kind): answer(model, tokenizer, items, name, batch=50)
                for name in MODES for kind, items in kinds.items()}
     speed = {key: Score() for key in quality}
     for i in range(-1, timed):

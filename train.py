@@ -189,7 +189,8 @@ class Data:
     """
 
     LIBRARY_EVERY = {1: 3, 2: 8}
-    TURNS = {1: tuple(TASKS), 2: ("json", "sort", "bill", "class", "json", "sort", "bill", "class", "letter")}
+    TURNS = {1: tuple(TASKS),
+             2: ("json", "sort", "bill", "class", "json", "sort", "bill", "class", "letter")}
     UNALIGNED = {1: 0.5, 2: 0.1}
 
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe, seed: int):
@@ -253,7 +254,7 @@ class Data:
 class Recipe:
     """What is trained and for how long; PUBLISHED changes phase 2 to what was published."""
 
-    steps: tuple[int, int] = (4000, 12000)      # of phase 1 and 2
+    steps: tuple[int, int] = (4000, 10000)      # of phase 1 and 2
     rows: int = 8                               # sequences a step
     row: int = 192                              # M, tokens a sequence
     block_size: int = 16
