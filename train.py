@@ -254,14 +254,14 @@ class Data:
 class Recipe:
     """What is trained and for how long; PUBLISHED changes phase 2 to what was published."""
 
-    steps: tuple[int, int] = (4000, 10000)      # of phase 1 and 2
+    steps: tuple[int, int] = (4000, 11000)      # of phase 1 and 2
     rows: int = 8                               # sequences a step
     row: int = 192                              # M, tokens a sequence
     block_size: int = 16
     peak: tuple[float, float] = (3e-3, 3e-3)    # learning rates of AdamW
     floor: float = 0.01                         # of the peak, at the end
     warm_up: int = 100                          # steps
-    decay: tuple[float, float] = (0.3, 0.5)     # shares of the steps
+    decay: tuple[float, float] = (0.3, 0.6)     # shares of the steps
     balance: float = 1e-3                       # step of e_score_correction_bias
     vocab_size: int = 1024
     every_file: int = 1                         # every so many-th library file is read
