@@ -5,6 +5,7 @@
     python bench.py miniature   quality and speed of the trained miniature in all modes: exact match
                                 on held-out items, passes, tokens/s, likelihood; writes a plot
     python bench.py samples     what the miniature writes after held-out source
+    python bench.py batch       the miniature's tokens/s by number of prompts decoded together
     python bench.py recipes     a denoiser trained briefly by each of several recipes, from a
                                 phase 1 of train.py
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -377,6 +379,46 @@ def bench_samples(checkpoint: str, temperature: float) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
+# bench.py batch
+
+
+def bench_batch(checkpoint: str, rounds: int) -> dict:
+    """32 held-out prompts of all tasks, decoded in batches of 1 to 32 in turns.
+
+    Every row must be what it is alone; no speed is reported otherwise.
+    """
+    model = TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
+    by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
+    prompts = [prompt for items in zip(*by_task) for prompt, _, _ in items][:32]
+    sizes, written, rows = (1, 2, 4, 8, 16, 32), {}, []
+
+    def decode(mode: str, size: int):
+        generate, tokens = getattr(model, f"generate_{mode}"), []
+        for i in range(0, len(prompts), size):
+            tokens += generate(prompts[i:i + size], 96,
+                               eos_token_id=model.config.eos_token_id).tokens
+        written[mode, size] = [row.tolist() for row in tokens]
+
+    modes = ("ar", "mask_diffusion")
+    seconds = take_turns({(mode, size): functools.partial(decode, mode, size)
+                          for size in sizes for mode in modes}, rounds)
+    for size in sizes:
+        row = {"batch": size}
+        for mode in modes:
+            if written[mode, size] != written[mode, 1]:
+                sys.exit(f"bench: {mode} writes something else in batches of {size}")
+            row[mode] = sum(map(len, written[mode, size])) / seconds[mode, size]
+        rows.append(row)
+    print("batch   AR   diffusion   diffusion / AR     (tokens/s over those at batch 1)")
+    for row in rows:
+        speedups = {mode: row[mode] / rows[0][mode] for mode in modes}
+        print(f"{row['batch']:5}{speedups['ar']:6.2f}x{speedups['mask_diffusion']:10.2f}x"
+              f"{row['mask_diffusion'] / row['ar']:15.2f}x")
+    return {"checkpoint": checkpoint, "prompts": len(prompts), "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------
 # bench.py recipes
 
 RECIPES = {
@@ -390,7 +432,7 @@ RECIPES = {
     "no time": dict(timeless=True)}
 
 
-def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
+def bench_recipes(phase1: str, steps: int, count: int, arms: list[str], bf16: bool) -> dict:
     """Train a denoiser by every recipe for the same steps; what it writes, measured as above."""
     saved = torch.load(phase1, map_location="cpu", weights_only=True)
     tokenizer = Tokenizer.from_file(os.path.join(os.path.dirname(phase1), "tokenizer.json"))
@@ -404,7 +446,7 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
         torch.manual_seed(0)
         recipe = replace(base, **RECIPES[arm])
         model = build(recipe, MODEL, "both", context)
-        trainer = Trainer(2, model, recipe, data, path=None)
+        trainer = Trainer(2, model, recipe, data, path=None, autocast=bf16)
         trainer.run(every=steps)
         model.eval()
         for name in ("ar", "gamma 0.8") if recipe.tied or not rows else ("gamma 0.8",):
@@ -425,8 +467,8 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cpu", "miniature", "samples", "recipes"])
-    parser.add_argument("--rounds", type=int, default=15, help="cpu: rounds of turns (default 15)")
+    parser.add_argument("what", choices=["cpu", "miniature", "samples", "batch", "recipes"])
+    parser.add_argument("--rounds", type=int, default=15, help="cpu, batch: rounds of turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
     parser.add_argument("--items", type=int, default=500, help="miniature: items a task")
@@ -435,6 +477,7 @@ def main():
                         help="recipes: train.py's checkpoint to start from")
     parser.add_argument("--steps", type=int, default=400, help="recipes: steps an arm")
     parser.add_argument("--arms", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--bf16", action="store_true", help="recipes: train as train.py --bf16")
     parser.add_argument("--timed", type=int, default=25, help="miniature: items timed at batch 1")
     parser.add_argument("--plot", default="", metavar="FILE", help="miniature: a plot of the table")
     args = parser.parse_args()
@@ -455,8 +498,10 @@ def main():
             result = bench_miniature(args.checkpoint, args.items, args.timed, args.plot)
         elif args.what == "samples":
             result = bench_samples(args.checkpoint, args.temperature)
+        elif args.what == "batch":
+            result = bench_batch(args.checkpoint, args.rounds)
         else:
-            result = bench_recipes(args.phase1, args.steps, args.items, args.arms)
+            result = bench_recipes(args.phase1, args.steps, args.items, args.arms, args.bf16)
     except (ValueError, OSError) as error:
         print("bench.py: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

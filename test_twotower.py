@@ -4,10 +4,14 @@
 
 Errors are relative: rms(out - reference) / rms(reference), so that an answer of zeros scores 1.
 Limits: float64 1e-12 for one operation and 1e-10 through a whole model; float32 1e-5 (floors
-measured on this data: 6e-7 for one operation, 2e-6 through ten layers); bfloat16 against NVIDIA's
+measured on this data: 6e-7 for one operation, 2e-6 through ten layers), but 3e-5 behind the time
+features, where a frequency that differs in its last bit, as exp does between processors, turns the
+angle of 1000 t by 6e-5 (floors: 1e-6 on one processor, 1.2e-5 on another); bfloat16 against NVIDIA's
 own bfloat16 error, since rounding alone costs 2e-3.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,9 +22,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -31,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 import bench
+import conftest
 import train
 import twotower
 from twotower import (Context, KVCache, MambaState, Router, Sampler, Span, TimestepEmbedder, Tower,
@@ -91,10 +98,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def run_python(*args, cwd: Path = HERE) -> subprocess.CompletedProcess:
+def run_python(*args, cwd: Path = HERE, **options) -> subprocess.CompletedProcess:
     args = [arg if isinstance(arg, bytes) else str(arg) for arg in args]
     return subprocess.run([sys.executable, *args], capture_output=True, text=True,
-                          encoding="utf-8", cwd=cwd)
+                          encoding="utf-8", cwd=cwd, **options)
 
 
 def ids(*shape, seed: int = 0) -> torch.Tensor:
@@ -160,7 +167,8 @@ def test_golden_extend(variant, length):
             check(logits[:, -1:], data[f"{prefix}logits"], 1e-5, prefix)
         check(model.extend(context, data["ids/tok1"]), data[f"{prefix}next_logits"], 1e-5, prefix)
         if f"{prefix}den_full_t1" in data:
-            check(model.denoise(data["ids/full16"], context, 1.0), data[f"{prefix}den_full_t1"], 1e-5)
+            name = f"{prefix}den_full_t1"
+            check(model.denoise(data["ids/full16"], context, 1.0), data[name], 3e-5, name)
 
 
 @pytest.mark.parametrize("variant", FLOAT32)
@@ -175,7 +183,7 @@ def test_golden_denoiser(variant):
     for name in names:
         block, t = name.removeprefix("den/").rsplit("_t", 1)
         t = None if t == "none" else torch.tensor([0.25, 0.75]) if t == "vec" else float(t)
-        check(model.denoise(blocks[block], context, t), data[name], 1e-5, name)
+        check(model.denoise(blocks[block], context, t), data[name], 1e-5 if t is None else 3e-5, name)
 
 
 def test_golden_layers():
@@ -197,7 +205,7 @@ def test_golden_layers():
         for i, x in enumerate(hidden):
             where = f"layer {i - 1} ({kinds[i - 1]}), the first that differs" if i else "embedding"
             where = f"{prefix}: {where}"
-            check(x, data[f"{prefix}.{i}"], 1e-5, where)
+            check(x, data[f"{prefix}.{i}"], 3e-5 if prefix.startswith("den") else 1e-5, where)
 
 
 def test_golden_mock_ar():
@@ -222,17 +230,17 @@ def test_golden_mock_ar():
 def test_golden_time():
     data, _, model = golden("cfg1")
     t = data["time/t"]
-    check(TimestepEmbedder.features(t), data["time/sin_fp32"], 1e-6)
+    check(TimestepEmbedder.features(t), data["time/sin_fp32"], 1e-5)
     eighths = torch.arange(9) / 8                       # exact in both: float64 changes nothing
     assert torch.equal(TimestepEmbedder.features(eighths),
                        TimestepEmbedder.features(eighths.double()))
     embedding = model.t_embedder(t)
-    check(embedding, data["time/repr"], 1e-5)
-    check(model.t_block(embedding), data["time/emb"], 1e-5)
+    check(embedding, data["time/repr"], 3e-5)
+    check(model.t_block(embedding), data["time/emb"], 3e-5)
     shift, scale, gate = model._modulations(torch.tensor([0.5, 0.5]))[1]
     for name, part in (("shift", shift), ("scale", scale), ("gate", gate)):
-        check(part[:, 0], data[f"den_hidden/{name}.1"], 1e-5, name)
-    check(model.t_block(model.t_embedder(torch.tensor([0.5, 0.5]))), data["den_hidden/t_emb"], 1e-5)
+        check(part[:, 0], data[f"den_hidden/{name}.1"], 3e-5, name)
+    check(model.t_block(model.t_embedder(torch.tensor([0.5, 0.5]))), data["den_hidden/t_emb"], 3e-5)
     # in bfloat16 t is rounded before it is scaled: the features must be those of the rounded product
     data, _, model = golden("cfg1_bf16")
     assert torch.equal((t.bfloat16() * 1000).float(), data["time/tscaled_bf16"])
@@ -1003,22 +1011,31 @@ def test_two_devices_share_only_what_is_new(monkeypatch):
     elsewhere = torch.device("cpu", 0)
     monkeypatch.setattr(Tower, "device", property(
         lambda self: elsewhere if self is model.denoiser_tower else torch.device("cpu")))
-    to, sent, steps = torch.Tensor.to, {"kv": 0, "mamba": 0}, []
+    to, steps, sent = torch.Tensor.to, [], {}
 
     def counting(self, *args, **kwargs):
-        if args and args[0] is elsewhere and self.is_floating_point() and self.dim() > 1:
-            shape = tuple(self.shape)
-            kind = "kv" if shape[-2:] == (2, 8) and self.dim() == 3 else "mamba"
-            sent[kind] += len(self)
+        if args and args[0] is elsewhere:
+            kind = ("mask" if self.dtype == torch.bool else
+                    ("starts", "ids")[self.dim() - 1] if self.dtype == torch.long else
+                    "t" if self.dim() == 1 else
+                    "kv" if self.shape[-2:] == (2, 8) and self.dim() == 3 else "mamba")
+            sent.setdefault(kind, []).append(self.nbytes)
         return to(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", counting)
     apart = model.generate_mask_diffusion(prompts, 24, on_step=steps.append, **knobs)
     assert [t.tolist() for t in apart.tokens] == [t.tolist() for t in together.tokens]
-    assert torch.equal(apart.nfe, together.nfe) and len(steps) > 3
-    # keys and values of one attention layer: 32 prompt rows, then 2 blocks of 8 for 3 rows;
-    # two states of one Mamba layer in each of ME*-ME's two, for 3 rows, once a block
-    assert sent == {"kv": 2 * (32 + 2 * 8 * 3), "mamba": 2 * 2 * 3 * 3}
+    assert torch.equal(apart.nfe, together.nfe) and len(steps) > 6
+    # keys and values of one attention layer, 2 heads of 8 float64: 32 prompt rows, then 2 blocks
+    # of 8 for 3 rows
+    assert sum(sent["kv"]) == 2 * (32 + 2 * 8 * 3) * 2 * 8 * 8
+    # once a block: the states of both Mamba layers, and where the rows' blocks begin
+    states = [state for state in model.prefill(prompts).states if isinstance(state, MambaState)]
+    assert len(states) == 2 and sent["mamba"] == 3 * [x.nbytes for state in states for x in state]
+    assert sent["starts"] == 3 * [3 * 8] and len(sent["mask"]) == 3
+    # once a step: token ids and t
+    assert sent["ids"] == len(steps) * [3 * 8 * 8] and sent["t"] == len(steps) * [3 * 4]
+    assert len(sent) == 6
 
 
 def test_two_devices_when_rows_end_apart(monkeypatch):
@@ -1285,11 +1302,9 @@ def test_dtypes(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_memory_while_loading(tmp_path):
-    """Peak host memory: the weights plus little more than the largest tensor (34 MB of 410)."""
-    config = TwoTowerConfig(**TINY | dict(hidden_size=512, vocab_size=16384, n_routed_experts=64,
-                                          moe_intermediate_size=256))
-    torch.manual_seed(0)
-    TwoTower(config).save_pretrained(tmp_path, 100_000_000)
+    """Peak host memory of a 2 GB checkpoint: the weights and at most a tenth more."""
+    write_headers(tmp_path, TINY | dict(hidden_size=1024, vocab_size=16384, n_routed_experts=64,
+                                        moe_intermediate_size=1920), 4)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     script = """
 import re, sys
@@ -1300,20 +1315,23 @@ model = TwoTower.from_pretrained(sys.argv[1])
 print(peak() - before)
 """
     run = run_python("-c", script, tmp_path)
-    assert size > 250e6 and run.returncode == 0, run.stderr
-    assert 0.9 * size < int(run.stdout) < size + 1.5 * 512 * 16384 * 4
+    assert size > 2e9 and run.returncode == 0, run.stderr
+    assert 0.9 * size < int(run.stdout) < 1.1 * size
+
+
+RELEASED = dict(
+    hidden_size=2688, num_hidden_layers=52, vocab_size=131072,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8, ssm_state_size=128,
+    conv_kernel=4, chunk_size=128, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
+    intermediate_size=1856, n_routed_experts=128, num_experts_per_tok=6,
+    moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, norm_topk_prob=True,
+    routed_scaling_factor=2.5)
 
 
 def test_the_released_config_has_the_released_size():
     """SPEC of the release: names, parameters and state sizes at full size, on the meta device."""
-    pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-    config = TwoTowerConfig(
-        hidden_size=2688, num_hidden_layers=52, hybrid_override_pattern=pattern, vocab_size=131072,
-        layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8,
-        ssm_state_size=128, conv_kernel=4, chunk_size=128, num_attention_heads=32,
-        num_key_value_heads=2, head_dim=128, intermediate_size=1856, n_routed_experts=128,
-        num_experts_per_tok=6, moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712, norm_topk_prob=True, routed_scaling_factor=2.5)
+    config = TwoTowerConfig(**RELEASED)
     with torch.device("meta"):
         model = TwoTower(config)
     assert (config.d_inner, config.conv_dim) == (4096, 6144)
@@ -1328,6 +1346,33 @@ def test_the_released_config_has_the_released_size():
     assert sum(cache.key_cache.nbytes + cache.value_cache.nbytes for cache in caches) == 6144
     ssm = sum(state.ssm_state.nbytes for state in states if isinstance(state, MambaState))
     assert round(ssm / 1e6, 1) == 48.2
+
+
+def write_headers(directory: Path, fields: dict, shards: int):
+    """A checkpoint of bfloat16 tensors (float32 routers) without data: the files are holes."""
+    with torch.device("meta"):
+        model = TwoTower(TwoTowerConfig(**fields))
+    parts = [pair for pairs in twotower._checkpoint_tensors(model).values() for pair in pairs]
+    total, weight_map, headers, sizes = sum(p.numel() for _, p in parts), {}, [{}], [0]
+    for key, part in parts:
+        if len(sizes) < shards and sum(sizes) > len(sizes) / shards * 2 * total:
+            headers.append({})
+            sizes.append(0)
+        wide = key.endswith((".gate.weight", ".e_score_correction_bias"))
+        end = sizes[-1] + part.numel() * (4 if wide else 2)
+        headers[-1][key] = {"dtype": "F32" if wide else "BF16", "shape": list(part.shape),
+                            "data_offsets": [sizes[-1], end]}
+        sizes[-1] = end
+        weight_map[key] = len(sizes)
+    names = [f"model-{i + 1:05}-of-{len(sizes):05}.safetensors" for i in range(len(sizes))]
+    for name, header, size in zip(names, headers, sizes):
+        header = json.dumps(header).encode()
+        (directory / name).write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(directory / name, 8 + len(header) + size)
+    weight_map = {key: names[number - 1] for key, number in weight_map.items()}
+    (directory / twotower.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(fields))
+    return len(names)
 
 
 def test_works_when_copied_alone(tmp_path):
@@ -1519,41 +1564,81 @@ def test_logits_that_are_not_finite_name_the_place(where):
 
 # ----------------------------------------------------------------------------- the command line
 
-def sample(*args, directory: Path = GOLDEN / "cfg1"):
-    return run_python(HERE / "sample.py", "--checkpoint", directory, *args, cwd=directory.parent)
+def sample(*args, directory: Path = GOLDEN / "cfg1", **options):
+    return run_python(HERE / "sample.py", "--checkpoint", directory, *args, cwd=directory.parent,
+                      **options)
+
+
+def one_line(run, message: str):
+    """A refusal: nothing written, one line that says what is wrong, exit status 2."""
+    assert run.returncode == 2 and run.stdout == "", run.stdout
+    line, = run.stderr.splitlines()
+    assert line.startswith("sample.py: ") and message in line, line
+
+
+@functools.cache
+def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) -> list[int]:
+    """The tokens of a single row by way of twotower.py, from golden/cfg1."""
+    generator = None if seed is None else [seeded(seed)]
+    return getattr(golden("cfg1")[2], f"generate_{mode}")(
+        torch.tensor([tokenizer().encode(prompt).ids]), new, eos_token_id=2, generator=generator,
+        **knobs).tokens[0].tolist()
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sample_prints_what_the_model_writes(mode):
-    tokenizer, model = Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json")), golden("cfg1")[2]
     mode = mode.removeprefix("generate_")
-    knobs = ["--block-size", "8", "--confidence-threshold", "0.5"] if mode == "mask_diffusion" else []
-    run = sample("--mode", mode, "--max-new-tokens", "21", *knobs, "Hello")
+    flags, knobs = [], {}
+    if mode == "mask_diffusion":
+        flags = ["--block-size", 8, "--steps-per-block", 6, "--confidence-threshold", 0.5,
+                 "--mask-token-id", 4]
+        knobs = dict(block_size=8, steps_per_block=6, confidence_threshold=0.5, mask_token_id=4)
+    run = sample("--mode", mode, "--max-new-tokens", 21, *flags, "Hello")
     assert run.returncode == 0, run.stderr
-    knobs = dict(block_size=8, confidence_threshold=0.5) if knobs else {}
+    model, steps = golden("cfg1")[2], []
     result = getattr(model, f"generate_{mode}")(
-        torch.tensor([tokenizer.encode("Hello").ids]), 21, eos_token_id=2, **knobs)
+        torch.tensor([tokenizer().encode("Hello").ids]), 21, eos_token_id=2,
+        on_step=steps.append, **knobs)
     new = result.tokens[0].tolist()
-    assert run.stdout == "Hello" + tokenizer.decode(new) + "\n"
-    facts, = run.stderr.splitlines()
+    assert run.stdout == "Hello" + tokenizer().decode(new) + "\n"
+    placement, facts = run.stderr.splitlines()
+    assert placement.startswith("cpu: context tower" + " and denoiser tower" * (mode != "ar"))
     nfe, passes = int(result.nfe), int(result.context_passes)
     assert facts.startswith(
-        f"{mode} on cpu, {len(new)} tokens, {nfe} denoiser passes, {passes} context passes, "
-        f"{len(new) / (nfe or passes):.2f} tokens per pass, ")
-    assert ("block_size 8" in facts) == ("steps_per_block 16" in facts) == (mode == "mask_diffusion")
+        f"{mode} on cpu, 1 prompt, {len(new)} tokens, {nfe} denoiser passes, {passes} context "
+        f"passes, {len(new) / (nfe or passes):.2f} tokens per pass, load ")
+    for fact in ("prefill ", "decode ", "tokens/s", "peak memory host ", "max_new_tokens 21",
+                 "temperature 0.0", *(f"{name} {value}" for name, value in knobs.items())):
+        assert fact in facts
 
 
 def test_sample_stops_at_eos(tmp_path):
     """The text of a run without EOS, cut before the token that is now EOS."""
-    tokenizer = Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json"))
-    prompt = torch.tensor([tokenizer.encode("Hello").ids])
-    new = golden("cfg1")[2].generate_mask_diffusion(prompt, 40, 8).tokens[0].tolist()
+    new = written("mask_diffusion", "Hello", 40, block_size=8)
     eos = new[20]
     directory = copy_checkpoint(tmp_path)
     config(eos_token_id=eos)(directory)
     run = sample("--block-size", 8, "--max-new-tokens", 40, "Hello", directory=directory)
-    assert run.stdout == "Hello" + tokenizer.decode(new[:new.index(eos)]) + "\n"
+    assert run.stdout == "Hello" + tokenizer().decode(new[:new.index(eos)]) + "\n"
     assert f" {new.index(eos) + 1} tokens, " in run.stderr
+
+
+@pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
+def test_sample_stops_at_a_string(mode):
+    """The text before the first stop string, whether one prompt streams or many are printed."""
+    text = tokenizer().decode(written(mode, "Hello", 60))
+    stops = [text[30:33], text[44:46]]
+    cut = text[:min(text.index(stop) for stop in stops)]
+    flags = ["--mode", mode, "--max-new-tokens", 60, "--stop", stops[0], "--stop", stops[1]]
+    assert sample(*flags, "Hello").stdout == f"Hello{cut}\n"
+    result = json.loads(sample(*flags, "--json", "Hello").stdout)
+    assert (result["text"], result["ended"]) == (cut, "stop")
+    assert result["tokens"] == written(mode, "Hello", 60)[:len(result["tokens"])]
 
 
 def test_sample_is_seeded():
@@ -1562,6 +1647,192 @@ def test_sample_is_seeded():
     assert texts[0] == texts[1] != texts[2]
     narrow = sample(*knobs[:-1], "1e-6", "--seed", 1, "Hi").stdout          # --top-p that is greedy
     assert narrow == sample(*knobs[:4], "Hi").stdout != texts[0]
+    unseeded = sample(*knobs, "Hi")
+    seed = re.search(r"seed (\d+)", unseeded.stderr)[1]
+    assert sample(*knobs, "--seed", seed, "Hi").stdout == unseeded.stdout
+
+
+def prompts_file(path: Path, lines: list) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                            for line in lines), encoding="utf-8")
+    return path
+
+
+def test_sample_reads_prompts_from_files_and_standard_input(tmp_path):
+    text = "two\nlines\n"
+    (tmp_path / "prompt.txt").write_text(text)
+    expected = text + tokenizer().decode(written("ar", text, 12)) + "\n"
+    flags = ["--mode", "ar", "--max-new-tokens", 12]
+    assert sample(*flags, "--prompt-file", tmp_path / "prompt.txt").stdout == expected
+    assert sample(*flags, "-", input=text).stdout == expected
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": "ab"}, {"text": text}])
+    expected = "".join(f"--- {i}\n{prompt}{tokenizer().decode(written('ar', prompt, 12))}\n"
+                       for i, prompt in enumerate(["ab", text]))
+    assert sample(*flags, "--prompt-file", many).stdout == expected
+
+
+MANY = [{"text": "Hello, who is there?" * n, "max_new_tokens": 5 + 7 * n, "seed": 10 + n}
+        for n in (4, 1, 2, 3, 1)] + [{"text": "x"}, {"text": "xyz"}]
+
+
+@pytest.mark.parametrize("flags, knobs", [
+    ([], {}), (["--temperature", 0.7, "--seed", 3], dict(temperature=0.7))])
+def test_many_prompts_are_written_as_each_alone(tmp_path, flags, knobs):
+    """Ragged batches, lengths and seeds of their own; results in input order."""
+    many = prompts_file(tmp_path / "many.jsonl", MANY)
+    run = sample(*flags, "--prompt-file", many, "--json", "--batch-size", 4, "--max-new-tokens", 9)
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [result["index"] for result in results] == list(range(len(MANY))), run.stderr
+    for i, (line, result) in enumerate(zip(MANY, results)):
+        seed, new = line.get("seed", 3 + i), line.get("max_new_tokens", 9)
+        tokens = written("mask_diffusion", line["text"], new, seed if knobs else None, **knobs)
+        assert result["tokens"] == tokens and result["text"] == tokenizer().decode(tokens)
+        assert result["prompt"] == line["text"] and result["settings"]["max_new_tokens"] == new
+        assert result["settings"]["seed"] == (seed if knobs else None)
+    assert f"{len(MANY)} prompts, {sum(len(r['tokens']) for r in results)} tokens" in run.stderr
+
+
+def start_sample(*args, directory: Path = GOLDEN / "cfg1", **options) -> subprocess.Popen:
+    command = [sys.executable, HERE / "sample.py", "--checkpoint", directory, *args]
+    return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8",
+                            stderr=subprocess.PIPE, **options)
+
+
+def endless(tmp_path: Path) -> Path:
+    """golden/cfg1 without an EOS."""
+    directory = copy_checkpoint(tmp_path)
+    config(eos_token_id=None)(directory)
+    return directory
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """Nothing is lost or doubled, whatever is left of the line being written."""
+    lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 60} for i in range(12)]
+    flags = ["--prompt-file", prompts_file(tmp_path / "many.jsonl", lines), "--batch-size", 3]
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert sample(*flags, "--output", whole).returncode == 0
+    process = start_sample(*flags, "--output", killed)
+    while process.poll() is None and not (killed.exists() and killed.stat().st_size):
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    before = killed.read_bytes()
+    assert 0 < len(before) < len(whole.read_bytes()) and whole.read_bytes().startswith(before)
+    with open(killed, "ab") as file:
+        file.write(whole.read_bytes()[len(before):len(before) + 20])
+    one_line(sample(*flags, "--output", killed), "exists; give another name, or --resume")
+    one_line(sample(*flags, "--output", killed, "--resume", "--max-new-tokens", 5, "--stop", "q"),
+             "was made with stop [], not ['q']; --resume needs the same")
+    prompts, before_that = flags[1], flags[1].read_bytes()
+    one_line(sample(*flags, "--output", prompts, "--resume"), "must be different files")
+    (tmp_path / "notes.txt").write_bytes(b"somebody's own")
+    one_line(sample(*flags, "--output", tmp_path / "notes.txt", "--resume"),
+             "notes.txt line 1 is not a result of sample.py")
+    assert prompts.read_bytes() == before_that
+    assert (tmp_path / "notes.txt").read_bytes() == b"somebody's own"
+    resumed = sample(*flags, "--output", killed, "--resume")
+    assert resumed.returncode == 0 and resumed.stdout == "", resumed.stderr
+    assert killed.read_bytes() == whole.read_bytes()
+    assert f"{12 - before.count(10)} prompts" in resumed.stderr
+    again = sample(*flags, "--output", killed, "--resume")
+    assert again.returncode == 0 and "is complete: 12 results" in again.stderr
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
+def test_a_full_disk_loses_no_result(tmp_path):
+    import resource
+    lines = [{"text": "Hello", "max_new_tokens": 20}] * 6
+    flags = ["--prompt-file", prompts_file(tmp_path / "many.jsonl", lines), "--batch-size", 2]
+    whole, full = tmp_path / "whole.jsonl", tmp_path / "full.jsonl"
+    assert sample(*flags, "--output", whole).returncode == 0
+    limit = len(whole.read_bytes()) // 2
+    run = sample(*flags, "--output", full,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert run.returncode == 2 and "full.jsonl: File too large; it holds the" in run.stderr
+    complete = full.read_bytes()
+    assert complete == whole.read_bytes()[:whole.read_bytes()[:limit].rfind(b"\n") + 1] != b""
+    assert sample(*flags, "--output", full, "--resume").returncode == 0
+    assert full.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_interrupting_keeps_what_was_written(tmp_path):
+    process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
+                           directory=endless(tmp_path), stdout=subprocess.PIPE)
+    assert process.stdout.read(5 + 3) == "Hello" + tokenizer().decode(written("ar", "Hello", 3))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.splitlines()[-1].startswith("ar on cpu, 1 prompt, ")
+
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": "Hello"}] * 200)
+    process = start_sample("--prompt-file", many, "--batch-size", 2, "--max-new-tokens", 50,
+                           "--json", stdout=subprocess.PIPE)
+    first = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    results = [first, *map(json.loads, process.stdout)]     # communicate() would lose what is read
+    err = process.stderr.read()
+    assert process.wait() == 130 and "Traceback" not in err
+    assert [result["index"] for result in results] == list(range(len(results)))
+    assert len(results) < 200 and {result["ended"] for result in results[:-2]} <= {"length", "eos"}
+    for result in results:
+        assert result["tokens"] == first["tokens"][:len(result["tokens"])]
+        assert result["text"] == tokenizer().decode(result["tokens"])
+        assert result["ended"] == "interrupted" or result["tokens"] == first["tokens"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX")
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
+                           directory=endless(tmp_path), stdout=subprocess.PIPE)
+    assert process.stdout.read(5) == "Hello"
+    process.stdout.close()
+    assert process.stderr.readline().startswith("cpu: context tower")
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+def test_trace_holds_every_step(tmp_path):
+    """Replayed, the commits of the trace give the text."""
+    many = prompts_file(tmp_path / "many.jsonl", MANY)
+    flags = ["--prompt-file", many, "--max-new-tokens", 30, "--json"]
+    run = sample(*flags, "--trace", tmp_path / "trace.jsonl")
+    steps = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(steps) == sum(result["nfe"] for result in results)
+    for result in results:
+        mine, blocks = [step for step in steps if step["index"] == result["index"]], {}
+        for step in mine:
+            block = blocks.setdefault(step["block"], [MASK] * 16)
+            assert step["before"] == block and step["t"] == block.count(MASK) / 16
+            assert all(0 <= p <= 1 for p in step["confidence"])
+            for i, commit in enumerate(step["committed"]):
+                if commit:
+                    assert block[i] == MASK
+                    block[i] = step["after"][i]
+            assert step["after"] == block
+        tokens = [token for block in blocks.values() for token in block]
+        assert tokens[:len(result["tokens"])] == result["tokens"]
+    assert sample(*flags).stdout == run.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX")
+def test_watch_shows_the_block_in_place(tmp_path):
+    """On a terminal masks and fresh (bold, underlined) tokens appear; elsewhere nothing does."""
+    import pty
+    flags = ["--max-new-tokens", "30", "--watch", "Hello"]
+    plain = sample(*flags)
+    text = "Hello" + tokenizer().decode(written("mask_diffusion", "Hello", 30)) + "\n"
+    assert plain.stdout == text and "\x1b" not in plain.stdout
+    master, slave = pty.openpty()
+    process = start_sample(*flags, stdout=slave, env=os.environ | {"TERM": "xterm", "COLUMNS": "80"})
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):              # Linux ends a terminal with an error
+        while data := os.read(master, 4096):
+            shown += data
+    assert process.wait() == 0
+    shown = shown.decode().replace("\r\n", "\n")
+    assert shown.endswith(text) and "\u2591" * 8 in shown and "\x1b[1;4m" in shown
 
 
 @pytest.mark.parametrize("args, message", [
@@ -1569,25 +1840,61 @@ def test_sample_is_seeded():
     ([""], "the prompt holds no token"),
     (["--mode", "fast", "Hi"], "invalid choice: 'fast'"),
     (["--blocksize", "8", "Hi"], "unrecognized arguments"),
-    (["--block-size", "0", "Hi"], "block_size is 0"),
-    (["--block-size", "eight", "Hi"], "invalid int value: 'eight'"),
-    (["--max-new-tokens", "-5", "Hi"], "max_new_tokens is -5"),
+    (["--block-size", "0", "Hi"], "--block-size: 0 must be an integer of 1 or more"),
+    (["--block-size", "eight", "Hi"], "--block-size: eight must be an integer"),
+    (["--batch-size", "-1", "Hi"], "--batch-size: -1 must be"),
+    (["--max-new-tokens", "-5", "Hi"], "--max-new-tokens: -5 must be"),
     (["--max-new-tokens", "999999", "Hi"], "max_position_embeddings 4096"),
     (["--mode", "ar", "--steps-per-block", "4", "Hi"], "does nothing with --mode ar"),
+    (["--mode", "mock_ar", "--watch", "Hi"], "--watch does nothing with --mode mock_ar"),
+    (["--mode", "ar", "--denoiser-device", "cpu", "Hi"], "--denoiser-device does nothing"),
+    (["--mask-token-id", "128", "Hi"], "--mask-token-id is 128, but it must be below vocab_size"),
     (["--top-k", "5", "Hi"], "--top-k does nothing without --temperature above 0"),
-    (["--temperature", "-1", "Hi"], "temperature is -1.0"),
-    (["--temperature", "1", "--seed", "-1", "Hi"], "invalid seed value: '-1'"),
-    (["--confidence-threshold", "nan", "Hi"], "confidence_threshold is nan"),
-    (["--device", "cuda:99", "Hi"], "--device cuda:99 cannot be used"),
-    (["--device", "toaster", "Hi"], "--device toaster cannot be used"),
-    (["--device", "meta", "Hi"], "--device meta cannot be used"),
+    (["--temperature", "-1", "Hi"], "--temperature: -1 must be a number of 0 or more"),
+    (["--temperature", "1", "--seed", "-1", "Hi"], "--seed: -1 must be"),
+    (["--temperature", "1", "--top-p", "1.5", "Hi"], "--top-p: 1.5 must be a number in (0, 1]"),
+    (["--confidence-threshold", "nan", "Hi"], "--confidence-threshold: nan must be"),
+    (["--context-device", "cuda:99", "Hi"], "--context-device cuda:99 cannot be used"),
+    (["--context-device", "toaster", "Hi"], "--context-device toaster cannot be used"),
+    (["--denoiser-device", "meta", "Hi"], "--denoiser-device meta cannot be used"),
+    (["--stop", "", "Hi"], "--stop needs some text"),
+    (["--resume", "Hi"], "--resume needs --output"),
+    (["--json", "--output", "new.jsonl", "Hi"], "--json does nothing with --output"),
+    (["--watch", "--json", "Hi"], "--watch does nothing with --json"),
+    (["--plan", "--stop", "x"], "--stop does nothing with --plan"),
+    (["--plan", "--max-new-tokens", "5000"], "max_position_embeddings 4096"),
+    (["--block-size", "5000", "Hi"], "max_position_embeddings 4096"),
+    (["--steps-per-block", "1" + "0" * 20, "Hi"], "--steps-per-block: 1"),
+    (["--output", "o", "--trace", "./o", "Hi"], "must be different files"),
+    (["--output", "o", "--resume", "--temperature", "1", "Hi"], "needs its --seed"),
+    (["--output", "no/where.jsonl", "Hi"], "no/where.jsonl: its directory does not exist"),
+    (["--trace", "cfg1.json", "Hi"], "cfg1.json exists; give another name"),
+    (["--prompt-file", "cfg1.json", "Hi"], "give a prompt or --prompt-file, not both"),
+    (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
     ([b"\xff\xfe"], "the prompt is not valid UTF-8"),
 ])
 def test_sample_refuses_in_one_line(args, message):
-    run = sample(*args)
-    assert run.returncode == 2 and run.stdout == ""
-    line, = run.stderr.splitlines()
-    assert line.startswith("sample.py: ") and message in line
+    one_line(sample(*args), message)
+
+
+@pytest.mark.parametrize("lines, message", [
+    (["", "  "], "holds no prompt"),
+    ([{"text": "a"}, "", "{text: a}"], "line 3 is not JSON"),
+    ([{"text": "a"}, {"prompt": "b"}], "line 2 must be an object with text"),
+    ([{"text": "a"}, ["b"]], "line 2 must be an object with text"),
+    ([{"text": 7}], "line 1: text is 7, but it must be text"),
+    ([{"text": "a", "max_new_tokens": 0}], "line 1: max_new_tokens is 0"),
+    ([{"text": "a", "seed": "x"}], "line 1: seed is 'x'"),
+    ([{"text": "a", "seed": 2**70}], "line 1: seed is 1180591620717411303424"),
+    (["[" * 10**5], "line 1 is not JSON"),
+    ([{"text": "a", "temperature": 1}], "line 1 has 'temperature'; known are text"),
+    ([{"text": "a"}, {"text": ""}], "prompt 1 holds no token"),
+    ([{"text": "a"}, {"text": "b" * 5000}], "prompt 1 has 5000 tokens"),
+    ([{"text": "a"}, {"text": "\ud800"}], "prompt 1 is not valid UTF-8"),
+])
+def test_a_prompt_file_is_checked_before_anything_is_written(lines, message, tmp_path):
+    many = prompts_file(tmp_path / "many.jsonl", lines)
+    one_line(sample("--prompt-file", many, "--json"), message)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -1602,10 +1909,78 @@ def test_sample_refuses_in_one_line(args, message):
 def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_path):
     directory = copy_checkpoint(tmp_path)
     damage(directory)
-    run = sample("Hello", directory=directory)
-    assert run.returncode == 2 and run.stdout == ""
-    line, = run.stderr.splitlines()
-    assert line.startswith("sample.py: ") and message in line
+    one_line(sample("Hello", directory=directory), message)
+
+
+def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
+    """A name that is no directory is fetched; for AR no file with only denoiser tensors."""
+    import huggingface_hub
+
+    import sample as cli
+    write_headers(tmp_path, TINY, 4)
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns, local_files_only):
+        asked.append((name, allow_patterns, local_files_only))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert cli.fetch("some/model", "both", False) == tmp_path
+    assert cli.fetch("some/model", "context", True) == tmp_path
+    everything, context = ([p for p in asked[i][1] if p.startswith("model-")] for i in (1, 3))
+    assert len(everything) == 4 and context == everything[:len(context)] and len(context) == 2
+    assert [asked[i][2] for i in range(4)] == [False, False, True, True]
+    assert cli.fetch(str(tmp_path), "both", False) == tmp_path and len(asked) == 4
+    run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
+                     env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
+    one_line(run, "https://huggingface.co/some/model where there is a connection")
+
+
+def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
+    """24 shards of the released shapes without data: SPEC's table of memory."""
+    assert write_headers(tmp_path, RELEASED, 24) == 24
+    run = sample("--plan", "--max-new-tokens", 8192, "--batch-size", 4, directory=tmp_path)
+    context, = re.findall(r"weights ([\d.]+) GiB", run.stderr.splitlines()[0])
+    assert context == "117.7"                       # twice 58.8 and the time conditioning
+    assert "KV cache 192.0 MiB, SSM states 184.0 MiB" in run.stderr
+    assert ("batch of 4, 8192 tokens a row; a cached token takes 6144 bytes, a row's SSM states "
+            "48234496 and") in run.stderr
+    run = sample("--plan", "--mode", "ar", directory=tmp_path)
+    assert "cpu: context tower: weights 58.8 GiB" in run.stderr
+
+
+def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
+    """With made-up free memory and GPUs."""
+    import sample as cli
+    model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
+    args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False)
+    one = sum(cli.memory(model, 1, 112, 16, ["cpu"] * 2)["cpu"].values())
+    four = sum(cli.memory(model, 4, 112, 16, ["cpu"] * 2)["cpu"].values())
+    apart = cli.memory(model, 4, 112, 16, ["cpu", "cuda:0"])
+    assert sum(parts["weights"] for parts in apart.values()) == cli.memory(
+        model, 4, 112, 16, ["cpu"] * 2)["cpu"]["weights"]
+    alone = sum(cli.memory(model, 4, 112, 16, ["cpu"])["cpu"].values())
+    assert alone < one < four and alone < sum(apart["cuda:0"].values()) < four
+
+    def verdict(places: list[str], **free: int) -> str | None:
+        gpus = [place for place in free if place != "cpu"]
+        monkeypatch.setattr(cli, "free_memory", lambda place: free[place.replace(":", "")])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        try:
+            return cli.plan(model, [], 4, args, places)
+        except ValueError as error:
+            return str(error).partition("what would: ")[2]
+
+    assert verdict(["cpu"] * 2, cpu=four) is None
+    assert verdict(["cpu"] * 2, cpu=one) == "--batch-size 1"
+    assert verdict(["cpu"] * 2, cpu=alone) == "--mode ar, the context tower alone on cpu"
+    assert verdict(["cpu"] * 2, cpu=alone - 1).startswith("a device with more memory")
+    assert verdict(["cpu"], cpu=one, cuda0=0) is None
+    half = max(sum(parts.values()) for parts in apart.values())
+    assert verdict(["cuda:0"] * 2, cpu=0, cuda0=half, cuda1=half) == (
+        "--context-device cuda:0 --denoiser-device cuda:1")
+    assert verdict(["cuda:0", "cuda:1"], cpu=0, cuda0=alone, cuda1=0) == (
+        "--mode ar, the context tower alone on cuda:0")
 
 
 # ---------------------------------------------------------------------- training the miniature
@@ -2029,6 +2404,167 @@ def test_sample_without_arguments_shows_a_block_being_denoised():
         "label", "width", "height", "color"]
 
 
+# ---------------------------------------------------------- the published code, where it is given
+
+# float32: the limit of golden/README.md. bfloat16: every layer rounds; not yet seen at full size
+OFFICIAL_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@pytest.fixture(scope="session")
+def both(official):
+    """Our model of that checkpoint, the published code's tensors, and how close they must be."""
+    directory, reference = official
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    prompt = conftest.prompt_ids(directory, config)
+    assert reference["ids/prompt"].tolist() == [prompt], "the reference is of another checkpoint"
+    dtype = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    model = TwoTower.from_pretrained(directory, context_device=gpus[0], dtype=dtype,
+                                     denoiser_device=gpus[min(1, len(gpus) - 1)]).eval()
+    return model, reference, OFFICIAL_LIMITS.get(dtype, 1e-4)
+
+
+def first_difference(ours: dict, reference: dict, limit: float):
+    """Fail with the first of our tensors, in their order, that is not the published code's."""
+    assert ours.keys() <= reference.keys(), "the published code gave something else"
+    for name, tensor in ours.items():
+        theirs = reference[name]
+        assert error(tensor.float().cpu(), theirs) <= limit, (
+            f"first difference at {name}: {error(tensor.float().cpu(), theirs):.1e} > {limit:.0e}")
+
+
+def test_official_context(both):
+    """Caches and states layer by layer, then the logits after the prompt."""
+    model, reference, limit = both
+    mixers = {}
+    hooks = conftest.record_mixers(model.context_tower, mixers, "context_mixer/")
+    context, ours = model.prefill(reference["ids/prompt"]), {}
+    for hook in hooks:
+        hook.remove()
+    for i, state in enumerate(context.states):
+        if isinstance(state, KVCache):
+            used = slice(0, int(context.lengths[0]))
+            ours |= {f"context_state/{i}/key_cache": state.key_cache[:, :, used],
+                     f"context_state/{i}/value_cache": state.value_cache[:, :, used]}
+        elif state is not None:
+            ours |= {f"context_state/{i}/{name}": getattr(state, name) for name in state._fields}
+        ours[f"context_mixer/{i}"] = mixers[f"context_mixer/{i}"]
+    first_difference(ours | {"context/logits": context.logits}, reference, limit)
+
+
+def test_official_denoiser(both):
+    """Three noise levels: mixers where the published code calls them, then the logits."""
+    model, reference, limit = both
+    prompt = reference["ids/prompt"]
+    context = model.prefill(prompt)
+    for t in conftest.NOISE_LEVELS:
+        mixers = {}
+        hooks = conftest.record_mixers(model.denoiser_tower, mixers, f"denoiser_mixer/{t}/")
+        logits = model.denoise(
+            conftest.noisy_block(prompt, t, model.config.mask_token_id), context, t)
+        for hook in hooks:
+            hook.remove()
+        ours = {name: mixer for name, mixer in mixers.items() if name in reference}
+        first_difference(ours | {f"denoiser/{t}": logits}, reference, limit)
+
+
+@pytest.mark.parametrize("mode", ["ar", "mock_ar", "mask_diffusion"])
+def test_official_generation(both, mode):
+    """Greedy tokens and passes. In bfloat16 a near tie may fall either way, and all after it: then
+    only what comes before the first difference is compared, which must be half of it."""
+    model, reference, limit = both
+    knobs = dict(confidence_threshold=0.8) if mode == "mask_diffusion" else {}
+    result = getattr(model, f"generate_{mode}")(
+        reference["ids/prompt"], conftest.NEW_TOKENS, **knobs)
+    theirs = reference[f"{mode}/tokens"][0].tolist()
+    same = [a == b for a, b in zip(result.tokens[0].tolist(), theirs)]
+    assert len(theirs) == len(same) == conftest.NEW_TOKENS
+    if limit > 1e-4 and not all(same):
+        assert same.index(False) >= len(same) // 2, f"token {same.index(False)} differs"
+        return
+    assert all(same), f"token {same.index(False)} differs"
+    assert mode == "ar" or int(result.nfe) == int(reference[f"{mode}/nfe"])
+
+
+# What the published code offers, played by ours. FAULT is put into a layer of its context tower.
+STAND_IN = """
+import types, torch
+from twotower import KVCache, MambaState, TwoTower
+
+KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+
+class NemotronHTwoTowerForCausalLM:
+    @classmethod
+    def from_pretrained(cls, directory, torch_dtype, trust_remote_code):
+        self = cls()
+        self.model = TwoTower.from_pretrained(directory, dtype=torch_dtype)
+        for tower in (self.model.context_tower, self.model.denoiser_tower):
+            for layer in tower.layers:
+                layer.block_type = KINDS[layer.kind]
+        FAULT
+        self.context_tower, self.denoiser_tower = self.model.context_tower, self.model.denoiser_tower
+        return self
+
+    def eval(self):
+        return self
+
+    def place_towers_on_devices(self, context_device, denoiser_device):
+        self.model.to(context_device)
+
+    def _build_context_cache(self, input_ids):
+        context = self.model.prefill(input_ids)
+        cache = types.SimpleNamespace()
+        for name in ("conv_state", "ssm_state", "key_cache", "value_cache"):
+            plural = name + "s" * name.endswith("state")
+            setattr(cache, plural, [getattr(state, name, None) for state in context.states])
+        return {"ctx_cache": cache, "logits": context.logits[:, None], "context": context}
+
+    def _run_denoiser_step_diffusion(self, block_ids, cache_state, t):
+        return self.model.denoise(block_ids, cache_state["context"], t)
+
+    def _generate(self, mode, input_ids, new, **knobs):
+        result = getattr(self.model, "generate_" + mode)(input_ids, new, **knobs)
+        self._last_nfe = int(result.nfe)
+        return torch.cat([input_ids, torch.stack(result.tokens)], dim=1)
+
+    def generate_ar(self, *args, **knobs):
+        return self._generate("ar", *args, **knobs)
+
+    def generate_mock_ar(self, *args, **knobs):
+        return self._generate("mock_ar", *args, **knobs)
+
+    def generate_mask_diffusion(self, *args, **knobs):
+        return self._generate("mask_diffusion", *args, **knobs)
+"""
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("", None),
+    ("self.model.context_tower.layers[3].mixer.k_proj.weight.data *= 1.01",
+     "first difference at context_state/3/key_cache"),
+    ("self.model.denoiser_tower.layers[2].mixer.out_proj.weight.data *= 1.01",
+     "first difference at denoiser_mixer/1.0/2"),
+    ("self.model.context_lm_head.weight.data[:64] = 0", "token 0 differs"),
+    ("import mamba_ssm_of_another_version", "No module named 'mamba_ssm_of_another_version'")])
+def test_the_comparison_itself(fault, message, tmp_path):
+    """`pytest --checkpoint DIR` on a small checkpoint with a stand-in for the published code: it
+    passes, names the first layer that differs, and fails where that code cannot run."""
+    directory = copy_checkpoint(tmp_path)
+    (directory / "modeling_nemotron_twotower.py").write_text(STAND_IN.replace("FAULT", fault))
+    reference = tmp_path / "reference.safetensors"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_twotower.py", "-k", "official",
+               "--checkpoint", directory, "--reference", reference]
+    env = os.environ | {"PYTHONPATH": str(HERE)}
+    run = run_python(*command, env=env)
+    if message is None:
+        assert run.returncode == 0 and "5 passed" in run.stdout, run.stdout
+        made = reference.stat().st_mtime_ns
+        assert run_python(*command, env=env).returncode == 0
+        assert reference.stat().st_mtime_ns == made             # used again
+    else:
+        assert run.returncode == 1 and message in run.stdout, run.stdout
+
+
 # ------------------------------------------------------------------------------------- the rest
 
 def test_readme():
@@ -2042,7 +2578,7 @@ def test_readme():
     for program, *args in map(shlex.split, (line for line in commands if "sample.py" in line)):
         run = run_python(*args)
         assert program == "python" and run.returncode == 0, run.stderr
-        assert run.stdout and run.stderr.startswith("mask_diffusion on ")
+        assert run.stdout and run.stderr.splitlines()[-1].startswith("mask_diffusion on ")
     code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = f"directory = {str(GOLDEN / 'cfg1')!r}\n" + re.sub(r"cuda:\d", "cpu", code)
     run = run_python("-c", code)

@@ -854,6 +854,16 @@ class Step(NamedTuple):
     confidence: Tensor          # (R, Q) probability of the predicted token
 
 
+class Written(NamedTuple):
+    """What `on_tokens` is told of a row's new tokens, once they are final; True ends the row."""
+
+    row: int
+    new: list[int]              # ids, cut after EOS and at max_new_tokens
+    ended: bool                 # nothing follows in any case
+    nfe: int                    # what the row has cost so far
+    context_passes: int
+
+
 @dataclass
 class Generation:
     """New tokens of each row, cut after EOS and at max_new_tokens, and what they cost."""
@@ -962,10 +972,12 @@ def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: flo
 class _Rows:
     """Bookkeeping of a generation: the text so far, which rows are still written, their passes."""
 
-    def __init__(self, rows: int, max_new_tokens: int, eos_token_id: int | None):
+    def __init__(self, max_new_tokens: list[int], eos_token_id: int | None, on_tokens):
+        rows = len(max_new_tokens)
         self.live = list(range(rows))
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.max_new_tokens, self.eos_token_id = max_new_tokens, eos_token_id
+        self.on_tokens = on_tokens
         self.nfe = torch.zeros(rows, dtype=torch.long)
         self.context_passes = torch.zeros(rows, dtype=torch.long)
 
@@ -973,11 +985,16 @@ class _Rows:
         """Add ids (R, n), up to EOS and the length asked for; return who goes on (0..R-1)."""
         going = []
         for r, row in enumerate(self.live):
-            for token in new[r].tolist():
-                self.tokens[row].append(token)
-                if token == self.eos_token_id or len(self.tokens[row]) == self.max_new_tokens:
-                    break
-            else:
+            ids = new[r, :self.max_new_tokens[row] - len(self.tokens[row])].tolist()
+            if self.eos_token_id in ids:
+                ids = ids[:ids.index(self.eos_token_id) + 1]
+            self.tokens[row] += ids
+            full = len(self.tokens[row]) == self.max_new_tokens[row]
+            ended = full or ids[-1] == self.eos_token_id
+            if self.on_tokens is not None:
+                passes = int(self.nfe[row]), int(self.context_passes[row])
+                ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
+            if not ended:
                 going.append(r)
         self.live = [self.live[r] for r in going]
         return going
@@ -1026,6 +1043,19 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]
         names[name] = [(name.replace(".experts.", f".experts.{e}."), tensor[e])
                        for e in range(len(tensor))] if stacked else [(name, tensor)]
     return names
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor):
+    """Replace a parameter or buffer, whatever the new dtype and device."""
+    owner, _, leaf = name.rpartition(".")
+    if isinstance(_tensor(model, name), nn.Parameter):
+        tensor = nn.Parameter(tensor)
+    setattr(model.get_submodule(owner), leaf, tensor)
 
 
 def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, set[str]]:
@@ -1295,20 +1325,24 @@ class TwoTower(nn.Module):
     # -- decoding -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate_ar(self, prompts, max_new_tokens: int, temperature: float = 0.0, *,
-                    top_k: int | None = None, top_p: float | None = None,
+    def generate_ar(self, prompts, max_new_tokens: int | Sequence[int],
+                    temperature: float = 0.0, *, top_k: int | None = None,
+                    top_p: float | None = None,
                     eos_token_id: int | None = None, generator=None,
-                    on_step: Callable[[Step], None] | None = None) -> Generation:
+                    on_step: Callable[[Step], None] | None = None,
+                    on_tokens: Callable[[Written], bool | None] | None = None) -> Generation:
         """Continue prompts with the context tower, one token at a time.
 
         Args:
-            prompts: as for `prefill`. eos_token_id: None never stops early.
+            prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
+            eos_token_id: None never stops early.
             temperature, top_k, top_p, generator: see `Sampler`. on_step: called once a token.
+            on_tokens: called with a `Written` for each row that got tokens; True ends the row.
         Raises: ValueError for impossible arguments, or for logits that are not finite.
         """
         sampler = Sampler(temperature, top_k, top_p, generator)
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
-        context = self._prefill(prompts, reserve=max_new_tokens)
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
+        context = self._prefill(prompts, reserve=max(rows.max_new_tokens))
         rows.context_passes += 1
         while True:
             going = self._emit(context.logits, sampler, rows, on_step)
@@ -1319,10 +1353,12 @@ class TwoTower(nn.Module):
             rows.context_passes[rows.live] += 1
 
     @torch.no_grad()
-    def generate_mock_ar(self, prompts, max_new_tokens: int, temperature: float = 0.0, *,
-                         top_k: int | None = None, top_p: float | None = None,
+    def generate_mock_ar(self, prompts, max_new_tokens: int | Sequence[int],
+                         temperature: float = 0.0, *, top_k: int | None = None,
+                         top_p: float | None = None,
                          eos_token_id: int | None = None, generator=None,
-                         on_step: Callable[[Step], None] | None = None) -> Generation:
+                         on_step: Callable[[Step], None] | None = None,
+                         on_tokens: Callable[[Written], bool | None] | None = None) -> Generation:
         """The denoiser as an AR model, a check of the plumbing; arguments as for `generate_ar`.
 
         It reads the last token with no time conditioning, given the context before that token, so
@@ -1330,8 +1366,9 @@ class TwoTower(nn.Module):
         """
         self._need_denoiser()
         sampler = Sampler(temperature, top_k, top_p, generator)
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
-        context = self._prefill([prompt[:-1] for prompt in prompts], max_new_tokens, logits=None)
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
+        context = self._prefill([prompt[:-1] for prompt in prompts], max(rows.max_new_tokens),
+                                logits=None)
         rows.context_passes += context.lengths > 0
         last = torch.stack([prompt[-1:] for prompt in prompts])                  # (R, 1)
         while True:
@@ -1346,17 +1383,20 @@ class TwoTower(nn.Module):
             last = rows.last_tokens()
 
     @torch.no_grad()
-    def generate_mask_diffusion(self, prompts, max_new_tokens: int, block_size: int = 16,
-                                steps_per_block: int = 16, mask_token_id: int | None = None,
-                                temperature: float = 0.0, *, confidence_threshold: float = 0.8,
+    def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int],
+                                block_size: int = 16, steps_per_block: int = 16,
+                                mask_token_id: int | None = None, temperature: float = 0.0, *,
+                                confidence_threshold: float = 0.8,
                                 top_k: int | None = None, top_p: float | None = None,
                                 eos_token_id: int | None = None, generator=None,
-                                on_step: Callable[[Step], None] | None = None) -> Generation:
+                                on_step: Callable[[Step], None] | None = None,
+                                on_tokens: Callable[[Written], bool | None] | None = None
+                                ) -> Generation:
         """Continue prompts block by block, committing confident tokens in parallel.
 
         Args:
-            prompts, eos_token_id, temperature, top_k, top_p, generator: as for `generate_ar`; the
-                sampling knobs shape the draw, never the confidence.
+            prompts, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator, on_tokens:
+                as for `generate_ar`; the sampling knobs shape the draw, never the confidence.
             block_size: tokens denoised together; the last block is denoised whole, then cut.
             steps_per_block: denoiser passes a block may take at most.
             confidence_threshold: gamma; 0.8 is the published operating point.
@@ -1374,18 +1414,20 @@ class TwoTower(nn.Module):
         self._check_length(block_size)
         if not confidence_threshold >= 0:
             raise ValueError(f"confidence_threshold is {confidence_threshold}, but it must be >= 0")
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler)
-        blocks = -(-max_new_tokens // block_size)
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
+        blocks = -(-max(rows.max_new_tokens) // block_size)
         context = self._prefill(prompts, blocks * block_size, logits=None)
         rows.context_passes += 1
         for block_index in range(blocks):
             block = torch.full((len(rows.live), block_size), mask_id)
+            span = Span.make(context.lengths, block_size, self.denoiser_tower.device,
+                             for_context=False)
             for step in range(steps_per_block):
                 masked = block == mask_id                                        # (R, Q)
                 if not masked.any():
                     break
                 t = masked.float().mean(-1)
-                logits = self._denoise(block, context, t)
+                logits = self._denoiser_logits(block, context, span, t)
                 rows.nfe[rows.live] += masked.any(-1)
                 # a row whose block is done draws nothing: its draws must not hang on other rows
                 drawing = [row if masked[r].any() else None for r, row in enumerate(rows.live)]
@@ -1417,19 +1459,23 @@ class TwoTower(nn.Module):
             on_step(Step(list(rows.live), index, 0, t, masks, ids, everywhere, confidence))
         return rows.append(ids)
 
-    def _start(self, prompts, max_new_tokens, eos_token_id, sampler) -> tuple[list[Tensor], _Rows]:
+    def _start(self, prompts, max_new_tokens, eos_token_id, sampler,
+               on_tokens) -> tuple[list[Tensor], _Rows]:
         """Check what all generations take."""
         prompts = self._check_prompts(prompts)
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more")
-        self._check_length(max(len(prompt) for prompt in prompts) + max_new_tokens)
+        lengths = ([max_new_tokens] * len(prompts) if not isinstance(max_new_tokens, Sequence)
+                   else list(max_new_tokens))
+        if len(lengths) != len(prompts) or not all(type(n) is int and n > 0 for n in lengths):
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more, for "
+                             f"all or for each of {len(prompts)} prompts")
+        self._check_length(max(len(prompt) + new for prompt, new in zip(prompts, lengths)))
         ids = range(self.config.vocab_size)
         if eos_token_id is not None and (type(eos_token_id) is not int or eos_token_id not in ids):
             raise ValueError(f"eos_token_id is {eos_token_id!r}, but it must be one id in "
                              f"[0, {self.config.vocab_size}), or None")
         if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
             raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
-        return prompts, _Rows(len(prompts), max_new_tokens, eos_token_id)
+        return prompts, _Rows(lengths, eos_token_id, on_tokens)
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -1493,9 +1539,32 @@ class TwoTower(nn.Module):
     # -- loading ------------------------------------------------------------------------------
 
     @classmethod
+    def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
+                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
+        """What `from_pretrained` would load, without data: a model on the meta device, with the
+        shapes and dtypes it would have, and the file of every tensor of the checkpoint.
+
+        Reads config.json and the headers of the safetensors files, and checks every name and shape.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is not a directory")
+        config = TwoTowerConfig.from_json(directory / "config.json")
+        with torch.device("meta"):
+            model = cls(config, towers=towers)
+            found = _check_headers(directory, model)
+            for name, parts in _checkpoint_tensors(model).items():
+                kind = dtype or found[parts[0][0]][1]
+                if name.endswith((".gate.weight", ".e_score_correction_bias")):
+                    kind = torch.promote_types(kind, torch.float32)
+                _set_tensor(model, name, torch.empty_like(_tensor(model, name), dtype=kind))
+        return model, {key: path for key, (path, _) in found.items()}
+
+    @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch") -> TwoTower:
+                        towers: str = "both", backend: str = "torch",
+                        on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Every name and shape is checked against the headers before any tensor is read; each tensor
@@ -1506,36 +1575,27 @@ class TwoTower(nn.Module):
             dtype: None keeps each tensor's own; the router is float32 at least in any case.
             towers: "both", or "context" to read and hold nothing of the denoiser.
             backend: "torch".
+            on_load: called with the bytes of each tensor that was loaded.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         if backend != "torch":
             raise ValueError(f"backend is {backend!r}, but only 'torch' is available")
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise ValueError(f"{directory} is not a directory")
-        config = TwoTowerConfig.from_json(directory / "config.json")
-        with torch.device("meta"):
-            model = cls(config, towers=towers)
-        tensors = _check_headers(directory, model)
+        model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
         if context_device is None:
             context_device = torch.get_default_device()
         if denoiser_device is None:
             denoiser_device = context_device
         for name, parts in _checkpoint_tensors(model).items():
-            owner, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner)
-            meta = getattr(owner, leaf)
-            kind = dtype or tensors[parts[0][0]][1]
-            if name.endswith((".gate.weight", ".e_score_correction_bias")):
-                kind = torch.promote_types(kind, torch.float32)
             device = context_device if name.startswith("context_") else denoiser_device
-            tensor = torch.empty(meta.shape, dtype=kind, device=device)
+            meta = _tensor(model, name)
+            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device)
             for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(tensors[key][0], "pt", device=str(tensor.device)) as file:
+                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
                     part.copy_(file.get_tensor(key))
-            tensor = nn.Parameter(tensor) if isinstance(meta, nn.Parameter) else tensor
-            setattr(owner, leaf, tensor)
+            _set_tensor(model, name, tensor)
+            if on_load is not None:
+                on_load(tensor.nbytes)
         return model
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
