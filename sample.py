@@ -375,13 +375,12 @@ def readable(nbytes: int) -> str:
     return f"{nbytes / 2**(10 * power):.1f} {' KMG'[power]}iB"
 
 
-def plan(model: TwoTower, rows: list[Row], batch: int, args: argparse.Namespace,
+def plan(model: TwoTower, rows: list[Row], batch: int, width: int, args: argparse.Namespace,
          places: list[str]):
-    """Print what goes where. Raises: ValueError if it does not fit, naming what would."""
-    width = 1
-    if args.mode == "mask_diffusion":
-        takes = inspect.signature(model.generate_mask_diffusion).parameters
-        width = getattr(args, "block_size", takes["block_size"].default)
+    """Print what goes where, for `batch` rows at once in passes of `width` tokens.
+
+    Raises: ValueError if it does not fit, naming what would.
+    """
     prompt = max((len(row.ids) for row in rows), default=0)
     new = max((row.max_new_tokens for row in rows), default=args.max_new_tokens)
     length = prompt + -(-new // width) * width
@@ -425,15 +424,13 @@ def towers_at(place: str, places: list[str]) -> str:
     return " and ".join(name for name, at in zip(names, places) if at == place)
 
 
-def load(directory: Path, skeleton: TwoTower, towers: str, places: list[str]) -> TwoTower:
-    total = sum(tensor.nbytes for tensor in [*skeleton.parameters(), *skeleton.buffers()])
+def load(model: TwoTower, files: dict[str, Path], places: list[str]):
+    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     columns = "loading", BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True,
                   disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
-        return TwoTower.from_pretrained(directory, context_device=places[0],
-                                        denoiser_device=places[-1], towers=towers,
-                                        on_load=lambda nbytes: bar.advance(task, nbytes)).eval()
+        model.fill(files, places[0], places[-1], lambda nbytes: bar.advance(task, nbytes))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -471,7 +468,7 @@ class PlainText(Output):
         if not self.started:
             print(row.prompt, end="")
             self.started = True
-        ready = row.text if row.ended else row.text[:len(row.text) - self.held_back]
+        ready = row.text if row.ended else row.text[:max(0, len(row.text) - self.held_back)]
         print(ready[self.printed:], end="", flush=True)
         self.printed = max(self.printed, len(ready))
 
@@ -618,6 +615,9 @@ class Trace(Output):
                     "confidence": step.confidence[r].tolist()}) + "\n")
         self.file.flush()
 
+    def close(self):
+        self.file.close()
+
 
 # ---------------------------------------------------------------------------------------------
 # 5. Decoding
@@ -677,16 +677,16 @@ def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argpars
             raise ValueError(f"{which}{error}") from None
 
 
-def choose_knobs(args: argparse.Namespace, skeleton: TwoTower) -> dict:
+def choose_knobs(args: argparse.Namespace, model: TwoTower) -> dict:
     """Every sampling knob of the mode: as given, or twotower.py's default."""
-    takes = inspect.signature(getattr(skeleton, f"generate_{args.mode}")).parameters
+    takes = inspect.signature(getattr(model, f"generate_{args.mode}")).parameters
     knobs = {name: getattr(args, name, takes[name].default) for name in KNOBS if name in takes}
     if "mask_token_id" in knobs:
         if knobs["mask_token_id"] is None:
-            knobs["mask_token_id"] = skeleton.config.mask_token_id
-        if knobs["mask_token_id"] >= skeleton.config.vocab_size:
+            knobs["mask_token_id"] = model.config.mask_token_id
+        if knobs["mask_token_id"] >= model.config.vocab_size:
             raise ValueError(f"--mask-token-id is {knobs['mask_token_id']}, but it must be below "
-                             f"vocab_size {skeleton.config.vocab_size}")
+                             f"vocab_size {model.config.vocab_size}")
     return knobs
 
 
@@ -716,9 +716,9 @@ def run(args: argparse.Namespace) -> int:
     directory = fetch(args.checkpoint, towers, args.plan)
     if rows:
         tokenizer = load_tokenizer(directory)
-    skeleton, _ = TwoTower.skeleton(directory, towers=towers)
-    encode(rows, tokenizer, skeleton.config)
-    knobs = choose_knobs(args, skeleton)
+    model, files = TwoTower.skeleton(directory, towers=towers)
+    encode(rows, tokenizer, model.config)
+    knobs = choose_knobs(args, model)
     common = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop} | knobs
     many = len(rows) > 1
     if "watch" in args and min(len(rows), args.batch_size) > 1:
@@ -728,13 +728,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.output} is complete: {done} results", file=sys.stderr)
         return 0
     rows = rows[done:]
-    plan(skeleton, rows, min(args.batch_size, len(rows) or args.batch_size), args, places)
+    batch = min(args.batch_size, len(rows) or args.batch_size)
+    plan(model, rows, batch, knobs.get("block_size", 1), args, places)
     if args.plan:
         return 0
 
     outputs = open_outputs(args, many, common, keep, tokenizer)
     start = time.perf_counter()
-    model = load(directory, skeleton, towers, places)
+    load(model, files, places)
     seconds = {"load": time.perf_counter() - start, "prefill": 0.0}
     time_prefills(model, seconds)
     status, start = 0, time.perf_counter()

@@ -1403,13 +1403,14 @@ def test_twotower_imports_only_what_it_may():
 
 # ------------------------------------------------------------------------------------- bad input
 
-def copy_checkpoint(tmp_path: Path, sharded: bool = False) -> Path:
+def copy_checkpoint(tmp_path: Path, source: Path = GOLDEN / "cfg1", *,
+                    sharded: bool = False) -> Path:
     directory = tmp_path / "checkpoint"
     if sharded:
         golden("cfg1")[2].save_pretrained(directory, 600_000)
         shutil.copy(GOLDEN / "cfg1" / "tokenizer.json", directory)
     else:
-        shutil.copytree(GOLDEN / "cfg1", directory)
+        shutil.copytree(source, directory)
     return directory
 
 
@@ -1494,7 +1495,8 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_checkpoint(what, tmp_path):
     damage, message = BROKEN[what]
-    directory = copy_checkpoint(tmp_path, what.startswith(("shard", "index", "a tensor twice")))
+    directory = copy_checkpoint(
+        tmp_path, sharded=what.startswith(("shard", "index", "a tensor twice")))
     damage(directory)
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         TwoTower.from_pretrained(directory)
@@ -1564,7 +1566,21 @@ def test_logits_that_are_not_finite_name_the_place(where):
 
 # ----------------------------------------------------------------------------- the command line
 
-def sample(*args, directory: Path = GOLDEN / "cfg1", **options):
+MINIATURE = HERE / "miniature"
+LETTER = "letter code=2203 count=16 item=maps name=Dora city=Sydney day=Friday\n"
+
+
+@functools.cache
+def miniature() -> tuple[TwoTower, Tokenizer]:
+    return (TwoTower.from_pretrained(MINIATURE).eval(),
+            Tokenizer.from_file(str(MINIATURE / "tokenizer.json")))
+
+
+def tokenizer() -> Tokenizer:
+    return miniature()[1]
+
+
+def sample(*args, directory: Path = MINIATURE, **options):
     return run_python(HERE / "sample.py", "--checkpoint", directory, *args, cwd=directory.parent,
                       **options)
 
@@ -1578,29 +1594,24 @@ def one_line(run, message: str):
 
 @functools.cache
 def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) -> list[int]:
-    """The tokens of a single row by way of twotower.py, from golden/cfg1."""
+    """The tokens of a single row by way of twotower.py, from the miniature."""
     generator = None if seed is None else [seeded(seed)]
-    return getattr(golden("cfg1")[2], f"generate_{mode}")(
+    return getattr(miniature()[0], f"generate_{mode}")(
         torch.tensor([tokenizer().encode(prompt).ids]), new, eos_token_id=2, generator=generator,
         **knobs).tokens[0].tolist()
-
-
-@functools.cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(GOLDEN / "cfg1" / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sample_prints_what_the_model_writes(mode):
     mode = mode.removeprefix("generate_")
-    flags, knobs = [], {}
+    flags, knobs = ["--context-device", "cpu"], {}
     if mode == "mask_diffusion":
-        flags = ["--block-size", 8, "--steps-per-block", 6, "--confidence-threshold", 0.5,
-                 "--mask-token-id", 4]
+        flags += ["--denoiser-device", "cpu", "--block-size", 8, "--steps-per-block", 6,
+                  "--confidence-threshold", 0.5, "--mask-token-id", 4]
         knobs = dict(block_size=8, steps_per_block=6, confidence_threshold=0.5, mask_token_id=4)
     run = sample("--mode", mode, "--max-new-tokens", 21, *flags, "Hello")
     assert run.returncode == 0, run.stderr
-    model, steps = golden("cfg1")[2], []
+    model, steps = miniature()[0], []
     result = getattr(model, f"generate_{mode}")(
         torch.tensor([tokenizer().encode("Hello").ids]), 21, eos_token_id=2,
         on_step=steps.append, **knobs)
@@ -1619,26 +1630,29 @@ def test_sample_prints_what_the_model_writes(mode):
 
 def test_sample_stops_at_eos(tmp_path):
     """The text of a run without EOS, cut before the token that is now EOS."""
-    new = written("mask_diffusion", "Hello", 40, block_size=8)
+    new = written("mask_diffusion", LETTER, 40)
     eos = new[20]
-    directory = copy_checkpoint(tmp_path)
+    directory = copy_checkpoint(tmp_path, MINIATURE)
     config(eos_token_id=eos)(directory)
-    run = sample("--block-size", 8, "--max-new-tokens", 40, "Hello", directory=directory)
-    assert run.stdout == "Hello" + tokenizer().decode(new[:new.index(eos)]) + "\n"
+    run = sample("--max-new-tokens", 40, LETTER, directory=directory)
+    assert run.stdout == LETTER + tokenizer().decode(new[:new.index(eos)]) + "\n"
     assert f" {new.index(eos) + 1} tokens, " in run.stderr
 
 
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
 def test_sample_stops_at_a_string(mode):
     """The text before the first stop string, whether one prompt streams or many are printed."""
-    text = tokenizer().decode(written(mode, "Hello", 60))
+    text = tokenizer().decode(written(mode, LETTER, 60))
+    for long in (text[:12], text[5:30]):            # nothing of a stop is shown while it comes
+        flags = ["--mode", mode, "--max-new-tokens", 60, "--stop", long]
+        assert sample(*flags, LETTER).stdout == f"{LETTER}{text[:text.index(long)]}\n"
     stops = [text[30:33], text[44:46]]
     cut = text[:min(text.index(stop) for stop in stops)]
     flags = ["--mode", mode, "--max-new-tokens", 60, "--stop", stops[0], "--stop", stops[1]]
-    assert sample(*flags, "Hello").stdout == f"Hello{cut}\n"
-    result = json.loads(sample(*flags, "--json", "Hello").stdout)
+    assert sample(*flags, LETTER).stdout == f"{LETTER}{cut}\n"
+    result = json.loads(sample(*flags, "--json", LETTER).stdout)
     assert (result["text"], result["ended"]) == (cut, "stop")
-    assert result["tokens"] == written(mode, "Hello", 60)[:len(result["tokens"])]
+    assert result["tokens"] == written(mode, LETTER, 60)[:len(result["tokens"])]
 
 
 def test_sample_is_seeded():
@@ -1692,15 +1706,15 @@ def test_many_prompts_are_written_as_each_alone(tmp_path, flags, knobs):
     assert f"{len(MANY)} prompts, {sum(len(r['tokens']) for r in results)} tokens" in run.stderr
 
 
-def start_sample(*args, directory: Path = GOLDEN / "cfg1", **options) -> subprocess.Popen:
+def start_sample(*args, directory: Path = MINIATURE, **options) -> subprocess.Popen:
     command = [sys.executable, HERE / "sample.py", "--checkpoint", directory, *args]
     return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8",
                             stderr=subprocess.PIPE, **options)
 
 
 def endless(tmp_path: Path) -> Path:
-    """golden/cfg1 without an EOS."""
-    directory = copy_checkpoint(tmp_path)
+    """The miniature without an EOS."""
+    directory = copy_checkpoint(tmp_path, MINIATURE)
     config(eos_token_id=None)(directory)
     return directory
 
@@ -1760,7 +1774,8 @@ def test_a_full_disk_loses_no_result(tmp_path):
 def test_interrupting_keeps_what_was_written(tmp_path):
     process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
                            directory=endless(tmp_path), stdout=subprocess.PIPE)
-    assert process.stdout.read(5 + 3) == "Hello" + tokenizer().decode(written("ar", "Hello", 3))
+    text = "Hello" + tokenizer().decode(written("ar", "Hello", 3))
+    assert process.stdout.read(len(text)) == text
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130 and err.splitlines()[-1].startswith("ar on cpu, 1 prompt, ")
@@ -1848,7 +1863,7 @@ def test_watch_shows_the_block_in_place(tmp_path):
     (["--mode", "ar", "--steps-per-block", "4", "Hi"], "does nothing with --mode ar"),
     (["--mode", "mock_ar", "--watch", "Hi"], "--watch does nothing with --mode mock_ar"),
     (["--mode", "ar", "--denoiser-device", "cpu", "Hi"], "--denoiser-device does nothing"),
-    (["--mask-token-id", "128", "Hi"], "--mask-token-id is 128, but it must be below vocab_size"),
+    (["--mask-token-id", "1024", "Hi"], "--mask-token-id is 1024, but it must be below vocab_size"),
     (["--top-k", "5", "Hi"], "--top-k does nothing without --temperature above 0"),
     (["--temperature", "-1", "Hi"], "--temperature: -1 must be a number of 0 or more"),
     (["--temperature", "1", "--seed", "-1", "Hi"], "--seed: -1 must be"),
@@ -1868,8 +1883,8 @@ def test_watch_shows_the_block_in_place(tmp_path):
     (["--output", "o", "--trace", "./o", "Hi"], "must be different files"),
     (["--output", "o", "--resume", "--temperature", "1", "Hi"], "needs its --seed"),
     (["--output", "no/where.jsonl", "Hi"], "no/where.jsonl: its directory does not exist"),
-    (["--trace", "cfg1.json", "Hi"], "cfg1.json exists; give another name"),
-    (["--prompt-file", "cfg1.json", "Hi"], "give a prompt or --prompt-file, not both"),
+    (["--trace", "README.md", "Hi"], "README.md exists; give another name"),
+    (["--prompt-file", "README.md", "Hi"], "give a prompt or --prompt-file, not both"),
     (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
     ([b"\xff\xfe"], "the prompt is not valid UTF-8"),
 ])
@@ -1967,7 +1982,7 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
         monkeypatch.setattr(cli, "free_memory", lambda place: free[place.replace(":", "")])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         try:
-            return cli.plan(model, [], 4, args, places)
+            return cli.plan(model, [], 4, 16, args, places)
         except ValueError as error:
             return str(error).partition("what would: ")[2]
 
@@ -2341,15 +2356,6 @@ def test_bench_alterations_do_what_they_say():
         unseeded = model.denoise(block, context, 1.0)
     context.states = empty
     assert torch.equal(unseeded, model.denoise(block, context, 1.0)) and error(unseeded, plain) > 1e-3
-
-
-MINIATURE = HERE / "miniature"
-
-
-@functools.cache
-def miniature() -> tuple[TwoTower, Tokenizer]:
-    return (TwoTower.from_pretrained(MINIATURE).eval(),
-            Tokenizer.from_file(str(MINIATURE / "tokenizer.json")))
 
 
 def test_the_miniature_is_small_and_of_the_released_layout():

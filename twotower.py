@@ -1563,8 +1563,7 @@ class TwoTower(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch",
-                        on_load: Callable[[int], None] | None = None) -> TwoTower:
+                        towers: str = "both", backend: str = "torch") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Every name and shape is checked against the headers before any tensor is read; each tensor
@@ -1575,7 +1574,6 @@ class TwoTower(nn.Module):
             dtype: None keeps each tensor's own; the router is float32 at least in any case.
             towers: "both", or "context" to read and hold nothing of the denoiser.
             backend: "torch".
-            on_load: called with the bytes of each tensor that was loaded.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         if backend != "torch":
@@ -1585,18 +1583,26 @@ class TwoTower(nn.Module):
             context_device = torch.get_default_device()
         if denoiser_device is None:
             denoiser_device = context_device
-        for name, parts in _checkpoint_tensors(model).items():
+        return model.fill(files, context_device, denoiser_device)
+
+    def fill(self, files: dict[str, Path], context_device, denoiser_device,
+             on_load: Callable[[int], None] | None = None) -> TwoTower:
+        """Read the tensors of a `skeleton` from its files, each to its tower's device.
+
+        on_load: called with the bytes of each tensor that was loaded.
+        """
+        for name, parts in _checkpoint_tensors(self).items():
             device = context_device if name.startswith("context_") else denoiser_device
-            meta = _tensor(model, name)
+            meta = _tensor(self, name)
             tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device)
             for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
                 with safe_open(files[key], "pt", device=str(tensor.device)) as file:
                     part.copy_(file.get_tensor(key))
-            _set_tensor(model, name, tensor)
+            _set_tensor(self, name, tensor)
             if on_load is not None:
                 on_load(tensor.nbytes)
-        return model
+        return self
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
         """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
