@@ -5,6 +5,7 @@
     python bench.py miniature   quality and speed of the trained miniature in all modes: exact match
                                 on held-out items, passes, tokens/s, likelihood; writes a plot
     python bench.py samples     what the miniature writes after held-out source
+    python bench.py templates   the miniature filling gaps, with and without what follows them
     python bench.py batch       the miniature's tokens/s by number of prompts decoded together
     python bench.py recipes     a denoiser trained briefly by each of several recipes, from a
                                 phase 1 of train.py
@@ -21,6 +22,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -173,6 +175,7 @@ MODES |= {f"gamma {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
           for gamma in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
 MODES |= {f"block {size}": ("mask_diffusion", {"block_size": size, "steps_per_block": size})
           for size in (8, 32, 64)}             # at gamma 0.8; "gamma 0.8" itself has block 16
+MODES |= {"speculative": ("speculative", {})}
 MODES |= {"t frozen": ("mask_diffusion", {}), "no Mamba seeding": ("mask_diffusion", {})}
 
 
@@ -227,19 +230,14 @@ def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 16) 
             result = getattr(model, f"generate_{mode}")(
                 prompts, max(lengths), eos_token_id=model.config.eos_token_id, **knobs)
             seconds = time.perf_counter() - start
-        rows = [torch.cat(pair) for pair in zip(prompts, result.tokens)]
-        score = Score(
-            items=len(rows), seconds=seconds, nfe=int(result.nfe.sum()),
+        total.add(Score(
+            items=len(prompts), seconds=seconds, nfe=int(result.nfe.sum()),
             tokens=sum(map(len, result.tokens)),
             blocks=sum(-(-len(new) // block_size) for new in result.tokens),
             context_passes=int(result.context_passes.sum()),
+            log_likelihood=float(model.score(prompts, result.tokens).total.sum()),
             right=sum(is_right(tokenizer.decode(new.tolist()), right)
-                      for new, right in zip(result.tokens, answers)))
-        logits = model.context_logits(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        for logit, row, prompt in zip(logits.log_softmax(-1), rows, prompts):
-            steps = torch.arange(len(prompt), len(row))
-            score.log_likelihood += float(logit[steps - 1, row[steps]].sum())
-        total.add(score)
+                      for new, right in zip(result.tokens, answers))))
     return total
 
 
@@ -254,7 +252,7 @@ def task_prompts(tokenizer, task: str, count: int, seed: str = "bench") -> list:
 
 
 def library_prompts(tokenizer, count: int) -> list:
-    """Held-out source to go on from the middle of a line; right if that line is finished so."""
+    """Held-out source to go on from within a line; right if its last quarter is written as it was."""
     rng, items = random.Random("library"), []
     files = library(held_out=True)
     while len(items) < count:
@@ -264,21 +262,39 @@ def library_prompts(tokenizer, count: int) -> list:
         line = text[:end].rpartition("\n")[2]
         if end < 0 or len(line.strip()) < 20:
             continue
-        cut = end - len(line.lstrip()) // 2
+        cut = end - len(line.lstrip()) // 4
         prompt = tokenizer.encode(text[start:cut]).ids
-        items.append((torch.tensor(prompt), text[cut:end + 1], 48))
+        items.append((torch.tensor(prompt), text[cut:end + 1], 32))
     return items
 
 
+def load(checkpoint: str) -> tuple[TwoTower, Tokenizer]:
+    return (TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval(),
+            Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json")))
+
+
+def prompts_of(tokenizer, kind: str, count: int) -> list:
+    if kind == "library":
+        return library_prompts(tokenizer, count)
+    return task_prompts(tokenizer, kind, count)
+
+
+def quality_of(checkpoint: str, count: int, mode_and_kind: tuple[str, str]) -> Score:
+    name, kind = mode_and_kind
+    torch.set_num_threads(1)
+    model, tokenizer = load(checkpoint)
+    return answer(model, tokenizer, prompts_of(tokenizer, kind, count), name, batch=50)
+
+
 def bench_miniature(checkpoint: str, count: int, timed: int, plot: str) -> dict:
-    """Accuracy of every mode in batches; speed at batch 1, all modes taking turns item by item."""
-    model = TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
-    kinds = {task: task_prompts(tokenizer, task, count) for task in TASKS}
-    kinds["library"] = library_prompts(tokenizer, count)
-    quality = {(name, kind): answer(model, tokenizer, items, name, batch=50)
-               for name in MODES for kind, items in kinds.items()}
-    speed = {key: Score() for key in quality}
+    """Accuracy of every mode in batches, in a process per thread; then, alone, speed at batch 1,
+    all modes taking turns item by item."""
+    model, tokenizer = load(checkpoint)
+    kinds = {kind: prompts_of(tokenizer, kind, timed) for kind in (*TASKS, "library")}
+    keys = list(itertools.product(MODES, kinds))
+    with multiprocessing.get_context("spawn").Pool(torch.get_num_threads()) as pool:
+        scores = pool.map(functools.partial(quality_of, checkpoint, count), keys, chunksize=1)
+    quality, speed = dict(zip(keys, scores)), {key: Score() for key in keys}
     for i in range(-1, timed):
         for kind, items in kinds.items():
             for name in itertools.islice(itertools.cycle(MODES), max(i, 0), max(i, 0) + len(MODES)):
@@ -307,8 +323,10 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
     source, source_timed = quality[name, "library"], speed[name, "library"]
     passes = tasks.nfe or tasks.context_passes
     return row | {
+        "denoiser_passes_per_block": tasks.nfe / tasks.blocks,
+        "context_passes_per_block": tasks.context_passes / tasks.blocks,
         "accuracy": statistics.mean(row[kind] for kind in kinds if kind != "library"),
-        "tokens_per_pass": tasks.tokens / passes, "passes_per_block": passes / tasks.blocks,
+        "tokens_per_pass": tasks.tokens / passes,
         "tokens_per_second": timed.tokens / timed.seconds,
         "ms_per_pass": 1000 * timed.seconds / (timed.nfe or timed.context_passes),
         "log_likelihood": tasks.log_likelihood / tasks.tokens,
@@ -318,13 +336,15 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
 
 
 def print_table(rows: list[dict], kinds: list[str]):
+    print("exact match by task; passes of either tower for a block of 16 tokens; on the right, "
+          "library source")
     print(f"{'':17}" + "".join(f"{kind:>8}" for kind in kinds[:-1])
-          + "    mean   of AR  tok/pass pass/block  speed  log p   library  tok/pass  speed  log p")
+          + "    mean   of AR  denoiser  context  speed  log p   library  tok/pass  speed  log p")
     base = rows[0]
     for row in rows:
         print(f"{row['mode']:17}" + "".join(f"{row[kind]:8.3f}" for kind in kinds[:-1])
               + f"{row['accuracy']:8.3f}{row['share_of_ar_accuracy']:8.3f}"
-              f"{row['tokens_per_pass']:10.2f}{row['passes_per_block']:11.2f}"
+              f"{row['denoiser_passes_per_block']:10.2f}{row['context_passes_per_block']:9.2f}"
               f"{row['speedup']:6.2f}x{row['log_likelihood']:7.3f}"
               f"{row['library']:10.3f}{row['library_tokens_per_pass']:10.2f}"
               f"{row['library_tokens_per_second'] / base['library_tokens_per_second']:6.2f}x"
@@ -358,22 +378,63 @@ def plot_frontier(rows: list[dict], path: str):
 # bench.py samples
 
 
-def bench_samples(checkpoint: str, temperature: float) -> dict:
+def bench_samples(checkpoint: str, mode: str, temperature: float) -> dict:
     """Ten continuations of held-out source, the first ten that the seed gives."""
-    model = TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
+    model, tokenizer = load(checkpoint)
+    generate = getattr(model, f"generate_{mode}")
     rng, files, samples = random.Random("samples"), library(held_out=True), []
     for i in range(10):
         lines = rng.choice(files).splitlines(keepends=True)
         start = rng.randrange(max(1, len(lines) - 5))
         prompt = "".join(lines[start:start + 5])
-        result = model.generate_mask_diffusion(
-            [torch.tensor(tokenizer.encode(prompt).ids)], 96, temperature=temperature,
-            eos_token_id=model.config.eos_token_id, generator=torch.Generator().manual_seed(i))
+        result = generate([torch.tensor(tokenizer.encode(prompt).ids)], 96,
+                          temperature=temperature, eos_token_id=model.config.eos_token_id,
+                          generator=torch.Generator().manual_seed(i))
         samples.append({"prompt": prompt, "text": tokenizer.decode(result.tokens[0].tolist())})
         print(f"--- {i}: five lines of held-out source, then what the model writes\n{prompt}"
               f"\u25b8{samples[-1]['text']}", flush=True)
-    return {"temperature": temperature, "samples": samples}
+    return {"mode": mode, "temperature": temperature, "samples": samples}
+
+
+# ---------------------------------------------------------------------------------------------
+# bench.py templates
+
+
+@torch.inference_mode()
+def bench_templates(checkpoint: str, count: int) -> dict:
+    """Four tokens in the middle of a block of held-out text, filled in with the rest of the block
+    given as a template, against the same with what follows them masked as well."""
+    model, tokenizer = load(checkpoint)
+    rng, rows = random.Random("templates"), []
+    mask, source = model.config.mask_token_id, library(held_out=True)
+    texts = {task: [(prompt, torch.tensor(tokenizer.encode(text).ids))
+                    for prompt, text, _ in task_prompts(tokenizer, task, count, "templates")]
+             for task in TASKS}
+    texts["library"] = []
+    while len(texts["library"]) < count:
+        text = rng.choice(source)
+        start = rng.randrange(max(1, len(text) - 600))
+        ids = torch.tensor(tokenizer.encode(text[start:start + 600]).ids)
+        if len(ids) >= 144:
+            texts["library"].append(ids[:144].split([128, 16]))
+    for kind, pairs in texts.items():
+        row = {"text": kind}
+        prompts, blocks = zip(*((prompt, text[:16]) for prompt, text in pairs))
+        for name, end in (("after_masked", 16), ("after_given", 10)):
+            templates = [block.clone() for block in blocks]
+            for template in templates:
+                template[6:end] = mask
+            result = model.generate_mask_diffusion(prompts, template=templates)
+            holes = torch.stack([new[6:10] == block[6:10]
+                                 for new, block in zip(result.tokens, blocks)])
+            row |= {name: float(holes.all(-1).float().mean()),
+                    f"{name}_tokens": float(holes.float().mean())}
+        rows.append(row)
+    print("four tokens right, text after them   masked    given       tokens right   masked    given")
+    for row in rows:
+        print(f"{row['text']:33}{row['after_masked']:10.3f}{row['after_given']:9.3f}"
+              f"{row['after_masked_tokens']:30.3f}{row['after_given_tokens']:9.3f}")
+    return {"checkpoint": checkpoint, "items": count, "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,8 +446,7 @@ def bench_batch(checkpoint: str, rounds: int) -> dict:
 
     Every row must be what it is alone; no speed is reported otherwise.
     """
-    model = TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = Tokenizer.from_file(os.path.join(checkpoint, "tokenizer.json"))
+    model, tokenizer = load(checkpoint)
     by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
     prompts = [prompt for items in zip(*by_task) for prompt, _, _ in items][:32]
     sizes, written, rows = (1, 2, 4, 8, 16, 32), {}, []
@@ -465,11 +525,14 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str], bf16: bo
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cpu", "miniature", "samples", "batch", "recipes"])
+    parser.add_argument("what", choices=["cpu", "miniature", "samples", "templates", "batch",
+                                         "recipes"])
     parser.add_argument("--rounds", type=int, default=15, help="cpu, batch: rounds of turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
     parser.add_argument("--items", type=int, default=500, help="miniature: items a task")
+    parser.add_argument("--mode", choices=["mask_diffusion", "ar"], default="mask_diffusion",
+                        help="samples: what writes them")
     parser.add_argument("--temperature", type=float, default=0.7, help="samples")
     parser.add_argument("--phase1", default="runs/miniature/phase1.pt", metavar="FILE",
                         help="recipes: train.py's checkpoint to start from")
@@ -495,7 +558,9 @@ def main():
         elif args.what == "miniature":
             result = bench_miniature(args.checkpoint, args.items, args.timed, args.plot)
         elif args.what == "samples":
-            result = bench_samples(args.checkpoint, args.temperature)
+            result = bench_samples(args.checkpoint, args.mode, args.temperature)
+        elif args.what == "templates":
+            result = bench_templates(args.checkpoint, args.items)
         elif args.what == "batch":
             result = bench_batch(args.checkpoint, args.rounds)
         else:

@@ -4,6 +4,8 @@
     python sample.py "def main(args):"          continue a prompt; - reads it from standard input
     python sample.py --checkpoint DIR --plan    what would go where, and how much memory it takes
     python sample.py --prompt-file prompts.jsonl --output results.jsonl --batch-size 32
+    python sample.py --template "name:____ city:____" "..."      fill in what is left open
+    python sample.py --mode score --prompt-file choices.jsonl   log-likelihoods of given texts
 
 Text goes to standard output; where things are placed and one line of facts go to standard error. A
 flag that is not given takes the default of twotower.py's function of that name; a flag that would
@@ -38,10 +40,13 @@ from twotower import DENOISER_KEYS, INDEX, KVCache, Step, TwoTower, TwoTowerConf
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "class Point label:str width:int height:int color:str\n"     # one of its tasks
-DIFFUSION_ONLY = ("block_size", "steps_per_block", "confidence_threshold", "mask_token_id", "watch")
+NEW_TOKENS = 128
 MASKED = "\u2591"                                   # a shaded box
 SAMPLING = ("top_k", "top_p", "seed")               # mean something above temperature 0
-KNOBS = DIFFUSION_ONLY[:4] + ("temperature", "top_k", "top_p")
+KNOBS = ("block_size", "draft_length", "steps_per_block", "confidence_threshold", "mask_token_id",
+         "temperature", "top_k", "top_p")
+NOT_FOR_SCORES = ("max_new_tokens", "stop", "trace", "seed")
+HOLE = re.compile(r"(_{3,}|\{\{[0-9]+\}\})")        # in a template
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ def parse_args() -> argparse.Namespace:
         help="text to continue, - for standard input; without it a demonstration")
     add("--prompt-file", type=Path, default=None, metavar="FILE",
         help="the prompt, or with the suffix .jsonl many: objects with text and, if wanted, "
-             "max_new_tokens and seed")
+             "max_new_tokens, seed and template; to score, with continuation or choices")
     add("--checkpoint", default=MINIATURE, metavar="DIR",
         help="config.json, tokenizer.json and safetensors, or a name on the Hugging Face Hub; "
              "default miniature/")
@@ -90,10 +95,16 @@ def parse_args() -> argparse.Namespace:
     add("--denoiser-device", help="default cuda:1 with two GPUs, else the context's")
     add("--plan", action="store_true", default=False,
         help="print what would go where and how much memory it takes, and exit")
-    add("--mode", choices=["mask_diffusion", "mock_ar", "ar"], default="mask_diffusion")
-    add("--max-new-tokens", type=count, default=128, help="default 128")
+    add("--mode", choices=["mask_diffusion", "speculative", "mock_ar", "ar", "score"],
+        default="mask_diffusion", help="speculative writes what ar does, sooner; score writes "
+        "nothing but the log-likelihoods of given continuations")
+    add("--max-new-tokens", type=count, default=None,
+        help=f"default {NEW_TOKENS}, or the length of the template")
+    add("--template", metavar="TEXT", help="what the new text must look like: ___ (three or more) "
+        "is a hole of as many tokens, {{2}} one of two; the tokens of words bring their own space")
     add("--batch-size", type=count, default=16, help="prompts decoded together; default 16")
     add("--block-size", type=count, help="tokens denoised together")
+    add("--draft-length", type=count, help="speculative: tokens verified together")
     add("--steps-per-block", type=count, help="denoiser passes a block may take")
     add("--confidence-threshold", type=finite, help="gamma: commit above it")
     add("--mask-token-id", type=natural, help="default: the config's")
@@ -119,6 +130,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+CONTEXT_ONLY = ("ar", "score")
+
+
+def function(model: TwoTower | type[TwoTower], mode: str):
+    return model.score if mode == "score" else getattr(model, f"generate_{mode}")
+
+
 def check_flags(args: argparse.Namespace):
     """Refuse flags that exclude each other or would do nothing."""
     flag = {name: "--" + name.replace("_", "-") for name in vars(args)}
@@ -129,12 +147,17 @@ def check_flags(args: argparse.Namespace):
         args.prompt = DEFAULT_PROMPT
     if args.prompt is not None and args.prompt_file is not None:
         fail("give a prompt or --prompt-file, not both")
-    if args.mode != "mask_diffusion":
-        for name in DIFFUSION_ONLY:
-            if name in args:
-                fail(f"{flag[name]} does nothing with --mode {args.mode}")
-    if args.mode == "ar" and "denoiser_device" in args:
-        fail("--denoiser-device does nothing with --mode ar, which has no denoiser")
+    takes = inspect.signature(function(TwoTower, args.mode)).parameters
+    useless = [name for name in KNOBS if name not in takes]
+    useless += ["watch", "template"] if args.mode != "mask_diffusion" else []
+    useless += ["denoiser_device"] if args.mode in CONTEXT_ONLY else []
+    useless += NOT_FOR_SCORES if args.mode == "score" else []
+    for name in useless:
+        if getattr(args, name, None):
+            fail(f"{flag[name]} does nothing with --mode {args.mode}")
+    if args.mode == "score" and not args.plan and (
+            args.prompt_file is None or args.prompt_file.suffix != ".jsonl"):
+        fail("--mode score needs --prompt-file with the suffix .jsonl")
     for name in SAMPLING:
         if name in args and not getattr(args, "temperature", 0):
             fail(f"{flag[name]} does nothing without --temperature above 0")
@@ -173,9 +196,14 @@ class Row:
 
     index: int
     prompt: str
-    max_new_tokens: int
-    seed: int | None
+    max_new_tokens: int | None = None   # None, until its length is known: that of the template
+    seed: int | None = None
+    template: str | None = None
+    choices: list[str] = field(default_factory=list)        # to be scored
     ids: list[int] = field(default_factory=list)
+    template_ids: list[int] = field(default_factory=list)
+    choice_ids: list[list[int]] = field(default_factory=list)
+    log_likelihoods: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     ended: str = ""                     # why: eos, length or stop
@@ -205,9 +233,23 @@ class Row:
             self.text = whole if whole.startswith(self.text) else self.text
 
     def settings(self, common: dict) -> dict:
-        return common | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        if self.choices:
+            return common | {"choices": self.choices}
+        own = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        return common | own | ({} if self.template is None else {"template": self.template})
 
     def result(self, common: dict) -> dict:
+        if self.choices:
+            pairs = list(zip(self.log_likelihoods, self.choice_ids, self.choices))
+            per_byte = [math.exp(-score / len(text.encode())) for score, _, text in pairs]
+            return {"index": self.index, "prompt": self.prompt,
+                    "log_likelihoods": self.log_likelihoods,
+                    "tokens": [len(ids) for ids in self.choice_ids],
+                    "perplexity_per_token": [math.exp(-score / len(ids)) for score, ids, _ in pairs],
+                    "perplexity_per_byte": per_byte,
+                    "best": max(range(len(pairs)), key=self.log_likelihoods.__getitem__),
+                    "best_per_byte": min(range(len(pairs)), key=per_byte.__getitem__),
+                    "settings": self.settings(common)}
         return {"index": self.index, "prompt": self.prompt, "text": self.text,
                 "tokens": self.tokens, "ended": self.ended, "nfe": self.nfe,
                 "context_passes": self.context_passes, "settings": self.settings(common)}
@@ -217,16 +259,16 @@ def read_rows(args: argparse.Namespace, first_seed: int | None) -> list[Row]:
     """The prompts, none of them checked against a tokenizer yet."""
     if args.prompt_file is None:
         text = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
-        try:
-            return [Row(0, text.decode(), args.max_new_tokens, first_seed)]
-        except UnicodeDecodeError:
-            raise ValueError("the prompt is not valid UTF-8") from None
+        what = "the prompt"
+    else:
+        text, what = args.prompt_file.read_bytes(), args.prompt_file
     try:
-        text = args.prompt_file.read_bytes().decode()
+        text = text.decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{args.prompt_file} is not valid UTF-8") from None
-    if args.prompt_file.suffix != ".jsonl":
-        return [Row(0, text, args.max_new_tokens, first_seed)]
+        raise ValueError(f"{what} is not valid UTF-8") from None
+    new, template = args.max_new_tokens, getattr(args, "template", None)
+    if args.prompt_file is None or args.prompt_file.suffix != ".jsonl":
+        return [Row(0, text, new, first_seed, template)]
     rows = []
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -236,20 +278,33 @@ def read_rows(args: argparse.Namespace, first_seed: int | None) -> list[Row]:
             prompt = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
-        check_line(prompt, where)
+        check_line(prompt, where, args.mode)
         seed = None if first_seed is None else prompt.get("seed", first_seed + len(rows))
-        new = prompt.get("max_new_tokens", args.max_new_tokens)
-        rows.append(Row(len(rows), prompt["text"], new, seed))
+        choices = prompt.get("choices") or [prompt[name] for name in prompt if name in CHOICES]
+        rows.append(Row(len(rows), prompt["text"], prompt.get("max_new_tokens", new), seed,
+                        prompt.get("template", template), choices))
     if not rows:
         raise ValueError(f"{args.prompt_file} holds no prompt")
     return rows
 
 
-def check_line(prompt, where: str):
-    kinds = {"text": (str, "text", lambda text: True), "max_new_tokens": (int, *COUNT),
-             "seed": (int, *NATURAL)}
+CHOICES = ("continuation", "choices")
+LINE = {"text": (str, "text", lambda text: True), "max_new_tokens": (int, *COUNT),
+        "seed": (int, *NATURAL), "template": (str, "text", lambda text: True)}
+LINE_TO_SCORE = {
+    "text": LINE["text"], "continuation": LINE["text"],
+    "choices": (list, "a list of texts",
+                lambda texts: texts and all(isinstance(text, str) for text in texts))}
+
+
+def check_line(prompt, where: str, mode: str):
+    kinds = LINE_TO_SCORE if mode == "score" else LINE
     if not isinstance(prompt, dict) or "text" not in prompt:
         raise ValueError(f"{where} must be an object with text")
+    if mode == "score" and sum(name in prompt for name in CHOICES) != 1:
+        raise ValueError(f"{where} must have either continuation or choices")
+    if mode != "mask_diffusion" and "template" in prompt and mode != "score":
+        raise ValueError(f"{where} has a template, which does nothing with --mode {mode}")
     for name, value in prompt.items():
         if name not in kinds:
             raise ValueError(f"{where} has {name!r}; known are {', '.join(kinds)}")
@@ -258,20 +313,42 @@ def check_line(prompt, where: str):
             raise ValueError(f"{where}: {name} is {value!r:.40}, but it must be {rule}")
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig):
-    """Fill in the ids. Raises: ValueError for a prompt without tokens, or too long a one."""
+def ids_of(text: str, what: str, tokenizer: Tokenizer, config: TwoTowerConfig) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is not valid UTF-8") from None
+    ids = tokenizer.encode(text).ids
+    if ids and max(ids) >= config.vocab_size:
+        raise ValueError(f"{what} has id {max(ids)}, but the model's vocab_size is "
+                         f"{config.vocab_size}; tokenizer.json is not this model's")
+    return ids
+
+
+def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, mask_id: int):
+    """Fill in ids and lengths. Raises: ValueError for a text without tokens, or too long a one."""
     for row in rows:
         which = f"prompt {row.index}" if len(rows) > 1 else "the prompt"
-        try:
-            row.prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{which} is not valid UTF-8") from None
-        row.ids = tokenizer.encode(row.prompt).ids
-        if not row.ids:
-            raise ValueError(f"{which} holds no token")
-        if max(row.ids) >= config.vocab_size:
-            raise ValueError(f"{which} has id {max(row.ids)}, but the model's vocab_size is "
-                             f"{config.vocab_size}; tokenizer.json is not this model's")
+        row.ids = ids_of(row.prompt, which, tokenizer, config)
+        row.choice_ids = [ids_of(text, f"a choice of {which}", tokenizer, config)
+                          for text in row.choices]
+        if not row.ids or [] in row.choice_ids:
+            raise ValueError(f"{which if not row.ids else f'a choice of {which}'} holds no token")
+        if row.template is not None:
+            for part in HOLE.split(row.template):
+                if HOLE.fullmatch(part):
+                    holes = len(part) if part[0] == "_" else int(part[2:-2])
+                    row.template_ids += [mask_id] * min(holes, config.max_position_embeddings)
+                else:
+                    row.template_ids += ids_of(part, f"the template of {which}", tokenizer, config)
+            if not row.template_ids:
+                raise ValueError(f"the template of {which} holds no token and no hole")
+        if row.max_new_tokens is None:
+            row.max_new_tokens = (max(map(len, row.choice_ids)) if row.choices else
+                                  len(row.template_ids) or NEW_TOKENS)
+        if row.max_new_tokens < len(row.template_ids):
+            raise ValueError(f"the template of {which} has {len(row.template_ids)} tokens, more "
+                             f"than the {row.max_new_tokens} of --max-new-tokens")
         longest = config.max_position_embeddings
         if len(row.ids) + row.max_new_tokens > longest:
             raise ValueError(f"{which} has {len(row.ids)} tokens, which with {row.max_new_tokens} "
@@ -328,7 +405,7 @@ def devices(args: argparse.Namespace) -> list[str]:
     gpus = torch.cuda.device_count()
     first = getattr(args, "context_device", "cuda:0" if gpus else "cpu")
     second = "cuda:1" if gpus > 1 and first == "cuda:0" else first
-    chosen = [first] if args.mode == "ar" else [first, getattr(args, "denoiser_device", second)]
+    chosen = [first] if args.mode in CONTEXT_ONLY else [first, getattr(args, "denoiser_device", second)]
     for device, name in zip(chosen, ("context", "denoiser")):
         try:
             torch.zeros(1, device=device).item()            # fails on "meta" too
@@ -382,7 +459,7 @@ def plan(model: TwoTower, rows: list[Row], batch: int, width: int, args: argpars
     Raises: ValueError if it does not fit, naming what would.
     """
     prompt = max((len(row.ids) for row in rows), default=0)
-    new = max((row.max_new_tokens for row in rows), default=args.max_new_tokens)
+    new = max((row.max_new_tokens for row in rows), default=args.max_new_tokens or NEW_TOKENS)
     length = prompt + -(-new // width) * width
     longest = model.config.max_position_embeddings
     if max(prompt + new, width) > longest:
@@ -638,7 +715,7 @@ def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argpars
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, interrupt)
-    generate, eos = getattr(model, f"generate_{args.mode}"), model.config.eos_token_id
+    generate, eos = function(model, args.mode), model.config.eos_token_id
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start:start + args.batch_size]
         waiting = list(batch)
@@ -662,6 +739,8 @@ def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argpars
 
         generators = [torch.Generator().manual_seed(row.seed) for row in batch
                       if row.seed is not None]
+        if any(row.template_ids for row in batch):
+            knobs = knobs | {"template": [row.template_ids or None for row in batch]}
         try:
             generate([torch.tensor(row.ids) for row in batch],
                      [row.max_new_tokens for row in batch], eos_token_id=eos,
@@ -677,9 +756,26 @@ def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argpars
             raise ValueError(f"{which}{error}") from None
 
 
+def score(model: TwoTower, rows: list[Row], args: argparse.Namespace, outputs: list[Output]):
+    """Log-likelihoods of every row's choices, `batch_size` of them at a time."""
+    asked = [(row, ids) for row in rows for ids in row.choice_ids]
+    for start in range(0, len(asked), args.batch_size):
+        batch = asked[start:start + args.batch_size]
+        scores = model.score([torch.tensor(row.ids) for row, _ in batch],
+                             [torch.tensor(ids) for _, ids in batch])
+        for (row, ids), total in zip(batch, scores.total.tolist()):
+            row.log_likelihoods.append(total)
+            row.tokens += ids
+            row.context_passes += 1
+            if len(row.log_likelihoods) == len(row.choices):
+                row.ended = "scored"
+                for output in outputs:
+                    output.end(row)
+
+
 def choose_knobs(args: argparse.Namespace, model: TwoTower) -> dict:
     """Every sampling knob of the mode: as given, or twotower.py's default."""
-    takes = inspect.signature(getattr(model, f"generate_{args.mode}")).parameters
+    takes = inspect.signature(function(model, args.mode)).parameters
     knobs = {name: getattr(args, name, takes[name].default) for name in KNOBS if name in takes}
     if "mask_token_id" in knobs:
         if knobs["mask_token_id"] is None:
@@ -694,7 +790,7 @@ def open_outputs(args: argparse.Namespace, many: bool, common: dict, keep: int,
                  tokenizer: Tokenizer) -> list[Output]:
     if args.output is not None:
         outputs = [ResultFile(args.output, common, keep)]
-    elif args.json:
+    elif args.json or args.mode == "score":
         outputs = [JsonLines(common)]
     elif "watch" in args and sys.stdout.isatty():
         outputs = [Watch(tokenizer, common["mask_token_id"])]
@@ -706,7 +802,7 @@ def open_outputs(args: argparse.Namespace, many: bool, common: dict, keep: int,
 
 
 def run(args: argparse.Namespace) -> int:
-    towers = "context" if args.mode == "ar" else "both"
+    towers = "context" if args.mode in CONTEXT_ONLY else "both"
     first_seed, rows, tokenizer = None, [], None
     if getattr(args, "temperature", 0):
         first_seed = getattr(args, "seed", torch.Generator().seed() >> 1)
@@ -717,8 +813,8 @@ def run(args: argparse.Namespace) -> int:
     if rows:
         tokenizer = load_tokenizer(directory)
     model, files = TwoTower.skeleton(directory, towers=towers)
-    encode(rows, tokenizer, model.config)
     knobs = choose_knobs(args, model)
+    encode(rows, tokenizer, model.config, knobs.get("mask_token_id"))
     common = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop} | knobs
     many = len(rows) > 1
     if "watch" in args and min(len(rows), args.batch_size) > 1:
@@ -729,7 +825,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = rows[done:]
     batch = min(args.batch_size, len(rows) or args.batch_size)
-    plan(model, rows, batch, knobs.get("block_size", 1), args, places)
+    width = knobs.get("block_size", knobs.get("draft_length", 1))
+    if args.mode == "score":                        # a piece of a text
+        width = inspect.signature(model.score).parameters["piece"].default
+    plan(model, rows, batch, width, args, places)
     if args.plan:
         return 0
 
@@ -740,7 +839,10 @@ def run(args: argparse.Namespace) -> int:
     time_prefills(model, seconds)
     status, start = 0, time.perf_counter()
     try:
-        decode(model, tokenizer, rows, args, knobs, outputs)
+        if args.mode == "score":
+            score(model, rows, args, outputs)
+        else:
+            decode(model, tokenizer, rows, args, knobs, outputs)
     except KeyboardInterrupt:
         status = 130
     finally:
@@ -793,7 +895,9 @@ def facts(rows: list[Row], args: argparse.Namespace, places: list[str], seconds:
     parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
     parts += [f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
               f"peak memory {peak_memory(places)}", f"batch_size {args.batch_size}",
-              f"max_new_tokens {args.max_new_tokens}", *(f"stop {stop!r}" for stop in args.stop)]
+              *(f"stop {stop!r}" for stop in args.stop)]
+    if args.mode != "score":
+        parts += [f"max_new_tokens {max((row.max_new_tokens for row in rows), default=0)}"]
     parts += [f"{name} {value}" for name, value in knobs.items() if value is not None]
     parts += [f"seed {first_seed}"] if first_seed is not None else []
     return ", ".join(parts)

@@ -122,6 +122,16 @@ def golden(variant: str):
     return load_file(GOLDEN / f"{variant}.safetensors"), manifest, model
 
 
+MINIATURE = HERE / "miniature"
+LETTER = "letter code=2203 count=16 item=maps name=Dora city=Sydney day=Friday\n"
+
+
+@functools.cache
+def miniature() -> tuple[TwoTower, Tokenizer]:
+    return (TwoTower.from_pretrained(MINIATURE).eval(),
+            Tokenizer.from_file(str(MINIATURE / "tokenizer.json")))
+
+
 # -------------------------------------------------------------------- golden data, whole passes
 
 FLOAT32 = ["cfg1", "cfg1_chunk8"]
@@ -744,7 +754,8 @@ def test_ragged_rows_equal_single_rows(odd):
 
 
 MODES = {"generate_ar": {}, "generate_mock_ar": {},
-         "generate_mask_diffusion": dict(block_size=8, steps_per_block=6, confidence_threshold=0.3)}
+         "generate_mask_diffusion": dict(block_size=8, steps_per_block=6, confidence_threshold=0.3),
+         "generate_speculative": dict(draft_length=8, steps_per_block=6, confidence_threshold=0.3)}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -1059,6 +1070,187 @@ def test_select_keeps_rows():
     assert context.lengths.tolist() == [13, 4]
     check(context.logits[:1], alone.logits, 1e-10)
     check(model.extend(context, ids(2, 3))[:1], model.extend(alone, ids(2, 3)[:1]), 1e-10)
+
+
+# ------------------------------------------------------------ scoring, templates, speculative decoding
+
+def text_and_continuation(total: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return ids(total - new, seed=total), ids(new, seed=new)
+
+
+@pytest.mark.parametrize("piece", [1, 15, 16, 17, 512])
+def test_score_is_the_sum_of_single_ar_steps(piece):
+    """Ragged rows, lengths around block, chunk and piece edges; float64."""
+    model = random_model()
+    sizes = [(2, 1), (16, 1), (16, 15), (17, 16), (18, 1), (33, 16), (34, 33), (49, 20)]
+    prompts, continuations = zip(*(text_and_continuation(*size) for size in sizes))
+    scores = model.score(prompts, continuations, piece=piece)
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations)):
+        context, expected = model.prefill(prompt[None]), []
+        for token in continuation:
+            expected.append(context.logits.log_softmax(-1)[0, token])
+            model.extend(context, token.view(1, 1))
+        expected = torch.stack(expected)
+        assert error(scores.tokens[row], expected) < 1e-10
+        assert error(scores.total[row], expected.sum()) < 1e-10
+
+
+def test_score_in_float32():
+    """The miniature on a letter: within 1e-5 of float64, step by step."""
+    model, tokenizer = miniature()
+    prompt, right = (torch.tensor(tokenizer.encode(text).ids) for text in (
+        LETTER, "Dear Dora,\nyour order 2203 of 16 maps will leave on Friday.\n"))
+    scores, context = model.score([prompt], [right]), model.prefill(prompt[None])
+    for ours, token in zip(scores.tokens[0], right, strict=True):
+        expected = context.logits.double().log_softmax(-1)[0, token]
+        assert abs(ours.double() - expected) < 1e-5 * max(1, abs(expected))
+        model.extend(context, token.view(1, 1))
+
+
+def test_scores_need_no_denoiser_and_memory_does_not_grow_with_length(monkeypatch):
+    """Whatever a pass makes, it makes for at most `piece` tokens."""
+    model = TwoTower(TwoTowerConfig(**TINY), towers="context").eval()
+    widths = []
+    model.context_lm_head.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    model.score([ids(10)], [ids(400)], piece=32)
+    assert max(widths) == 32 and len(widths) == 13      # 409 tokens are read, from the 9th scored
+
+
+def test_rollback_at_every_position():
+    """A tentative pass over a block, cut after n tokens, leaves what reading n tokens leaves."""
+    for odd in (False, True):
+        model = random_model(odd)
+        prompts = [ids(1, n, seed=n)[0] for n in RAGGED]
+        block, after = ids(5, 16, seed=3), ids(5, 3, seed=4)
+        for n in range(1, 17):
+            counts = torch.tensor([n, 17 - n, 1, 16, n])
+            context = model.prefill(prompts, reserve=20)
+            logits = model._extend(context, block, logits="all", tentative=True)
+            context.settle(counts)
+            for row, (prompt, count) in enumerate(zip(prompts, counts.tolist())):
+                read = model.prefill(torch.cat([prompt, block[row, :count]])[None])
+                assert context.lengths[row] == read.lengths[0]
+                check(logits[row, count - 1], read.logits[0], 1e-10)
+                for a, b in zip(states_of(context, row), states_of(read), strict=True):
+                    assert error(a, b) < 1e-10
+            if n == 5:
+                more = model.extend(context, after)
+                whole = torch.cat([prompts[0], block[0, :5], after[0]])
+                check(more[0], model.context_logits(whole[None])[0, -3:], 1e-10)
+
+
+def knobs_of_sampling(rows: range, sampled: bool) -> dict:
+    return dict(temperature=0.9, top_k=30, top_p=0.95,
+                generator=[seeded(row) for row in rows]) if sampled else {}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_speculative_decoding_writes_what_ar_writes(sampled):
+    """200 held-out prompts of the miniature in ragged batches, some of them alone."""
+    model, tokenizer = miniature()
+    prompts = [torch.tensor(tokenizer.encode(prompt).ids) for task in train.TASKS
+               for prompt, _ in items(task, 40, held_out=True)]
+    for rows in [range(i, i + 50) for i in range(0, 200, 50)] + [range(i, i + 1) for i in (0, 90)]:
+        ar, ours = (getattr(model, f"generate_{mode}")(
+            [prompts[row] for row in rows], 70, eos_token_id=2, **knobs_of_sampling(rows, sampled))
+            for mode in ("ar", "speculative"))
+        for a, b in zip(ar.tokens, ours.tokens, strict=True):
+            assert a.tolist() == b.tolist()
+        assert (ours.context_passes <= ar.context_passes).all()
+        assert sampled or ours.context_passes.sum() < 0.3 * ar.context_passes.sum()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("draft_length", [1, 7, 16])
+def test_speculative_decoding_of_the_golden_prompts(sampled, draft_length):
+    """Random towers: nearly every draft is wrong, and the text is AR's all the same."""
+    data, _, model = golden("cfg1")
+    for name, prompt in data.items():
+        if name.startswith("ids/prompt") and prompt.dim() == 2:
+            ar, ours = (getattr(model, f"generate_{mode}")(
+                prompt, 30, **knobs, **knobs_of_sampling(range(len(prompt)), sampled))
+                for mode, knobs in (("ar", {}), ("speculative", dict(draft_length=draft_length))))
+            for row in range(len(prompt)):
+                assert ar.tokens[row].tolist() == ours.tokens[row].tolist()
+            assert (ours.context_passes <= ar.context_passes).all()
+
+
+def test_a_perfect_draft_costs_one_context_pass_a_block(monkeypatch):
+    model, prompt = random_model(), ids(1, 9)
+    ar = model.generate_ar(prompt, 65)
+
+    def oracle(block, wanted, context, *_, known):
+        start = int(context.lengths[0]) - 9
+        text = ar.tokens[0][start:start + 16]
+        return torch.nn.functional.pad(text, (0, 16 - len(text)), value=7)[None]
+
+    monkeypatch.setattr(model, "_fill", oracle)
+    result = model.generate_speculative(prompt, 65)
+    assert result.tokens[0].tolist() == ar.tokens[0].tolist()
+    assert result.context_passes.tolist() == [1 + 4]            # the prompt, then 64 / 16
+
+
+def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
+    holes = {"fixed": torch.zeros(n), "holes": torch.ones(n), "start": torch.arange(n) < n // 3,
+             "end": torch.arange(n) >= n // 3, "alternating": torch.arange(n) % 2,
+             "random": torch.rand(n, generator=seeded(seed)) < 0.5}[kind].bool()
+    return ids(n, seed=seed).masked_fill(holes, MASK)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "holes", "start", "end", "alternating", "random"])
+def test_template_is_kept(kind):
+    """Fixed tokens stand from the first step; t is the share of masks; the holes are filled."""
+    model, prompt, steps = random_model(), ids(1, 5), []
+    template = templates_of(kind, 21)
+    result = model.generate_mask_diffusion(prompt, block_size=8, template=template,
+                                           on_step=steps.append)
+    text, holes = result.tokens[0], template == MASK
+    assert len(text) == 21 and MASK not in text
+    assert torch.equal(text[~holes], template[~holes])
+    for step in steps:
+        own = template[step.block_index * 8:][:8]
+        shown = step.before[0, :len(own)]
+        assert torch.equal(shown[own != MASK], own[own != MASK])
+        assert step.t[0] == (step.before == MASK).float().mean()
+    blocks = {step.block_index for step in steps}
+    assert blocks == {b for b in range(3) if holes[b * 8:b * 8 + 8].any()}
+    if kind == "fixed":
+        assert result.nfe.tolist() == [0]
+    if kind == "holes":
+        plain = model.generate_mask_diffusion(prompt, 21, block_size=8).tokens[0]
+        assert torch.equal(text[:16], plain[:16])
+
+
+def test_ten_thousand_templates_survive():
+    """Rows with templates of their own, some followed by free text, EOS anywhere in the holes."""
+    model = TwoTower(TwoTowerConfig(**TINY | dict(hybrid_override_pattern="M*",
+                                                  num_hidden_layers=2))).eval()
+    for batch in range(20):
+        templates = [templates_of("random", 1 + (seed * 7) % 13, batch * 500 + seed)
+                     for seed in range(500)]
+        lengths = [len(template) + 3 * (seed % 2) for seed, template in enumerate(templates)]
+        result = model.generate_mask_diffusion(
+            list(ids(500, 2, seed=batch)), lengths, block_size=4, steps_per_block=2, eos_token_id=9,
+            template=templates, temperature=2.0, generator=seeded(batch))
+        for text, template, length in zip(result.tokens, templates, lengths, strict=True):
+            kept = text[:len(template)]
+            assert torch.equal(kept.masked_fill(template == MASK, MASK), template)
+            assert len(text) == length or text[-1] == 9 and len(text) > len(template)
+            assert 9 not in text[len(template):-1]
+
+
+def test_rows_with_templates_equal_single_rows():
+    model = random_model()
+    prompts = [ids(1, n, seed=n)[0] for n in RAGGED]
+    templates = [templates_of(kind, n, n) for kind, n in zip(
+        ["random", "fixed", "alternating", "start", "end"], [21, 8, 30, 3, 17])]
+    batch = model.generate_mask_diffusion(prompts, block_size=8, template=templates)
+    for row in range(5):
+        alone = model.generate_mask_diffusion(prompts[row][None], block_size=8,
+                                              template=templates[row].tolist())
+        assert torch.equal(alone.tokens[0], batch.tokens[row])
+        assert (alone.nfe[0], alone.context_passes[0]) == (
+            batch.nfe[row], batch.context_passes[row])
 
 
 # -------------------------------------------------------------------------------------- training
@@ -1514,7 +1706,7 @@ def test_bad_arguments():
         "prompt 0 must be token ids, got 'h'": lambda: model.prefill("hello"),
         "there is no prompt": lambda: model.prefill([]),
         "must be a (B, L) int64 tensor": lambda: model.context_logits(one.float()),
-        "4097 tokens are more than": lambda: model.prefill(torch.full((1, 4097), 5)),
+        "4097 tokens are more than the": lambda: model.prefill(torch.full((1, 4097), 5)),
         "4100 tokens are more than":
             lambda: model.extend(model.prefill(torch.full((1, 4090), 5)), torch.full((1, 10), 5)),
         "4098 tokens are more than": lambda: model.generate_ar(one, 4096),
@@ -1531,6 +1723,20 @@ def test_bad_arguments():
         "steps_per_block is 0": lambda: model.generate_mask_diffusion(one, 8, steps_per_block=0),
         "mask_token_id holds id 128":
             lambda: model.generate_mask_diffusion(one, 8, mask_token_id=128),
+        "template 0 holds id 128":
+            lambda: model.generate_mask_diffusion(one, template=[5, 128]),
+        "template 1 has shape (0,)":
+            lambda: model.generate_mask_diffusion([one[0]] * 2, template=[[5], []]),
+        "2 templates for 1 prompts":
+            lambda: model.generate_mask_diffusion(one, template=[[5], [6]]),
+        "template 0 has 3 tokens, more than the 2":
+            lambda: model.generate_mask_diffusion(one, 2, template=[5, 3, 7]),
+        "max_new_tokens is None": lambda: model.generate_mask_diffusion(one),
+        "draft_length is 0": lambda: model.generate_speculative(one, 8, draft_length=0),
+        "2 continuations for 1 prompts": lambda: model.score(one, [one[0], one[0]]),
+        "continuation 0 holds id 128": lambda: model.score(one, [[128]]),
+        "piece is 0": lambda: model.score(one, one, piece=0),
+        "4097 tokens are more than": lambda: model.score(one, torch.full((1, 4095), 5)),
         "confidence_threshold is nan":
             lambda: model.generate_mask_diffusion(one, 8, confidence_threshold=math.nan),
         "temperature is -1": lambda: model.generate_ar(one, 8, temperature=-1),
@@ -1566,16 +1772,6 @@ def test_logits_that_are_not_finite_name_the_place(where):
 
 # ----------------------------------------------------------------------------- the command line
 
-MINIATURE = HERE / "miniature"
-LETTER = "letter code=2203 count=16 item=maps name=Dora city=Sydney day=Friday\n"
-
-
-@functools.cache
-def miniature() -> tuple[TwoTower, Tokenizer]:
-    return (TwoTower.from_pretrained(MINIATURE).eval(),
-            Tokenizer.from_file(str(MINIATURE / "tokenizer.json")))
-
-
 def tokenizer() -> Tokenizer:
     return miniature()[1]
 
@@ -1605,6 +1801,9 @@ def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) 
 def test_sample_prints_what_the_model_writes(mode):
     mode = mode.removeprefix("generate_")
     flags, knobs = ["--context-device", "cpu"], {}
+    if mode == "speculative":
+        flags += ["--draft-length", 12, "--steps-per-block", 2]
+        knobs = dict(draft_length=12, steps_per_block=2)
     if mode == "mask_diffusion":
         flags += ["--denoiser-device", "cpu", "--block-size", 8, "--steps-per-block", 6,
                   "--confidence-threshold", 0.5, "--mask-token-id", 4]
@@ -1850,8 +2049,75 @@ def test_watch_shows_the_block_in_place(tmp_path):
     assert shown.endswith(text) and "\u2591" * 8 in shown and "\x1b[1;4m" in shown
 
 
+def test_sample_fills_templates(tmp_path):
+    """Holes by length in both notations; the text around them stays; a line may have its own."""
+    model, _ = miniature()
+
+    def filled(*parts: str | int) -> str:
+        template = [token for part in parts for token in (
+            [MASK] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
+        result = model.generate_mask_diffusion([tokenizer().encode(LETTER).ids], template=template,
+                                               eos_token_id=2)
+        return tokenizer().decode(result.tokens[0].tolist())
+
+    expected = filled("Dear", 4, "\nyour_order", 12, " on __Monday.")
+    run = sample("--template", "Dear____\nyour_order{{12}} on __Monday.", LETTER)
+    assert run.stdout == LETTER + expected + "\n", run.stderr
+    assert expected.startswith("Dear") and expected.endswith(" on __Monday.")
+    many = prompts_file(tmp_path / "many.jsonl", [
+        {"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER},
+        {"text": LETTER, "template": "___ and then", "max_new_tokens": 9}])
+    run = sample("--template", "Dear____", "--prompt-file", many, "--json")
+    first, second, third = map(json.loads, run.stdout.splitlines())
+    assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
+    assert " and then" in third["text"] and len(third["tokens"]) == 9
+    assert first["settings"]["template"] == "Hello{{3}}."
+
+
+def test_sample_scores(tmp_path):
+    model, _ = miniature()
+    right = "Dear Dora,\nyour order 2203 of 16 maps"
+    lines = [{"text": LETTER, "choices": [right.replace("Dora", "Adam"), right, "Dear"]},
+             {"text": "import", "continuation": " \u00e9tat"}]
+    file, out = prompts_file(tmp_path / "ask.jsonl", lines), tmp_path / "out.jsonl"
+    run = sample("--mode", "score", "--prompt-file", file, "--batch-size", 3)
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    for line, result in zip(lines, results, strict=True):
+        for i, text in enumerate(line.get("choices", [line.get("continuation")])):
+            given, asked = (torch.tensor(tokenizer().encode(t).ids) for t in (line["text"], text))
+            total = float(model.score([given], [asked]).total)
+            assert result["log_likelihoods"][i] == pytest.approx(total, abs=1e-4)
+            assert result["perplexity_per_token"][i] == pytest.approx(
+                math.exp(-total / len(asked)), rel=1e-4)
+            assert result["perplexity_per_byte"][i] == pytest.approx(
+                math.exp(-total / len(text.encode())), rel=1e-4)
+        best = max(range(len(result["tokens"])), key=lambda i: result["log_likelihoods"][i])
+        assert result["best"] == best
+    wrong, likely, _ = results[0]["perplexity_per_byte"]
+    assert likely < wrong and results[0]["best_per_byte"] != 0
+    flags = ["--mode", "score", "--prompt-file", file, "--output", out]
+    assert sample(*flags).returncode == 0
+    whole = out.read_bytes()
+    out.write_bytes(whole[:whole.index(b"\n") + 9])
+    assert sample(*flags, "--resume").returncode == 0 and out.read_bytes() == whole
+    for line, message in (
+            ({"text": "a"}, "line 1 must have either continuation or choices"),
+            ({"text": "a", "choices": []}, "choices is [], but it must be a list of texts"),
+            ({"text": "a", "continuation": ""}, "a choice of the prompt holds no token"),
+            ({"text": "a", "continuation": "b", "seed": 1}, "line 1 has 'seed'")):
+        prompts_file(tmp_path / "ask.jsonl", [line])
+        one_line(sample(*flags[:4]), message)
+
+
 @pytest.mark.parametrize("args, message", [
     (["--mode", "ar"], "--mode ar needs a prompt"),
+    (["--mode", "ar", "--template", "___", "Hi"], "--template does nothing with --mode ar"),
+    (["--template", "", "Hi"], "the template of the prompt holds no token and no hole"),
+    (["--template", "{{9}}", "--max-new-tokens", "8", "Hi"], "has 9 tokens, more than the 8"),
+    (["--draft-length", "8", "Hi"], "--draft-length does nothing with --mode mask_diffusion"),
+    (["--mode", "speculative", "--block-size", "8", "Hi"], "--block-size does nothing"),
+    (["--mode", "score", "Hi"], "--mode score needs --prompt-file with the suffix .jsonl"),
+    (["--mode", "score", "--temperature", "1", "Hi"], "--temperature does nothing with"),
     ([""], "the prompt holds no token"),
     (["--mode", "fast", "Hi"], "invalid choice: 'fast'"),
     (["--blocksize", "8", "Hi"], "unrecognized arguments"),
@@ -2327,8 +2593,12 @@ def test_bench_miniature_runs(tmp_path):
     assert [row["mode"] for row in rows] == list(bench.MODES)
     assert all(row["log_likelihood"] < 0 for row in rows)
     assert rows[0]["tokens_per_pass"] == rows[1]["tokens_per_pass"] == 1
-    assert all(row["passes_per_block"] <= 16 for row in rows if row["mode"].startswith("gamma"))
-    assert all(row["tokens_per_second"] > 0 and row["passes_per_block"] > 0 for row in rows)
+    assert all(row["denoiser_passes_per_block"] <= 16 for row in rows
+               if row["mode"].startswith("gamma"))
+    assert all(row["tokens_per_second"] > 0 < row["context_passes_per_block"] for row in rows)
+    ar, speculative = rows[0], rows[list(bench.MODES).index("speculative")]
+    assert {task: ar[task] for task in train.TASKS} == {
+        task: speculative[task] for task in train.TASKS}
     assert (tmp_path / "plot.png").stat().st_size > 10**4
 
 

@@ -8,7 +8,9 @@ adaLN tells it how much of the block is still masked.
 
 Map, top down (the file runs bottom up; numbers are its sections):
 
-    8  TwoTower.generate_mask_diffusion   blocks -> steps -> commits
+    8  TwoTower.generate_mask_diffusion   blocks -> steps -> commits, perhaps in a template
+         .generate_speculative            drafts by the denoiser, verified by the context tower
+         .score                           log-probabilities of given text
          .prefill / .extend               context tower over clean tokens -> Context
          .denoise                         denoiser tower over one noisy block, given a Context
          .diffusion_loss                  training: all blocks of a sequence in one pass
@@ -60,7 +62,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,7 +210,8 @@ class Span(NamedTuple):
 
     pass               new tokens see                       Mamba states returned
     prefill            the new ones before them (causal)    after the last token
-    extend             all cached, the new ones before      after the last token
+    extend             all cached, the new ones before      after the last token, or (tentative)
+                                                            a MambaScan: after any token
     denoise            all cached and all new ones          none
     train, clean       the new ones before them (causal)    before every block
     train, noisy       earlier clean blocks, own block      none
@@ -220,6 +223,7 @@ class Span(NamedTuple):
     is_causal: bool = False         # or, if is_causal, the new tokens up to each (cache was empty)
     counts: Tensor | None = None    # (B,) real tokens of each row, the rest is padding; None = L
     keep_state: bool = True         # return the Mamba state after the pass
+    tentative: bool = False         # return a MambaScan instead
     block_size: int | None = None   # return the states before every block of this size instead
 
     @classmethod
@@ -252,6 +256,27 @@ class MambaState(NamedTuple):
 
     def map(self, f) -> MambaState:
         return MambaState(f(self.conv_state), f(self.ssm_state))
+
+
+class MambaScan(NamedTuple):
+    """What went into a pass of a Mamba-2 layer: the state after any of its tokens follows."""
+
+    history: Tensor                 # (B, W+L, conv_dim): the W old inputs of the convolution, L new
+    x: Tensor                       # (B, L, H, P) f32, as are dt, A, B: the inputs of the scan
+    dt: Tensor                      # (B, L, H)
+    A: Tensor                       # (H)
+    B: Tensor                       # (B, L, G, N)
+    ssm_state: Tensor               # (B, H, P, N) before the pass
+
+    def after(self, counts: Tensor) -> MambaState:
+        """The state after the first counts (B,) tokens of each row."""
+        counts = counts.to(self.dt.device)
+        kept = torch.arange(self.dt.shape[1], device=counts.device) < counts[:, None]
+        ssm = ssd_state(self.x, self.dt * kept[..., None], self.A, self.B, self.ssm_state)
+        W = self.history.shape[1] - self.dt.shape[1]
+        newest = counts[:, None] + torch.arange(W, device=counts.device)
+        rows = torch.arange(len(counts), device=counts.device)[:, None]
+        return MambaState(self.history[rows, newest].mT, ssm)
 
 
 class KVCache:
@@ -316,6 +341,17 @@ class Context:
                                            for state in self._replica]
         self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
+
+    def settle(self, counts: Tensor):
+        """Keep only the first counts (B,) tokens of each row of the last, tentative pass.
+
+        Keys and values past a row's length are scratch anyway; Mamba states are computed from the
+        scan's inputs. No layer runs again.
+        """
+        self.states = [state.after(counts) if isinstance(state, MambaScan) else state
+                       for state in self.states]
+        self.lengths = self.lengths + counts
+        self.logits = None
 
     def states_for(self, tower: Tower) -> list:
         """The states on the device of a denoiser tower.
@@ -454,11 +490,19 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     y = torch.addcmul(within, log_decay.exp()[..., None], before).transpose(1, 2)
     if not keep_state:
         return y, None
-    # to the end of the chunk: from token s exp(sum over s+1..c), from the old state exp(sum)
-    to_end = (log_decay[..., -1:] - log_decay).exp().mT[..., None]               # (b, c, H, 1)
-    added = (u * to_end).view(b, c, G, -1).permute(0, 2, 3, 1) @ B               # (b, G, H/G*P, N)
-    total = log_decay[..., -1].exp()[..., None, None]                            # (b, H, 1, 1)
-    return y, torch.addcmul(added.view(b, H, P, N), state, total)
+    return y, ssd_state(x, dt, A, B.transpose(1, 2), state)
+
+
+def ssd_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor) -> Tensor:
+    """The state (b,H,P,N) after the c tokens of a chunk; arguments as for `ssd_chunk`.
+
+    Token s decays by exp(sum of dt A over s+1..c), the old state by exp(sum over all).
+    """
+    log_decay = (dt * A).cumsum(1)                                               # (b, c, H)
+    u = x * (dt * (log_decay[:, -1:] - log_decay).exp())[..., None]
+    added = u.unflatten(2, (B.shape[2], -1)).flatten(3).permute(0, 2, 3, 1) @ B.transpose(1, 2)
+    total = log_decay[:, -1].exp()[..., None, None]                              # (b, H, 1, 1)
+    return torch.addcmul(added.view(state.shape), state, total)
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
@@ -629,14 +673,20 @@ class Mamba2(nn.Module):
         if span.counts is not None:                       # padding must not move the state
             dt = dt * (torch.arange(L, device=dt.device) < span.counts[:, None])[..., None]
         A, D = -wide(self.A_log).exp(), wide(self.D)
+        if span.tentative:
+            scan = MambaScan(history, x, dt, A, B, state.ssm_state)
+            y, _ = ssd_scan(x, dt, A, B, C, D, state.ssm_state, c.chunk_size, keep_state=False)
+            return self._output(y, z, u), scan
         if L == 1 and span.block_size is None:
             y, ssm = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.ssm_state,
                               in_place=span.keep_state)
         else:
             y, ssm = ssd_scan(x, dt, A, B, C, D, state.ssm_state, span.block_size or c.chunk_size,
                               span.keep_state, keep_chunks=span.block_size is not None)
-        y = self.norm(y.to(u.dtype).reshape(z.shape), z)
-        return self.out_proj(y).reshape(u.shape), self._state_after(history, ssm, span)
+        return self._output(y, z, u), self._state_after(history, ssm, span)
+
+    def _output(self, y: Tensor, z: Tensor, u: Tensor) -> Tensor:
+        return self.out_proj(self.norm(y.to(u.dtype).reshape(z.shape), z)).reshape(u.shape)
 
     def _state_after(self, history: Tensor, ssm: Tensor, span: Span) -> MambaState | None:
         """The state after the pass. history (b, W+L, conv_dim) is the W old inputs, then the L new
@@ -864,6 +914,13 @@ class Written(NamedTuple):
     context_passes: int
 
 
+class Scores(NamedTuple):
+    """Natural logarithms of the probabilities of each row's continuation."""
+
+    tokens: list[Tensor]        # B tensors (n,) float32 on the host: given all tokens before
+    total: Tensor               # (B,) float64: their sums
+
+
 @dataclass
 class Generation:
     """New tokens of each row, cut after EOS and at max_new_tokens, and what they cost."""
@@ -969,11 +1026,30 @@ def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: flo
     return masked & (ranked.argsort(dim=-1) < n[:, None])
 
 
+@dataclass
+class Unmasking:
+    """How the denoiser fills the masked positions of a block: the knobs of `select_commits`."""
+
+    mask_token_id: int
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+
+    def __post_init__(self):
+        if type(self.steps_per_block) is not int or self.steps_per_block < 1:
+            raise ValueError(f"steps_per_block is {self.steps_per_block!r}, but it must be a "
+                             "positive integer")
+        if not self.confidence_threshold >= 0:
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}, but it must be "
+                             ">= 0")
+
+
 class _Rows:
     """Bookkeeping of a generation: the text so far, which rows are still written, their passes."""
 
-    def __init__(self, max_new_tokens: list[int], eos_token_id: int | None, on_tokens):
+    def __init__(self, max_new_tokens: list[int], eos_token_id: int | None, on_tokens,
+                 templates: list[Tensor]):
         rows = len(max_new_tokens)
+        self.templates = templates
         self.live = list(range(rows))
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.max_new_tokens, self.eos_token_id = max_new_tokens, eos_token_id
@@ -981,16 +1057,19 @@ class _Rows:
         self.nfe = torch.zeros(rows, dtype=torch.long)
         self.context_passes = torch.zeros(rows, dtype=torch.long)
 
-    def append(self, new: Tensor) -> list[int]:
-        """Add ids (R, n), up to EOS and the length asked for; return who goes on (0..R-1)."""
+    def append(self, new: Sequence[Tensor]) -> list[int]:
+        """Add ids, R tensors (n,), up to the length asked for and an EOS after the template; return
+        who goes on (0..R-1)."""
         going = []
         for r, row in enumerate(self.live):
-            ids = new[r, :self.max_new_tokens[row] - len(self.tokens[row])].tolist()
-            if self.eos_token_id in ids:
-                ids = ids[:ids.index(self.eos_token_id) + 1]
+            have, fixed = len(self.tokens[row]), len(self.templates[row])
+            ids = new[r][:self.max_new_tokens[row] - have].tolist()
+            free = max(0, fixed - have)
+            if self.eos_token_id in ids[free:]:
+                ids = ids[:ids.index(self.eos_token_id, free) + 1]
             self.tokens[row] += ids
             full = len(self.tokens[row]) == self.max_new_tokens[row]
-            ended = full or ids[-1] == self.eos_token_id
+            ended = full or self.eos_token_id in ids[free:]
             if self.on_tokens is not None:
                 passes = int(self.nfe[row]), int(self.context_passes[row])
                 ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
@@ -998,6 +1077,19 @@ class _Rows:
                 going.append(r)
         self.live = [self.live[r] for r in going]
         return going
+
+    def next_block(self, block_size: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
+        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
+        positions must be filled (R, Q): all but those past the end of a template."""
+        block = torch.full((len(self.live), block_size), mask_token_id)
+        wanted = torch.ones_like(block, dtype=torch.bool)
+        for r, row in enumerate(self.live):
+            start = len(self.tokens[row])
+            fixed = self.templates[row][start:start + block_size]
+            block[r, :len(fixed)] = fixed
+            if len(self.templates[row]) == self.max_new_tokens[row]:
+                wanted[r, len(fixed):] = False
+        return block, wanted
 
     def last_tokens(self) -> Tensor:
         """(R, 1): the newest token of each live row."""
@@ -1203,12 +1295,17 @@ class TwoTower(nn.Module):
         return context
 
     def _extend(self, context: Context, tokens: Tensor, counts: Tensor | None = None,
-                logits: str | None = None) -> Tensor | None:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None."""
+                logits: str | None = None, tentative: bool = False) -> Tensor | None:
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None.
+
+        tentative: how many of them stay is said later, by `Context.settle`.
+        """
         L = tokens.shape[1]
         span = Span.make(context.lengths, L, context.device, for_context=True, counts=counts)
+        span = span._replace(tentative=tentative)
         hidden, context.states = self.context_tower(tokens.to(context.device), context.states, span)
-        context.lengths = context.lengths + (L if counts is None else counts)
+        if not tentative:
+            context.lengths = context.lengths + (L if counts is None else counts)
         context.logits = None
         if logits is None:
             return None
@@ -1218,6 +1315,45 @@ class TwoTower(nn.Module):
         out = wide(self.context_lm_head(hidden))
         context.logits = out[:, -1]
         return out
+
+    @torch.no_grad()
+    def score(self, prompts, continuations, piece: int = 512) -> Scores:
+        """Log-probabilities of continuations of prompts under the context tower.
+
+        Args:
+            prompts, continuations: as for `prefill`, one continuation for each prompt.
+            piece: tokens a pass; memory does not grow with longer texts but by the KV cache.
+        Returns: Scores.
+        Raises: ValueError as `prefill` does.
+        """
+        prompts = self._check_prompts(prompts)
+        continuations = self._check_prompts(continuations, "continuation")
+        if len(prompts) != len(continuations):
+            raise ValueError(f"{len(continuations)} continuations for {len(prompts)} prompts")
+        self._check_block(piece, "piece")
+        texts = [torch.cat(pair) for pair in zip(prompts, continuations)]
+        self._check_length(max(map(len, texts)))
+        read = torch.tensor([len(text) - 1 for text in texts])      # the last token is only scored
+        live, scores = list(range(len(texts))), [[] for _ in texts]
+        context = Context(self.context_tower, len(texts), int(read.max()))
+        for start in range(0, int(read.max()), piece):
+            going = [r for r, row in enumerate(live) if read[row] > start]
+            context.select(going)
+            live = [live[r] for r in going]
+            counts = (read[live] - start).clamp(max=piece)
+            ends = [start + n for n in counts.tolist()]
+            tokens = nn.utils.rnn.pad_sequence(
+                [texts[row][start:end] for row, end in zip(live, ends)], batch_first=True)
+            first = [max(0, len(prompts[row]) - 1 - start) for row in live]
+            wanted = any(start + skip < end for skip, end in zip(first, ends))
+            logits = self._extend(context, tokens, counts, "all" if wanted else None)
+            for r, (row, skip, end) in enumerate(zip(live, first, ends)):
+                if start + skip < end:
+                    labels = texts[row][start + skip + 1:end + 1].to(logits.device)
+                    scores[row].append(-F.cross_entropy(logits[r, skip:end - start], labels,
+                                                        reduction="none").cpu())
+        scores = [torch.cat(pieces) for pieces in scores]
+        return Scores(scores, torch.stack([row.double().sum() for row in scores]))
 
     # -- denoiser tower -----------------------------------------------------------------------
 
@@ -1383,11 +1519,12 @@ class TwoTower(nn.Module):
             last = rows.last_tokens()
 
     @torch.no_grad()
-    def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int],
+    def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int] | None = None,
                                 block_size: int = 16, steps_per_block: int = 16,
                                 mask_token_id: int | None = None, temperature: float = 0.0, *,
                                 confidence_threshold: float = 0.8,
                                 top_k: int | None = None, top_p: float | None = None,
+                                template: Sequence | None = None,
                                 eos_token_id: int | None = None, generator=None,
                                 on_step: Callable[[Step], None] | None = None,
                                 on_tokens: Callable[[Written], bool | None] | None = None
@@ -1401,44 +1538,29 @@ class TwoTower(nn.Module):
             steps_per_block: denoiser passes a block may take at most.
             confidence_threshold: gamma; 0.8 is the published operating point.
             mask_token_id: None takes the config's.
+            template: ids that the new text begins with, mask_token_id where it is to be filled in;
+                one sequence for all rows, or one (or None) for each. Its tokens stand in their
+                blocks from the first step as if committed. The text ends with the template unless
+                max_new_tokens is larger; EOS ends it only after the template.
             on_step: called with a `Step` after every denoiser pass.
         Raises: ValueError for impossible arguments, or for logits that are not finite.
         """
         self._need_denoiser()
         sampler = Sampler(temperature, top_k, top_p, generator)
-        mask_id = self.config.mask_token_id if mask_token_id is None else mask_token_id
-        self._check_ids(torch.tensor([[mask_id]]), "mask_token_id")
-        for name, value in (("block_size", block_size), ("steps_per_block", steps_per_block)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, but it must be a positive integer")
-        self._check_length(block_size)
-        if not confidence_threshold >= 0:
-            raise ValueError(f"confidence_threshold is {confidence_threshold}, but it must be >= 0")
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
+        unmasking = self._unmasking(mask_token_id, steps_per_block, confidence_threshold)
+        self._check_block(block_size, "block_size")
+        templates = self._check_templates(template, len(prompts))
+        if max_new_tokens is None and template is not None:
+            max_new_tokens = list(map(len, templates))
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
+                                    templates)
         blocks = -(-max(rows.max_new_tokens) // block_size)
         context = self._prefill(prompts, blocks * block_size, logits=None)
         rows.context_passes += 1
         for block_index in range(blocks):
-            block = torch.full((len(rows.live), block_size), mask_id)
-            span = Span.make(context.lengths, block_size, self.denoiser_tower.device,
-                             for_context=False)
-            for step in range(steps_per_block):
-                masked = block == mask_id                                        # (R, Q)
-                if not masked.any():
-                    break
-                t = masked.float().mean(-1)
-                logits = self._denoiser_logits(block, context, span, t)
-                rows.nfe[rows.live] += masked.any(-1)
-                # a row whose block is done draws nothing: its draws must not hang on other rows
-                drawing = [row if masked[r].any() else None for r, row in enumerate(rows.live)]
-                ids, confidence = predict(logits, sampler, drawing, mask_id)
-                self._check_finite(confidence, masked, rows.live, block_index, step)
-                commits = select_commits(confidence, masked, confidence_threshold,
-                                         steps_per_block - step)
-                before, block = block, ids.where(commits, block)
-                if on_step is not None:
-                    on_step(Step(list(rows.live), block_index, step, t, before, block.clone(),
-                                 commits, confidence))
+            block, wanted = rows.next_block(block_size, unmasking.mask_token_id)
+            block = self._fill(block, wanted, context, rows, block_index, unmasking, sampler,
+                               on_step)
             going = rows.append(block)
             if not rows.live:
                 break
@@ -1446,6 +1568,98 @@ class TwoTower(nn.Module):
             self._extend(context, block[going])
             rows.context_passes[rows.live] += 1
         return rows.result()
+
+    @torch.no_grad()
+    def generate_speculative(self, prompts, max_new_tokens: int | Sequence[int],
+                             draft_length: int = 16, steps_per_block: int = 16,
+                             mask_token_id: int | None = None, temperature: float = 0.0, *,
+                             confidence_threshold: float = 0.8,
+                             top_k: int | None = None, top_p: float | None = None,
+                             eos_token_id: int | None = None, generator=None,
+                             on_step: Callable[[Step], None] | None = None,
+                             on_tokens: Callable[[Written], bool | None] | None = None
+                             ) -> Generation:
+        """What `generate_ar` writes, token for token, in fewer passes of the context tower.
+
+        The denoiser drafts the rest of a block whose first token is known; one context pass over
+        the block gives AR's choice after each of its tokens. The draft is kept as far as it is what
+        AR chose; AR's choice after that begins the next block.
+
+        Args: as for `generate_mask_diffusion`, whose knobs shape the (greedy) drafts; draft_length:
+            tokens of a block, the known one included. Sampling takes AR's draws: with one generator
+            per row, or one row, the tokens are those `generate_ar` draws from the same state;
+            otherwise only their distribution is the same.
+        Raises: ValueError for impossible arguments, or for logits that are not finite.
+        Source: arXiv 2211.17192 (speculative decoding), with AR's draw in place of rejection.
+        """
+        self._need_denoiser()
+        sampler, greedy = Sampler(temperature, top_k, top_p, generator), Sampler()
+        unmasking = self._unmasking(mask_token_id, steps_per_block, confidence_threshold)
+        self._check_block(draft_length, "draft_length")
+        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
+        context = self._prefill(prompts, max(rows.max_new_tokens) + draft_length)
+        rows.context_passes += 1
+        going = self._emit(context.logits, sampler, rows, None)
+        for block_index in count():
+            if not rows.live:
+                return rows.result()
+            context.select(going)
+            block, wanted = rows.next_block(draft_length, unmasking.mask_token_id)
+            block[:, :1] = rows.last_tokens()
+            block = self._fill(block, wanted, context, rows, block_index, unmasking, greedy,
+                               on_step, known=1)
+            logits = self._extend(context, block, logits="all", tentative=True)
+            rows.context_passes[rows.live] += 1
+            new = self._verify(logits, block, sampler, rows, block_index)
+            context.settle(torch.tensor(list(map(len, new))))
+            going = rows.append(new)
+
+    def _fill(self, block: Tensor, wanted: Tensor, context: Context, rows: _Rows, block_index: int,
+              unmasking: Unmasking, sampler: Sampler, on_step, known: int = 0) -> Tensor:
+        """Denoise block (R, Q) until nothing wanted (R, Q) is masked. The first `known` tokens are
+        no holes, even if AR chose the mask token there."""
+        mask_id, steps = unmasking.mask_token_id, unmasking.steps_per_block
+        span = Span.make(context.lengths, block.shape[1], self.denoiser_tower.device,
+                         for_context=False)
+        masked = (block == mask_id) & (torch.arange(block.shape[1]) >= known)    # (R, Q)
+        for step in range(steps):
+            active = (masked & wanted).any(-1)
+            if not active.any():
+                break
+            t = masked.float().mean(-1)
+            logits = self._denoiser_logits(block, context, span, t)
+            rows.nfe[rows.live] += active
+            # a row whose block is done draws nothing: its draws must not hang on other rows
+            drawing = [row if active[r] else None for r, row in enumerate(rows.live)]
+            ids, confidence = predict(logits, sampler, drawing, mask_id)
+            fillable = masked & active[:, None]
+            self._check_finite(confidence, fillable, rows.live, block_index, step)
+            commits = select_commits(confidence, fillable, unmasking.confidence_threshold,
+                                     steps - step)
+            before, block, masked = block, ids.where(commits, block), masked & ~commits
+            if on_step is not None:
+                on_step(Step(list(rows.live), block_index, step, t, before, block.clone(), commits,
+                             confidence))
+        return block
+
+    def _verify(self, logits: Tensor, block: Tensor, sampler: Sampler, rows: _Rows,
+                block_index: int) -> list[Tensor]:
+        """AR's choice after each token of the block (R, Q), up to the first that the draft does not
+        have: R tensors of 1 to Q ids. logits (R, Q, V)."""
+        Q = block.shape[1]
+        new, drawing = [[] for _ in rows.live], list(rows.live)
+        piece = Q if sampler.temperature == 0 else 1    # AR draws for a token only once it is there
+        for start in range(0, Q, piece):
+            ids, confidence = predict(logits[:, start:start + piece], sampler, drawing, None)
+            asked = torch.tensor([[row is not None] for row in drawing]).expand_as(ids)
+            self._check_finite(confidence, asked, rows.live, block_index, start)
+            for r in asked[:, 0].nonzero()[:, 0].tolist():
+                for i, choice in enumerate(ids[r].tolist(), start):
+                    new[r].append(choice)
+                    if i == Q - 1 or choice != block[r, i + 1]:
+                        drawing[r] = None
+                        break
+        return [torch.tensor(choices) for choices in new]
 
     def _emit(self, logits: Tensor, sampler: Sampler, rows: _Rows, on_step) -> list[int]:
         """One AR token for every live row, from logits (R, V); returns who goes on."""
@@ -1459,8 +1673,8 @@ class TwoTower(nn.Module):
             on_step(Step(list(rows.live), index, 0, t, masks, ids, everywhere, confidence))
         return rows.append(ids)
 
-    def _start(self, prompts, max_new_tokens, eos_token_id, sampler,
-               on_tokens) -> tuple[list[Tensor], _Rows]:
+    def _start(self, prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
+               templates=None) -> tuple[list[Tensor], _Rows]:
         """Check what all generations take."""
         prompts = self._check_prompts(prompts)
         lengths = ([max_new_tokens] * len(prompts) if not isinstance(max_new_tokens, Sequence)
@@ -1475,7 +1689,18 @@ class TwoTower(nn.Module):
                              f"[0, {self.config.vocab_size}), or None")
         if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
             raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
-        return prompts, _Rows(lengths, eos_token_id, on_tokens)
+        templates = templates or self._check_templates(None, len(prompts))
+        for row, (fixed, new) in enumerate(zip(templates, lengths)):
+            if len(fixed) > new:
+                raise ValueError(f"template {row} has {len(fixed)} tokens, more than the "
+                                 f"{new} of max_new_tokens")
+        return prompts, _Rows(lengths, eos_token_id, on_tokens, templates)
+
+    def _unmasking(self, mask_token_id, steps_per_block, confidence_threshold) -> Unmasking:
+        if mask_token_id is None:
+            mask_token_id = self.config.mask_token_id
+        self._check_ids(torch.tensor([[mask_token_id]]), "mask_token_id")
+        return Unmasking(mask_token_id, steps_per_block, confidence_threshold)
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -1508,20 +1733,37 @@ class TwoTower(nn.Module):
             raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], {each}")
         return t if t.dim() == 2 else t.expand(rows)
 
-    def _check_prompts(self, prompts) -> list[Tensor]:
+    def _check_prompts(self, prompts, name: str = "prompt") -> list[Tensor]:
         if len(prompts) == 0:
-            raise ValueError("there is no prompt")
-        checked = []
-        for i, prompt in enumerate(prompts):
-            try:
-                prompt = torch.as_tensor(prompt)
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"prompt {i} must be token ids, got {prompt!r:.40}") from None
-            if prompt.dim() != 1 or len(prompt) == 0:
-                raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}, but it must be "
-                                 "one-dimensional and hold one token or more")
-            checked.append(self._check_ids(prompt[None], f"prompt {i}")[0])
-        return checked
+            raise ValueError(f"there is no {name}")
+        return [self._check_sequence(ids, f"{name} {i}") for i, ids in enumerate(prompts)]
+
+    def _check_sequence(self, ids, name: str) -> Tensor:
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
+        if ids.dim() != 1 or len(ids) == 0:
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}, but it must be "
+                             "one-dimensional and hold one token or more")
+        return self._check_ids(ids[None], name)[0]
+
+    def _check_templates(self, template, rows: int) -> list[Tensor]:
+        nothing = torch.empty(0, dtype=torch.long)
+        if template is None:
+            return [nothing] * rows
+        first = template[0] if len(template) else None
+        one = isinstance(first, int) or isinstance(first, Tensor) and first.dim() == 0
+        templates = [template] * rows if one else template
+        if len(templates) != rows:
+            raise ValueError(f"{len(templates)} templates for {rows} prompts")
+        return [nothing if ids is None else self._check_sequence(ids, f"template {i}")
+                for i, ids in enumerate(templates)]
+
+    def _check_block(self, length: int, name: str):
+        if type(length) is not int or length < 1:
+            raise ValueError(f"{name} is {length!r}, but it must be a positive integer")
+        self._check_length(length)
 
     def _check_length(self, length: int):
         if length > self.config.max_position_embeddings:
