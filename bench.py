@@ -207,7 +207,7 @@ class Score:
     items: int = 0
     right: int = 0
     tokens: int = 0
-    blocks: int = 0
+    blocks: int = 0                 # of 16 tokens, whatever the mode's own
     nfe: int = 0
     context_passes: int = 0
     log_likelihood: float = 0.0     # of the tokens written, under the context tower; nats
@@ -222,7 +222,7 @@ class Score:
 def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 16) -> Score:
     """Let one mode answer (prompt ids, right answer, new tokens) items, `batch` rows at a time."""
     mode, knobs = MODES[name]
-    block_size, total = knobs.get("block_size", 16), Score()
+    total = Score()
     for i in range(0, len(items), batch):
         prompts, answers, lengths = zip(*items[i:i + batch])
         with altered(model, name):
@@ -233,7 +233,7 @@ def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 16) 
         total.add(Score(
             items=len(prompts), seconds=seconds, nfe=int(result.nfe.sum()),
             tokens=sum(map(len, result.tokens)),
-            blocks=sum(-(-len(new) // block_size) for new in result.tokens),
+            blocks=sum(-(-len(new) // 16) for new in result.tokens),
             context_passes=int(result.context_passes.sum()),
             log_likelihood=float(model.score(prompts, result.tokens).total.sum()),
             right=sum(is_right(tokenizer.decode(new.tolist()), right)
@@ -252,7 +252,7 @@ def task_prompts(tokenizer, task: str, count: int, seed: str = "bench") -> list:
 
 
 def library_prompts(tokenizer, count: int) -> list:
-    """Held-out source to go on from within a line; right if its last quarter is written as it was."""
+    """Held-out source, cut within a line; right if the line's last quarter is written as it was."""
     rng, items = random.Random("library"), []
     files = library(held_out=True)
     while len(items) < count:
@@ -312,7 +312,8 @@ def bench_miniature(checkpoint: str, count: int, timed: int, plot: str) -> dict:
 
 
 def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
-    """One row of the table: tasks together, library source beside them."""
+    """One row of the table: tasks together, library source beside them; the prompts' own context
+    passes are not counted."""
     tasks, timed, row = Score(), Score(), {"mode": name}
     for kind in kinds:
         score = quality[name, kind]
@@ -321,12 +322,12 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
             tasks.add(score)
             timed.add(speed[name, kind])
     source, source_timed = quality[name, "library"], speed[name, "library"]
-    passes = tasks.nfe or tasks.context_passes
     return row | {
         "denoiser_passes_per_block": tasks.nfe / tasks.blocks,
-        "context_passes_per_block": tasks.context_passes / tasks.blocks,
+        "context_passes_per_block": (tasks.context_passes - tasks.items) / tasks.blocks,
         "accuracy": statistics.mean(row[kind] for kind in kinds if kind != "library"),
-        "tokens_per_pass": tasks.tokens / passes,
+        "tokens_per_denoiser_pass": tasks.tokens / max(tasks.nfe, 1),
+        "tokens_per_context_pass": tasks.tokens / max(tasks.context_passes - tasks.items, 1),
         "tokens_per_second": timed.tokens / timed.seconds,
         "ms_per_pass": 1000 * timed.seconds / (timed.nfe or timed.context_passes),
         "log_likelihood": tasks.log_likelihood / tasks.tokens,
@@ -336,15 +337,16 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
 
 
 def print_table(rows: list[dict], kinds: list[str]):
-    print("exact match by task; passes of either tower for a block of 16 tokens; on the right, "
-          "library source")
-    print(f"{'':17}" + "".join(f"{kind:>8}" for kind in kinds[:-1])
-          + "    mean   of AR  denoiser  context  speed  log p   library  tok/pass  speed  log p")
+    print("exact match by task; tokens for a pass of either tower, and passes for a block of 16; on "
+          "the right, library source")
+    print(f"{'':17}" + "".join(f"{kind:>8}" for kind in kinds[:-1]) + "    mean   of AR"
+          "  tokens/denoiser,context  passes/block  speed  log p   library  tok/pass  speed  log p")
     base = rows[0]
     for row in rows:
         print(f"{row['mode']:17}" + "".join(f"{row[kind]:8.3f}" for kind in kinds[:-1])
               + f"{row['accuracy']:8.3f}{row['share_of_ar_accuracy']:8.3f}"
-              f"{row['denoiser_passes_per_block']:10.2f}{row['context_passes_per_block']:9.2f}"
+              f"{row['tokens_per_denoiser_pass']:17.2f}{row['tokens_per_context_pass']:8.2f}"
+              f"{row['denoiser_passes_per_block']:8.2f}{row['context_passes_per_block']:6.2f}"
               f"{row['speedup']:6.2f}x{row['log_likelihood']:7.3f}"
               f"{row['library']:10.3f}{row['library_tokens_per_pass']:10.2f}"
               f"{row['library_tokens_per_second'] / base['library_tokens_per_second']:6.2f}x"
@@ -425,12 +427,12 @@ def bench_templates(checkpoint: str, count: int) -> dict:
             for template in templates:
                 template[6:end] = mask
             result = model.generate_mask_diffusion(prompts, template=templates)
-            holes = torch.stack([new[6:10] == block[6:10]
-                                 for new, block in zip(result.tokens, blocks)])
-            row |= {name: float(holes.all(-1).float().mean()),
-                    f"{name}_tokens": float(holes.float().mean())}
+            right = torch.stack([new[6:10] == block[6:10]
+                                 for new, block in zip(result.tokens, blocks)]).float()
+            row |= {name: float(right.prod(-1).mean()), f"{name}_tokens": float(right.mean())}
         rows.append(row)
-    print("four tokens right, text after them   masked    given       tokens right   masked    given")
+    print("four tokens right, text after them   masked    given"
+          "       tokens right   masked    given")
     for row in rows:
         print(f"{row['text']:33}{row['after_masked']:10.3f}{row['after_given']:9.3f}"
               f"{row['after_masked_tokens']:30.3f}{row['after_given_tokens']:9.3f}")
@@ -514,7 +516,7 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str], bf16: bo
                 row[kind] = score.right / score.items
                 total.add(score)
             row |= {"accuracy": total.right / total.items, "valid": trainer.log[-1]["valid"],
-                    "passes_per_block": (total.nfe or total.tokens) / total.blocks}
+                    "passes_per_block": (total.nfe or total.context_passes) / total.blocks}
             rows.append(row)
             print(f"{arm:16}{name:10} accuracy {row['accuracy']:.3f} passes/block "
                   f"{row['passes_per_block']:.2f} valid "
@@ -530,7 +532,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15, help="cpu, batch: rounds of turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
-    parser.add_argument("--items", type=int, default=500, help="miniature: items a task")
+    parser.add_argument("--items", type=int, default=500, help="miniature, templates, recipes: items a task")
     parser.add_argument("--mode", choices=["mask_diffusion", "ar"], default="mask_diffusion",
                         help="samples: what writes them")
     parser.add_argument("--temperature", type=float, default=0.7, help="samples")

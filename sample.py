@@ -45,7 +45,8 @@ MASKED = "\u2591"                                   # a shaded box
 SAMPLING = ("top_k", "top_p", "seed")               # mean something above temperature 0
 KNOBS = ("block_size", "draft_length", "steps_per_block", "confidence_threshold", "mask_token_id",
          "temperature", "top_k", "top_p")
-NOT_FOR_SCORES = ("max_new_tokens", "stop", "trace", "seed")
+CONTEXT_ONLY = ("ar", "score")                      # modes without a denoiser
+SCORED_AT_ONCE = inspect.signature(TwoTower.score).parameters["tokens_per_pass"].default
 HOLE = re.compile(r"(_{3,}|\{\{[0-9]+\}\})")        # in a template
 
 
@@ -60,6 +61,15 @@ def fail(message):
 
 COUNT = ("an integer of 1 or more", lambda n: 1 <= n < 2**31)
 NATURAL = ("an integer in [0, 2**63)", lambda n: 0 <= n < 2**63)
+
+
+# what a line of a prompt file may hold
+LINE = {"text": (str, "text", lambda text: True), "max_new_tokens": (int, *COUNT),
+        "seed": (int, *NATURAL), "template": (str, "text", lambda text: True)}
+LINE_TO_SCORE = {
+    "text": LINE["text"], "continuation": LINE["text"],
+    "choices": (list, "a list of texts",
+                lambda texts: texts and all(isinstance(text, str) for text in texts))}
 
 
 def number(kind, rule: str, holds):
@@ -130,17 +140,22 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-CONTEXT_ONLY = ("ar", "score")
-
-
 def function(model: TwoTower | type[TwoTower], mode: str):
     return model.score if mode == "score" else getattr(model, f"generate_{mode}")
+
+
+def given(args: argparse.Namespace, name: str) -> bool:
+    value = getattr(args, name, None)
+    return not (value is None or value is False or value == [])
 
 
 def check_flags(args: argparse.Namespace):
     """Refuse flags that exclude each other or would do nothing."""
     flag = {name: "--" + name.replace("_", "-") for name in vars(args)}
     args.demonstrate = args.prompt is None and args.prompt_file is None and not args.plan
+    if args.mode == "score" and not args.plan and (
+            args.prompt_file is None or args.prompt_file.suffix != ".jsonl"):
+        fail("--mode score needs --prompt-file with the suffix .jsonl")
     if args.demonstrate:
         if args.mode != "mask_diffusion":
             fail(f"--mode {args.mode} needs a prompt; the demonstration is of mask_diffusion")
@@ -151,13 +166,10 @@ def check_flags(args: argparse.Namespace):
     useless = [name for name in KNOBS if name not in takes]
     useless += ["watch", "template"] if args.mode != "mask_diffusion" else []
     useless += ["denoiser_device"] if args.mode in CONTEXT_ONLY else []
-    useless += NOT_FOR_SCORES if args.mode == "score" else []
+    useless += ["max_new_tokens", "stop", "trace", "json"] if args.mode == "score" else []
     for name in useless:
-        if getattr(args, name, None):
+        if given(args, name):
             fail(f"{flag[name]} does nothing with --mode {args.mode}")
-    if args.mode == "score" and not args.plan and (
-            args.prompt_file is None or args.prompt_file.suffix != ".jsonl"):
-        fail("--mode score needs --prompt-file with the suffix .jsonl")
     for name in SAMPLING:
         if name in args and not getattr(args, "temperature", 0):
             fail(f"{flag[name]} does nothing without --temperature above 0")
@@ -169,10 +181,12 @@ def check_flags(args: argparse.Namespace):
         fail("--trace cannot go on with --resume; it would hold some steps twice")
     if args.json and args.output is not None:
         fail("--json does nothing with --output, which has the same lines")
+    if args.plan and "template" in args and args.prompt is None and args.prompt_file is None:
+        fail("--template does nothing with --plan but beside a prompt")
     if "watch" in args and (args.json or args.output is not None):
         fail("--watch does nothing with --json or --output")
     for name in ("watch", "stop", "json", "output", "resume", "trace"):
-        if args.plan and getattr(args, name, None):
+        if args.plan and given(args, name):
             fail(f"{flag[name]} does nothing with --plan")
     if args.resume and getattr(args, "temperature", 0) and "seed" not in args:
         fail("--resume of a sampled run needs its --seed; the results hold it")
@@ -216,8 +230,8 @@ class Row:
         self.nfe, self.context_passes = written.nfe, written.context_passes
         for token in written.new:
             self.tokens.append(token)
-            if token == eos:
-                break
+            if token == eos:                        # the last one, or inside a template
+                continue
             piece = self.stream.step(tokenizer, token) or ""
             before, self.text = len(self.text), self.text + piece
             found = (self.text.find(stop, max(0, before - len(stop))) for stop in stops if piece)
@@ -235,24 +249,29 @@ class Row:
     def settings(self, common: dict) -> dict:
         if self.choices:
             return common | {"choices": self.choices}
-        own = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
-        return common | own | ({} if self.template is None else {"template": self.template})
+        return common | {"max_new_tokens": self.max_new_tokens, "seed": self.seed,
+                         "template": self.template}
 
     def result(self, common: dict) -> dict:
         if self.choices:
-            pairs = list(zip(self.log_likelihoods, self.choice_ids, self.choices))
-            per_byte = [math.exp(-score / len(text.encode())) for score, _, text in pairs]
-            return {"index": self.index, "prompt": self.prompt,
-                    "log_likelihoods": self.log_likelihoods,
-                    "tokens": [len(ids) for ids in self.choice_ids],
-                    "perplexity_per_token": [math.exp(-score / len(ids)) for score, ids, _ in pairs],
-                    "perplexity_per_byte": per_byte,
-                    "best": max(range(len(pairs)), key=self.log_likelihoods.__getitem__),
-                    "best_per_byte": min(range(len(pairs)), key=per_byte.__getitem__),
-                    "settings": self.settings(common)}
+            return {"index": self.index, "prompt": self.prompt} | self.scores() | {
+                "settings": self.settings(common)}
         return {"index": self.index, "prompt": self.prompt, "text": self.text,
                 "tokens": self.tokens, "ended": self.ended, "nfe": self.nfe,
                 "context_passes": self.context_passes, "settings": self.settings(common)}
+
+    def scores(self) -> dict:
+        """What a scored row is; "best" by its likelihood, and by that per byte."""
+        counts = [len(ids) for ids in self.choice_ids]
+        sizes = [len(text.encode()) for text in self.choices]
+        per_byte = [score / size for score, size in zip(self.log_likelihoods, sizes)]
+        per_token = [score / count for score, count in zip(self.log_likelihoods, counts)]
+        choices = range(len(self.choices))
+        return {"log_likelihoods": self.log_likelihoods, "token_counts": counts,
+                "perplexity_per_token": [math.exp(min(-x, 700.0)) for x in per_token],
+                "perplexity_per_byte": [math.exp(min(-x, 700.0)) for x in per_byte],
+                "best": max(choices, key=self.log_likelihoods.__getitem__),
+                "best_per_byte": max(choices, key=per_byte.__getitem__)}
 
 
 def read_rows(args: argparse.Namespace, first_seed: int | None) -> list[Row]:
@@ -280,7 +299,9 @@ def read_rows(args: argparse.Namespace, first_seed: int | None) -> list[Row]:
             raise ValueError(f"{where} is not JSON: {error}") from None
         check_line(prompt, where, args.mode)
         seed = None if first_seed is None else prompt.get("seed", first_seed + len(rows))
-        choices = prompt.get("choices") or [prompt[name] for name in prompt if name in CHOICES]
+        choices = prompt.get("choices", [])
+        if "continuation" in prompt:
+            choices = [prompt["continuation"]]
         rows.append(Row(len(rows), prompt["text"], prompt.get("max_new_tokens", new), seed,
                         prompt.get("template", template), choices))
     if not rows:
@@ -288,22 +309,13 @@ def read_rows(args: argparse.Namespace, first_seed: int | None) -> list[Row]:
     return rows
 
 
-CHOICES = ("continuation", "choices")
-LINE = {"text": (str, "text", lambda text: True), "max_new_tokens": (int, *COUNT),
-        "seed": (int, *NATURAL), "template": (str, "text", lambda text: True)}
-LINE_TO_SCORE = {
-    "text": LINE["text"], "continuation": LINE["text"],
-    "choices": (list, "a list of texts",
-                lambda texts: texts and all(isinstance(text, str) for text in texts))}
-
-
 def check_line(prompt, where: str, mode: str):
     kinds = LINE_TO_SCORE if mode == "score" else LINE
     if not isinstance(prompt, dict) or "text" not in prompt:
         raise ValueError(f"{where} must be an object with text")
-    if mode == "score" and sum(name in prompt for name in CHOICES) != 1:
+    if mode == "score" and ("continuation" in prompt) == ("choices" in prompt):
         raise ValueError(f"{where} must have either continuation or choices")
-    if mode != "mask_diffusion" and "template" in prompt and mode != "score":
+    if "template" in prompt and mode not in ("mask_diffusion", "score"):
         raise ValueError(f"{where} has a template, which does nothing with --mode {mode}")
     for name, value in prompt.items():
         if name not in kinds:
@@ -313,12 +325,14 @@ def check_line(prompt, where: str, mode: str):
             raise ValueError(f"{where}: {name} is {value!r:.40}, but it must be {rule}")
 
 
-def ids_of(text: str, what: str, tokenizer: Tokenizer, config: TwoTowerConfig) -> list[int]:
+def ids_of(text: str, what: str, tokenizer: Tokenizer, config: TwoTowerConfig,
+           whole: bool = False) -> list[int]:
+    """whole: a text of its own, before which the tokenizer may put a token."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{what} is not valid UTF-8") from None
-    ids = tokenizer.encode(text).ids
+    ids = tokenizer.encode(text, add_special_tokens=whole).ids
     if ids and max(ids) >= config.vocab_size:
         raise ValueError(f"{what} has id {max(ids)}, but the model's vocab_size is "
                          f"{config.vocab_size}; tokenizer.json is not this model's")
@@ -329,7 +343,7 @@ def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, mask_i
     """Fill in ids and lengths. Raises: ValueError for a text without tokens, or too long a one."""
     for row in rows:
         which = f"prompt {row.index}" if len(rows) > 1 else "the prompt"
-        row.ids = ids_of(row.prompt, which, tokenizer, config)
+        row.ids = ids_of(row.prompt, which, tokenizer, config, whole=True)
         row.choice_ids = [ids_of(text, f"a choice of {which}", tokenizer, config)
                           for text in row.choices]
         if not row.ids or [] in row.choice_ids:
@@ -352,8 +366,8 @@ def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, mask_i
         longest = config.max_position_embeddings
         if len(row.ids) + row.max_new_tokens > longest:
             raise ValueError(f"{which} has {len(row.ids)} tokens, which with {row.max_new_tokens} "
-                             f"new ones is more than max_position_embeddings {longest}; shorten it "
-                             "or lower --max-new-tokens")
+                             f"more is above max_position_embeddings {longest}; shorten it"
+                             + ("" if row.choices else " or lower --max-new-tokens"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,11 +415,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def devices(args: argparse.Namespace) -> list[str]:
-    """The context tower's device, and unless the mode is ar the denoiser's."""
+    """The context tower's device, and the denoiser's in modes that have one."""
     gpus = torch.cuda.device_count()
     first = getattr(args, "context_device", "cuda:0" if gpus else "cpu")
     second = "cuda:1" if gpus > 1 and first == "cuda:0" else first
-    chosen = [first] if args.mode in CONTEXT_ONLY else [first, getattr(args, "denoiser_device", second)]
+    chosen = [first]
+    if args.mode not in CONTEXT_ONLY:
+        chosen.append(getattr(args, "denoiser_device", second))
     for device, name in zip(chosen, ("context", "denoiser")):
         try:
             torch.zeros(1, device=device).item()            # fails on "meta" too
@@ -463,9 +479,10 @@ def plan(model: TwoTower, rows: list[Row], batch: int, width: int, args: argpars
     length = prompt + -(-new // width) * width
     longest = model.config.max_position_embeddings
     if max(prompt + new, width) > longest:
+        of_a_block = "--draft-length" if args.mode == "speculative" else "--block-size"
         raise ValueError(f"{prompt} + {new} tokens and blocks of {width} are too many for "
                          f"max_position_embeddings {longest}; lower --max-new-tokens or "
-                         "--block-size")
+                         f"{of_a_block}")
     table = memory(model, batch, length, width, places)
     for place, parts in table.items():
         print(f"{place}: {towers_at(place, places)}: "
@@ -492,7 +509,8 @@ def plan(model: TwoTower, rows: list[Row], batch: int, width: int, args: argpars
         if all(sum(parts.values()) <= free_memory(place) for place, parts in table.items()):
             break
     else:
-        way = "a device with more memory, or fewer --max-new-tokens"
+        way = "a device with more memory, or " + (
+            "shorter texts" if args.mode == "score" else "fewer --max-new-tokens")
     raise ValueError(f"{towers_at(full[0], places)} on {full[0]} would not fit; what would: {way}")
 
 
@@ -561,16 +579,21 @@ class Demonstration(Output):
     """The prompt, then for every denoiser pass a line: the block as it stands after it."""
 
     def __init__(self, tokenizer: Tokenizer, mask_id: int):
-        self.tokenizer, self.mask_id = tokenizer, mask_id
+        self.tokenizer, self.mask_id, self.block_index = tokenizer, mask_id, None
 
     def step(self, step: Step, rows: list[Row]):
-        if step.block_index == step.step == 0:
+        if self.block_index is None:
             print(f"{rows[0].prompt}\n{MASKED} is a masked token; a line shows a block after one "
                   "denoiser pass")
-        if step.step == 0:
-            print(f"\nblock {step.block_index}  {MASKED * step.after.shape[1]}")
+        if step.block_index != self.block_index:
+            self.block_index = step.block_index
+            before = step._replace(after=step.before)
+            print(f"\nblock {step.block_index}  " + self.line(before))
+        print("         " + self.line(step), flush=True)
+
+    def line(self, step: Step) -> str:
         line = "".join(text for _, text in pieces(step, 0, self.tokenizer, self.mask_id))
-        print("         " + line.replace("\n", "\u21b5"), flush=True)
+        return line.replace("\n", "\u21b5")
 
     def end(self, row: Row):
         print(f"\n{row.text}", flush=True)
@@ -684,7 +707,7 @@ class Trace(Output):
 
     def step(self, step: Step, rows: list[Row]):
         for r, row in enumerate(step.rows):
-            if step.t[r] > 0:                       # this row's block is not finished
+            if step.committed[r].any():             # else this row's block was finished
                 self.file.write(json.dumps({
                     "index": rows[row].index, "block": step.block_index, "step": step.step,
                     "t": float(step.t[r]), "before": step.before[r].tolist(),
@@ -700,27 +723,34 @@ class Trace(Output):
 # 5. Decoding
 
 
-def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argparse.Namespace,
-           knobs: dict, outputs: list[Output]):
-    """Write after every row, `batch_size` of them at a time.
+class Interrupt:
+    """Ctrl-C, to be noticed between two passes, so that no output is half done or done twice;
+    pressed again it acts at once."""
 
-    Raises: KeyboardInterrupt, but only between two passes, so that no output is half done or done
-    twice; pressed again, Ctrl-C acts at once.
-    """
-    interrupted = False
+    def __init__(self):
+        self.pressed = False
+        signal.signal(signal.SIGINT, self.press)
 
-    def interrupt(*_):
-        nonlocal interrupted
-        interrupted = True
+    def press(self, *_):
+        self.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, interrupt)
+    def check(self):
+        if self.pressed:
+            raise KeyboardInterrupt
+
+
+def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argparse.Namespace,
+           knobs: dict, outputs: list[Output]):
+    """Write after every row, `batch_size` of them at a time."""
+    interrupt = Interrupt()
     generate, eos = function(model, args.mode), model.config.eos_token_id
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start:start + args.batch_size]
         waiting = list(batch)
 
         def on_tokens(written: Written) -> bool:
+            interrupt.check()
             row = batch[written.row]
             row.take(written, tokenizer, eos, args.stop)
             for output in outputs:
@@ -732,19 +762,19 @@ def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argpars
             return row.ended == "stop"
 
         def on_step(step: Step):
-            if interrupted:
-                raise KeyboardInterrupt
+            interrupt.check()
             for output in outputs:
                 output.step(step, batch)
 
         generators = [torch.Generator().manual_seed(row.seed) for row in batch
                       if row.seed is not None]
-        if any(row.template_ids for row in batch):
-            knobs = knobs | {"template": [row.template_ids or None for row in batch]}
+        templates = [row.template_ids or None for row in batch]
+        own = {"template": templates} if any(templates) else {}
         try:
             generate([torch.tensor(row.ids) for row in batch],
                      [row.max_new_tokens for row in batch], eos_token_id=eos,
-                     generator=generators or None, on_step=on_step, on_tokens=on_tokens, **knobs)
+                     generator=generators or None, on_step=on_step, on_tokens=on_tokens, **knobs,
+                     **own)
         except KeyboardInterrupt:
             for row in waiting:
                 row.ended = row.ended or "interrupted"
@@ -758,15 +788,17 @@ def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argpars
 
 def score(model: TwoTower, rows: list[Row], args: argparse.Namespace, outputs: list[Output]):
     """Log-likelihoods of every row's choices, `batch_size` of them at a time."""
+    interrupt = Interrupt()
     asked = [(row, ids) for row in rows for ids in row.choice_ids]
     for start in range(0, len(asked), args.batch_size):
         batch = asked[start:start + args.batch_size]
+        interrupt.check()
         scores = model.score([torch.tensor(row.ids) for row, _ in batch],
                              [torch.tensor(ids) for _, ids in batch])
         for (row, ids), total in zip(batch, scores.total.tolist()):
             row.log_likelihoods.append(total)
             row.tokens += ids
-            row.context_passes += 1
+            row.context_passes += -(-(len(row.ids) + len(ids) - 1) // SCORED_AT_ONCE)
             if len(row.log_likelihoods) == len(row.choices):
                 row.ended = "scored"
                 for output in outputs:
@@ -824,11 +856,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.output} is complete: {done} results", file=sys.stderr)
         return 0
     rows = rows[done:]
-    batch = min(args.batch_size, len(rows) or args.batch_size)
+    at_once = sum(len(row.choices) or 1 for row in rows) or args.batch_size
     width = knobs.get("block_size", knobs.get("draft_length", 1))
-    if args.mode == "score":                        # a piece of a text
-        width = inspect.signature(model.score).parameters["piece"].default
-    plan(model, rows, batch, width, args, places)
+    if args.mode == "score":
+        longest = max((len(row.ids) + row.max_new_tokens for row in rows), default=SCORED_AT_ONCE)
+        width = min(longest, SCORED_AT_ONCE)
+    plan(model, rows, min(args.batch_size, at_once), width, args, places)
     if args.plan:
         return 0
 
@@ -836,7 +869,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     load(model, files, places)
     seconds = {"load": time.perf_counter() - start, "prefill": 0.0}
-    time_prefills(model, seconds)
+    if args.mode != "score":
+        time_prefills(model, seconds)
     status, start = 0, time.perf_counter()
     try:
         if args.mode == "score":

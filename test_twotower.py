@@ -1072,19 +1072,19 @@ def test_select_keeps_rows():
     check(model.extend(context, ids(2, 3))[:1], model.extend(alone, ids(2, 3)[:1]), 1e-10)
 
 
-# ------------------------------------------------------------ scoring, templates, speculative decoding
+# ------------------------------------------------------- scoring, templates, speculative decoding
 
 def text_and_continuation(total: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids(total - new, seed=total), ids(new, seed=new)
 
 
-@pytest.mark.parametrize("piece", [1, 15, 16, 17, 512])
-def test_score_is_the_sum_of_single_ar_steps(piece):
-    """Ragged rows, lengths around block, chunk and piece edges; float64."""
+@pytest.mark.parametrize("tokens_per_pass", [1, 15, 16, 17, 512])
+def test_score_is_the_sum_of_single_ar_steps(tokens_per_pass):
+    """Ragged rows, lengths around block, chunk and pass edges; float64."""
     model = random_model()
     sizes = [(2, 1), (16, 1), (16, 15), (17, 16), (18, 1), (33, 16), (34, 33), (49, 20)]
     prompts, continuations = zip(*(text_and_continuation(*size) for size in sizes))
-    scores = model.score(prompts, continuations, piece=piece)
+    scores = model.score(prompts, continuations, tokens_per_pass)
     for row, (prompt, continuation) in enumerate(zip(prompts, continuations)):
         context, expected = model.prefill(prompt[None]), []
         for token in continuation:
@@ -1107,13 +1107,35 @@ def test_score_in_float32():
         model.extend(context, token.view(1, 1))
 
 
-def test_scores_need_no_denoiser_and_memory_does_not_grow_with_length(monkeypatch):
-    """Whatever a pass makes, it makes for at most `piece` tokens."""
-    model = TwoTower(TwoTowerConfig(**TINY), towers="context").eval()
-    widths = []
-    model.context_lm_head.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    model.score([ids(10)], [ids(400)], piece=32)
-    assert max(widths) == 32 and len(widths) == 13      # 409 tokens are read, from the 9th scored
+def test_scores_must_be_finite_and_need_no_room_for_a_whole_pass():
+    model = TwoTower(TwoTowerConfig(**TINY | dict(max_position_embeddings=64))).eval()
+    assert len(model.score([ids(20)], [ids(44)]).tokens[0]) == 44
+    with torch.no_grad():
+        model.context_lm_head.weight[7] = math.nan
+    with pytest.raises(ValueError, match="of continuation 0 are not finite"):
+        model.score([ids(20)], [ids(4)])
+
+
+def test_memory_of_scoring_does_not_grow_with_the_text():
+    """Peak memory at 1k and at 16k tokens, without a denoiser: what is added is the KV cache and a
+    mask of one piece's queries over all keys (bool, then float32); logits would be 400 MB."""
+    script = """
+import re, torch
+from test_twotower import TINY
+from twotower import TwoTower, TwoTowerConfig
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+config = TwoTowerConfig(**TINY | dict(vocab_size=6400, max_position_embeddings=20000))
+model = TwoTower(config, towers="context").eval()
+for n in (1000, 16000):
+    before = peak()
+    scores = model.score([torch.arange(10)], [torch.arange(n) % 6400])
+    print(peak() - before, len(scores.tokens[0]))
+"""
+    run = run_python("-c", script)
+    assert run.returncode == 0, run.stderr
+    (first, _), (more, tokens) = (map(int, line.split()) for line in run.stdout.splitlines())
+    cache, mask = 16000 * 2 * 2 * 8 * 4, 512 * 16000 * (1 + 4 * 2)
+    assert tokens == 16000 and first > 0 and more < 2 * (cache + mask)
 
 
 def test_rollback_at_every_position():
@@ -1137,6 +1159,28 @@ def test_rollback_at_every_position():
                 more = model.extend(context, after)
                 whole = torch.cat([prompts[0], block[0, :5], after[0]])
                 check(more[0], model.context_logits(whole[None])[0, -3:], 1e-10)
+
+
+def test_one_generator_serves_ar_and_speculative_decoding_alike():
+    """Also its state afterwards, whatever ends the row: nothing is drawn that AR does not draw."""
+    model, tokenizer = miniature()
+    prompt = tokenizer.encode("import os\nimport ").ids
+    for seed in range(3):
+        texts, generators = [], []
+        for mode in ("ar", "speculative"):
+            generators.append(seeded(seed))
+            texts.append(getattr(model, f"generate_{mode}")(
+                [prompt], 25, temperature=1.0, eos_token_id=2,
+                generator=generators[-1]).tokens[0].tolist())
+        assert texts[0] == texts[1]
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_the_last_token_is_not_drafted():
+    model, prompt = random_model(), ids(1, 9)
+    assert model.generate_speculative(prompt, 1).nfe.tolist() == [0]
+    result = model.generate_speculative(prompt, 2)
+    assert result.nfe.tolist() == [0] and result.context_passes.tolist() == [2]
 
 
 def knobs_of_sampling(rows: range, sampled: bool) -> dict:
@@ -1727,15 +1771,18 @@ def test_bad_arguments():
             lambda: model.generate_mask_diffusion(one, template=[5, 128]),
         "template 1 has shape (0,)":
             lambda: model.generate_mask_diffusion([one[0]] * 2, template=[[5], []]),
-        "2 templates for 1 prompts":
-            lambda: model.generate_mask_diffusion(one, template=[[5], [6]]),
+        "or one sequence of them (or None) for each of 1 prompts":
+            lambda: model.generate_mask_diffusion(one, template=[[5, 7], [6]]),
+        "template must be ids": lambda: model.generate_mask_diffusion(one, template=5),
+        "for all or for each of 2 prompts; only a template can do without":
+            lambda: model.generate_mask_diffusion([one[0]] * 2, template=[[5], None]),
         "template 0 has 3 tokens, more than the 2":
             lambda: model.generate_mask_diffusion(one, 2, template=[5, 3, 7]),
         "max_new_tokens is None": lambda: model.generate_mask_diffusion(one),
         "draft_length is 0": lambda: model.generate_speculative(one, 8, draft_length=0),
         "2 continuations for 1 prompts": lambda: model.score(one, [one[0], one[0]]),
         "continuation 0 holds id 128": lambda: model.score(one, [[128]]),
-        "piece is 0": lambda: model.score(one, one, piece=0),
+        "tokens_per_pass is 0": lambda: model.score(one, one, 0),
         "4097 tokens are more than": lambda: model.score(one, torch.full((1, 4095), 5)),
         "confidence_threshold is nan":
             lambda: model.generate_mask_diffusion(one, 8, confidence_threshold=math.nan),
@@ -2072,6 +2119,25 @@ def test_sample_fills_templates(tmp_path):
     assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
     assert " and then" in third["text"] and len(third["tokens"]) == 9
     assert first["settings"]["template"] == "Hello{{3}}."
+    lines = [{"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER, "max_new_tokens": 3}]
+    trace = tmp_path / "trace.jsonl"
+    flags = ["--prompt-file", prompts_file(tmp_path / "two.jsonl", lines * 2), "--output"]
+    for size in (1, 3):                                     # no batch gets another's templates
+        out = tmp_path / f"out{size}.jsonl"
+        run = sample(*flags, out, "--batch-size", size, *["--trace", trace] * (size == 3))
+        assert run.returncode == 0, run.stderr
+        results = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [len(result["tokens"]) for result in results] == [
+            3 + len(tokenizer().encode("Hello").ids) + 1, 3] * 2
+    steps = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert len(steps) == sum(result["nfe"] for result in results)
+    fixed = tokenizer().decode(tokenizer().encode("Yes</s>no").ids)     # EOS inside, as any token
+    assert sample("--template", "Yes</s>no", LETTER).stdout == f"{LETTER}{fixed}\n"
+    flags = ["--max-new-tokens", 5, "--output", tmp_path / "one.jsonl", LETTER]
+    assert sample("--template", "x____", *flags).returncode == 0
+    one_line(sample("--resume", *flags), "was made with template 'x____', not None")
+    shown = run_python("sample.py", "--template", "class Point:\n    def __init__(self{{12}}").stdout
+    assert shown.startswith("class Point label") and f"block 0  class Point:\u21b5" in shown
 
 
 def test_sample_scores(tmp_path):
@@ -2091,7 +2157,7 @@ def test_sample_scores(tmp_path):
                 math.exp(-total / len(asked)), rel=1e-4)
             assert result["perplexity_per_byte"][i] == pytest.approx(
                 math.exp(-total / len(text.encode())), rel=1e-4)
-        best = max(range(len(result["tokens"])), key=lambda i: result["log_likelihoods"][i])
+        best = max(range(len(result["token_counts"])), key=lambda i: result["log_likelihoods"][i])
         assert result["best"] == best
     wrong, likely, _ = results[0]["perplexity_per_byte"]
     assert likely < wrong and results[0]["best_per_byte"] != 0
@@ -2099,7 +2165,11 @@ def test_sample_scores(tmp_path):
     assert sample(*flags).returncode == 0
     whole = out.read_bytes()
     out.write_bytes(whole[:whole.index(b"\n") + 9])
-    assert sample(*flags, "--resume").returncode == 0 and out.read_bytes() == whole
+    assert sample(*flags, "--resume").returncode == 0
+    resumed = [json.loads(line) for line in out.read_text().splitlines()]
+    for a, b in zip(resumed, results, strict=True):     # in other batches: to the last digits
+        assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], abs=1e-4)
+        assert (a["token_counts"], a["settings"]) == (b["token_counts"], b["settings"])
     for line, message in (
             ({"text": "a"}, "line 1 must have either continuation or choices"),
             ({"text": "a", "choices": []}, "choices is [], but it must be a list of texts"),
@@ -2112,12 +2182,18 @@ def test_sample_scores(tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["--mode", "ar"], "--mode ar needs a prompt"),
     (["--mode", "ar", "--template", "___", "Hi"], "--template does nothing with --mode ar"),
+    (["--mode", "ar", "--mask-token-id", "0", "Hi"], "--mask-token-id does nothing"),
+    (["--mode", "ar", "--confidence-threshold", "0", "Hi"], "--confidence-threshold does nothing"),
+    (["--mode", "score", "--temperature", "0", "--prompt-file", "x.jsonl"], "--temperature does"),
+    (["--mode", "score", "--json", "--prompt-file", "x.jsonl"], "--json does nothing"),
+    (["--mode", "score"], "--mode score needs --prompt-file"),
+    (["--plan", "--template", "___"], "--template does nothing with --plan but beside a prompt"),
+    (["--mode", "speculative", "--draft-length", "5000", "Hi"], "lower --max-new-tokens or --draft"),
     (["--template", "", "Hi"], "the template of the prompt holds no token and no hole"),
     (["--template", "{{9}}", "--max-new-tokens", "8", "Hi"], "has 9 tokens, more than the 8"),
     (["--draft-length", "8", "Hi"], "--draft-length does nothing with --mode mask_diffusion"),
     (["--mode", "speculative", "--block-size", "8", "Hi"], "--block-size does nothing"),
     (["--mode", "score", "Hi"], "--mode score needs --prompt-file with the suffix .jsonl"),
-    (["--mode", "score", "--temperature", "1", "Hi"], "--temperature does nothing with"),
     ([""], "the prompt holds no token"),
     (["--mode", "fast", "Hi"], "invalid choice: 'fast'"),
     (["--blocksize", "8", "Hi"], "unrecognized arguments"),

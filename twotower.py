@@ -272,7 +272,8 @@ class MambaScan(NamedTuple):
         """The state after the first counts (B,) tokens of each row."""
         counts = counts.to(self.dt.device)
         kept = torch.arange(self.dt.shape[1], device=counts.device) < counts[:, None]
-        ssm = ssd_state(self.x, self.dt * kept[..., None], self.A, self.B, self.ssm_state)
+        with torch.autocast(self.x.device.type, enabled=False):     # as in ssd_scan
+            ssm = ssd_state(self.x, self.dt * kept[..., None], self.A, self.B, self.ssm_state)
         W = self.history.shape[1] - self.dt.shape[1]
         newest = counts[:, None] + torch.arange(W, device=counts.device)
         rows = torch.arange(len(counts), device=counts.device)[:, None]
@@ -423,8 +424,15 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """adaLN: x * (1 + scale) + shift, for x (B, L, D) in n equal blocks with a (B, n, D) each."""
+    blocks = x.unflatten(1, (shift.shape[1], -1))                                # (B, n, L/n, D)
+    return torch.addcmul(shift[:, :, None], blocks, 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + gate * h, for x and h (B, L, D) in n equal blocks with a gate (B, n, D) each."""
+    x, h = (v.unflatten(1, (gate.shape[1], -1)) for v in (x, h))
+    return torch.addcmul(x, gate[:, :, None], h).flatten(1, 2)
 
 
 def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -810,8 +818,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, state, span: Span, modulation=None):
         """x (B, L, D) -> (B, L, D) and the layer's new state.
 
-        modulation: shift, scale and gate, each (B, 1, D) or (B, L, D), or None for neither
-        modulation nor gate.
+        modulation: shift, scale and gate, (B, n, D) for n equal blocks of tokens, or None for
+        neither modulation nor gate.
         Mamba and attention modulate before the norm, MoE and MLP after it.
         """
         shift, scale, gate = modulation or (None, None, None)
@@ -827,7 +835,7 @@ class Layer(nn.Module):
             h = self.mixer(h, state, span)
         else:
             h = self.mixer(h)
-        return x + h if gate is None else torch.addcmul(x, gate, h), state
+        return x + h if gate is None else add_gated(x, gate, h), state
 
 
 class Tower(nn.Module):
@@ -917,7 +925,7 @@ class Written(NamedTuple):
 class Scores(NamedTuple):
     """Natural logarithms of the probabilities of each row's continuation."""
 
-    tokens: list[Tensor]        # B tensors (n,) float32 on the host: given all tokens before
+    tokens: list[Tensor]        # B tensors (n,) f32 on the host: each given all tokens before it
     total: Tensor               # (B,) float64: their sums
 
 
@@ -1026,21 +1034,12 @@ def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: flo
     return masked & (ranked.argsort(dim=-1) < n[:, None])
 
 
-@dataclass
-class Unmasking:
-    """How the denoiser fills the masked positions of a block: the knobs of `select_commits`."""
+class Unmasking(NamedTuple):
+    """How the denoiser fills the masked positions of a block."""
 
     mask_token_id: int
-    steps_per_block: int = 16
-    confidence_threshold: float = 0.8
-
-    def __post_init__(self):
-        if type(self.steps_per_block) is not int or self.steps_per_block < 1:
-            raise ValueError(f"steps_per_block is {self.steps_per_block!r}, but it must be a "
-                             "positive integer")
-        if not self.confidence_threshold >= 0:
-            raise ValueError(f"confidence_threshold is {self.confidence_threshold}, but it must be "
-                             ">= 0")
+    steps_per_block: int
+    confidence_threshold: float
 
 
 class _Rows:
@@ -1061,15 +1060,13 @@ class _Rows:
         """Add ids, R tensors (n,), up to the length asked for and an EOS after the template; return
         who goes on (0..R-1)."""
         going = []
-        for r, row in enumerate(self.live):
-            have, fixed = len(self.tokens[row]), len(self.templates[row])
-            ids = new[r][:self.max_new_tokens[row] - have].tolist()
-            free = max(0, fixed - have)
-            if self.eos_token_id in ids[free:]:
-                ids = ids[:ids.index(self.eos_token_id, free) + 1]
+        for r, (row, left) in enumerate(zip(self.live, self.left().tolist())):
+            ids = new[r][:left].tolist()
+            eos_from = max(0, len(self.templates[row]) - len(self.tokens[row]))
+            ended = len(ids) == left
+            if self.eos_token_id in ids[eos_from:]:
+                ids, ended = ids[:ids.index(self.eos_token_id, eos_from) + 1], True
             self.tokens[row] += ids
-            full = len(self.tokens[row]) == self.max_new_tokens[row]
-            ended = full or self.eos_token_id in ids[free:]
             if self.on_tokens is not None:
                 passes = int(self.nfe[row]), int(self.context_passes[row])
                 ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
@@ -1084,12 +1081,17 @@ class _Rows:
         block = torch.full((len(self.live), block_size), mask_token_id)
         wanted = torch.ones_like(block, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            start = len(self.tokens[row])
-            fixed = self.templates[row][start:start + block_size]
-            block[r, :len(fixed)] = fixed
-            if len(self.templates[row]) == self.max_new_tokens[row]:
-                wanted[r, len(fixed):] = False
+            template = self.templates[row]
+            rest = template[len(self.tokens[row]):][:block_size]
+            block[r, :len(rest)] = rest
+            if len(template) == self.max_new_tokens[row]:
+                wanted[r, len(rest):] = False
         return block, wanted
+
+    def left(self) -> Tensor:
+        """(R,): how many tokens each live row may still get."""
+        return torch.tensor([self.max_new_tokens[row] - len(self.tokens[row])
+                             for row in self.live])
 
     def last_tokens(self) -> Tensor:
         """(R, 1): the newest token of each live row."""
@@ -1216,7 +1218,7 @@ class TwoTower(nn.Module):
     """Context tower, denoiser tower, their heads and the time conditioning.
 
     TwoTower(config) initialises as for training from scratch, on torch's default device and in
-    its default dtype. towers="context" leaves the denoiser out: AR decoding only.
+    its default dtype. towers="context" leaves the denoiser out: AR and scores only.
     """
 
     def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
@@ -1317,43 +1319,47 @@ class TwoTower(nn.Module):
         return out
 
     @torch.no_grad()
-    def score(self, prompts, continuations, piece: int = 512) -> Scores:
+    def score(self, prompts, continuations, tokens_per_pass: int = 512) -> Scores:
         """Log-probabilities of continuations of prompts under the context tower.
 
         Args:
             prompts, continuations: as for `prefill`, one continuation for each prompt.
-            piece: tokens a pass; memory does not grow with longer texts but by the KV cache.
-        Returns: Scores.
-        Raises: ValueError as `prefill` does.
+            tokens_per_pass: longer texts take several passes, whose memory grows with the text
+                only by the KV cache and a mask of one pass's queries over it.
+        Raises: ValueError as `prefill` does, or for logits that are not finite.
         """
         prompts = self._check_prompts(prompts)
         continuations = self._check_prompts(continuations, "continuation")
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(continuations)} continuations for {len(prompts)} prompts")
-        self._check_block(piece, "piece")
+        self._check_positive(tokens_per_pass, "tokens_per_pass")
         texts = [torch.cat(pair) for pair in zip(prompts, continuations)]
         self._check_length(max(map(len, texts)))
         read = torch.tensor([len(text) - 1 for text in texts])      # the last token is only scored
         live, scores = list(range(len(texts))), [[] for _ in texts]
         context = Context(self.context_tower, len(texts), int(read.max()))
-        for start in range(0, int(read.max()), piece):
+        for start in range(0, int(read.max()), tokens_per_pass):
             going = [r for r, row in enumerate(live) if read[row] > start]
             context.select(going)
             live = [live[r] for r in going]
-            counts = (read[live] - start).clamp(max=piece)
-            ends = [start + n for n in counts.tolist()]
+            ends = read[live].clamp(max=start + tokens_per_pass)
             tokens = nn.utils.rnn.pad_sequence(
                 [texts[row][start:end] for row, end in zip(live, ends)], batch_first=True)
-            first = [max(0, len(prompts[row]) - 1 - start) for row in live]
-            wanted = any(start + skip < end for skip, end in zip(first, ends))
-            logits = self._extend(context, tokens, counts, "all" if wanted else None)
-            for r, (row, skip, end) in enumerate(zip(live, first, ends)):
-                if start + skip < end:
-                    labels = texts[row][start + skip + 1:end + 1].to(logits.device)
-                    scores[row].append(-F.cross_entropy(logits[r, skip:end - start], labels,
-                                                        reduction="none").cpu())
+            # the logits after token i are those of token i + 1
+            firsts = [max(start, len(prompts[row]) - 1) for row in live]
+            scored = any(first < end for first, end in zip(firsts, ends))
+            logits = self._extend(context, tokens, ends - start, "all" if scored else None)
+            for r, (row, first, end) in enumerate(zip(live, firsts, ends)):
+                if first < end:
+                    labels = texts[row][first + 1:end + 1].to(logits.device)
+                    scores[row].append(-F.cross_entropy(logits[r, first - start:end - start],
+                                                        labels, reduction="none").cpu())
+            logits = context.logits = None              # before the next pass makes its own
         scores = [torch.cat(pieces) for pieces in scores]
-        return Scores(scores, torch.stack([row.double().sum() for row in scores]))
+        for row, one in enumerate(scores):
+            if not one.isfinite().all():
+                raise ValueError(f"the log-probabilities of continuation {row} are not finite")
+        return Scores(scores, torch.stack([one.double().sum() for one in scores]))
 
     # -- denoiser tower -----------------------------------------------------------------------
 
@@ -1379,19 +1385,16 @@ class TwoTower(nn.Module):
     def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
                          t: Tensor | None) -> Tensor:
         tower = self.denoiser_tower
-        L = tokens.shape[1]
-        modulations = None if t is None else self._modulations(t.to(tower.device), L)
+        modulations = None if t is None else self._modulations(t.to(tower.device))
         hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)
         return wide(self.lm_head(hidden))
 
-    def _modulations(self, t: Tensor, L: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per layer (shift, scale, gate): (B, 1, D) for t (B,), (B, L, D) for t (B, n)."""
+    def _modulations(self, t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per layer (shift, scale, gate): (B, 1, D) for t (B,), (B, n, D) for t (B, n)."""
         D = self.config.hidden_size
         embedding = self.t_block(self.t_embedder(t.flatten())).view(len(t), -1, 3, D)
         tables = torch.stack(list(self.scale_shift_tables))[:, None, None] + embedding
-        if t.dim() == 2:                                    # one t for each of n blocks
-            tables = tables.repeat_interleave(L // t.shape[1], dim=2)
-        return [table.unbind(2) for table in tables.unbind(0)]                  # (B, 1 or L, D)
+        return [table.unbind(2) for table in tables.unbind(0)]
 
     # -- training -----------------------------------------------------------------------------
 
@@ -1548,12 +1551,10 @@ class TwoTower(nn.Module):
         self._need_denoiser()
         sampler = Sampler(temperature, top_k, top_p, generator)
         unmasking = self._unmasking(mask_token_id, steps_per_block, confidence_threshold)
-        self._check_block(block_size, "block_size")
-        templates = self._check_templates(template, len(prompts))
-        if max_new_tokens is None and template is not None:
-            max_new_tokens = list(map(len, templates))
+        self._check_positive(block_size, "block_size")
+        self._check_length(block_size)
         prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
-                                    templates)
+                                    template)
         blocks = -(-max(rows.max_new_tokens) // block_size)
         context = self._prefill(prompts, blocks * block_size, logits=None)
         rows.context_passes += 1
@@ -1579,23 +1580,32 @@ class TwoTower(nn.Module):
                              on_step: Callable[[Step], None] | None = None,
                              on_tokens: Callable[[Written], bool | None] | None = None
                              ) -> Generation:
-        """What `generate_ar` writes, token for token, in fewer passes of the context tower.
+        """What `generate_ar` writes, in fewer passes of the context tower.
 
         The denoiser drafts the rest of a block whose first token is known; one context pass over
         the block gives AR's choice after each of its tokens. The draft is kept as far as it is what
         AR chose; AR's choice after that begins the next block.
 
-        Args: as for `generate_mask_diffusion`, whose knobs shape the (greedy) drafts; draft_length:
-            tokens of a block, the known one included. Sampling takes AR's draws: with one generator
-            per row, or one row, the tokens are those `generate_ar` draws from the same state;
-            otherwise only their distribution is the same.
+        The same token for token, as far as a pass over a block rounds as passes over single tokens
+        do: tested in float32; in bfloat16 a near tie may fall the other way. Sampling takes AR's
+        draws: with one generator per row, or one row, they are those of `generate_ar`; with one for
+        many rows only the distribution is the same.
+
+        Args:
+            prompts, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator, on_tokens:
+                as for `generate_ar`.
+            draft_length: tokens of a block, the known one included.
+            steps_per_block, mask_token_id, confidence_threshold: of the drafts, which are greedy,
+                as for `generate_mask_diffusion`.
+            on_step: called after every denoiser pass; block_index counts the drafts.
         Raises: ValueError for impossible arguments, or for logits that are not finite.
         Source: arXiv 2211.17192 (speculative decoding), with AR's draw in place of rejection.
         """
         self._need_denoiser()
         sampler, greedy = Sampler(temperature, top_k, top_p, generator), Sampler()
         unmasking = self._unmasking(mask_token_id, steps_per_block, confidence_threshold)
-        self._check_block(draft_length, "draft_length")
+        self._check_positive(draft_length, "draft_length")
+        self._check_length(draft_length)
         prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
         context = self._prefill(prompts, max(rows.max_new_tokens) + draft_length)
         rows.context_passes += 1
@@ -1604,8 +1614,9 @@ class TwoTower(nn.Module):
             if not rows.live:
                 return rows.result()
             context.select(going)
-            block, wanted = rows.next_block(draft_length, unmasking.mask_token_id)
+            block = torch.full((len(going), draft_length), unmasking.mask_token_id)
             block[:, :1] = rows.last_tokens()
+            wanted = torch.arange(draft_length) < rows.left()[:, None]
             block = self._fill(block, wanted, context, rows, block_index, unmasking, greedy,
                                on_step, known=1)
             logits = self._extend(context, block, logits="all", tentative=True)
@@ -1645,20 +1656,23 @@ class TwoTower(nn.Module):
     def _verify(self, logits: Tensor, block: Tensor, sampler: Sampler, rows: _Rows,
                 block_index: int) -> list[Tensor]:
         """AR's choice after each token of the block (R, Q), up to the first that the draft does not
-        have: R tensors of 1 to Q ids. logits (R, Q, V)."""
-        Q = block.shape[1]
+        have or that ends the row: R tensors of 1 to Q ids. logits (R, Q, V)."""
+        Q, left = block.shape[1], rows.left().tolist()
         new, drawing = [[] for _ in rows.live], list(rows.live)
-        piece = Q if sampler.temperature == 0 else 1    # AR draws for a token only once it is there
-        for start in range(0, Q, piece):
-            ids, confidence = predict(logits[:, start:start + piece], sampler, drawing, None)
+        width = Q if sampler.temperature == 0 else 1    # AR draws for a token only once it is there
+        for start in range(0, Q, width):
+            ids, confidence = predict(logits[:, start:start + width], sampler, drawing, None)
             asked = torch.tensor([[row is not None] for row in drawing]).expand_as(ids)
             self._check_finite(confidence, asked, rows.live, block_index, start)
             for r in asked[:, 0].nonzero()[:, 0].tolist():
                 for i, choice in enumerate(ids[r].tolist(), start):
                     new[r].append(choice)
-                    if i == Q - 1 or choice != block[r, i + 1]:
+                    if (i == Q - 1 or choice != block[r, i + 1] or choice == rows.eos_token_id
+                            or len(new[r]) == left[r]):
                         drawing[r] = None
                         break
+            if not any(row is not None for row in drawing):
+                break
         return [torch.tensor(choices) for choices in new]
 
     def _emit(self, logits: Tensor, sampler: Sampler, rows: _Rows, on_step) -> list[int]:
@@ -1674,14 +1688,18 @@ class TwoTower(nn.Module):
         return rows.append(ids)
 
     def _start(self, prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
-               templates=None) -> tuple[list[Tensor], _Rows]:
+               template=None) -> tuple[list[Tensor], _Rows]:
         """Check what all generations take."""
         prompts = self._check_prompts(prompts)
+        templates = self._check_templates(template, len(prompts))
         lengths = ([max_new_tokens] * len(prompts) if not isinstance(max_new_tokens, Sequence)
                    else list(max_new_tokens))
+        if max_new_tokens is None:
+            lengths = [len(template) for template in templates]
         if len(lengths) != len(prompts) or not all(type(n) is int and n > 0 for n in lengths):
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more, for "
-                             f"all or for each of {len(prompts)} prompts")
+                             f"all or for each of {len(prompts)} prompts"
+                             + ("; only a template can do without" if template is not None else ""))
         self._check_length(max(len(prompt) + new for prompt, new in zip(prompts, lengths)))
         ids = range(self.config.vocab_size)
         if eos_token_id is not None and (type(eos_token_id) is not int or eos_token_id not in ids):
@@ -1689,10 +1707,9 @@ class TwoTower(nn.Module):
                              f"[0, {self.config.vocab_size}), or None")
         if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
             raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
-        templates = templates or self._check_templates(None, len(prompts))
-        for row, (fixed, new) in enumerate(zip(templates, lengths)):
-            if len(fixed) > new:
-                raise ValueError(f"template {row} has {len(fixed)} tokens, more than the "
+        for row, (template, new) in enumerate(zip(templates, lengths)):
+            if len(template) > new:
+                raise ValueError(f"template {row} has {len(template)} tokens, more than the "
                                  f"{new} of max_new_tokens")
         return prompts, _Rows(lengths, eos_token_id, on_tokens, templates)
 
@@ -1700,13 +1717,17 @@ class TwoTower(nn.Module):
         if mask_token_id is None:
             mask_token_id = self.config.mask_token_id
         self._check_ids(torch.tensor([[mask_token_id]]), "mask_token_id")
+        self._check_positive(steps_per_block, "steps_per_block")
+        if not confidence_threshold >= 0:
+            raise ValueError(f"confidence_threshold is {confidence_threshold}, but it must be >= 0")
         return Unmasking(mask_token_id, steps_per_block, confidence_threshold)
 
     # -- checks -------------------------------------------------------------------------------
 
     def _need_denoiser(self):
         if self.denoiser_tower is None:
-            raise ValueError("only the context tower is loaded; use towers='both', or generate_ar")
+            raise ValueError("only the context tower is loaded; use towers='both', or generate_ar "
+                             "or score")
 
     def _check_ids(self, ids: Tensor, name: str, rows: int | None = None) -> Tensor:
         if not isinstance(ids, Tensor) or ids.dtype != torch.long or ids.dim() != 2:
@@ -1749,21 +1770,21 @@ class TwoTower(nn.Module):
         return self._check_ids(ids[None], name)[0]
 
     def _check_templates(self, template, rows: int) -> list[Tensor]:
-        nothing = torch.empty(0, dtype=torch.long)
-        if template is None:
-            return [nothing] * rows
-        first = template[0] if len(template) else None
-        one = isinstance(first, int) or isinstance(first, Tensor) and first.dim() == 0
+        try:
+            one = template is None or torch.as_tensor(template).dim() == 1
+        except (TypeError, ValueError, RuntimeError):       # sequences of several lengths, or None
+            one = False
         templates = [template] * rows if one else template
-        if len(templates) != rows:
-            raise ValueError(f"{len(templates)} templates for {rows} prompts")
-        return [nothing if ids is None else self._check_sequence(ids, f"template {i}")
-                for i, ids in enumerate(templates)]
+        if not isinstance(templates, (Sequence, Tensor)) or len(templates) != rows:
+            raise ValueError(f"template must be ids, or one sequence of them (or None) for each of "
+                             f"{rows} prompts")
+        return [torch.empty(0, dtype=torch.long) if ids is None else
+                self._check_sequence(ids, f"template {i}") for i, ids in enumerate(templates)]
 
-    def _check_block(self, length: int, name: str):
-        if type(length) is not int or length < 1:
-            raise ValueError(f"{name} is {length!r}, but it must be a positive integer")
-        self._check_length(length)
+    @staticmethod
+    def _check_positive(value: int, name: str):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}, but it must be a positive integer")
 
     def _check_length(self, length: int):
         if length > self.config.max_position_embeddings:
