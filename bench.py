@@ -337,8 +337,8 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
 
 
 def print_table(rows: list[dict], kinds: list[str]):
-    print("exact match by task; tokens for a pass of either tower, and passes for a block of 16; on "
-          "the right, library source")
+    print("exact match by task; tokens for a pass of either tower, and passes for a block of 16; "
+          "on the right, library source")
     print(f"{'':17}" + "".join(f"{kind:>8}" for kind in kinds[:-1]) + "    mean   of AR"
           "  tokens/denoiser,context  passes/block  speed  log p   library  tok/pass  speed  log p")
     base = rows[0]
@@ -532,7 +532,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=15, help="cpu, batch: rounds of turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
-    parser.add_argument("--items", type=int, default=500, help="miniature, templates, recipes: items a task")
+    parser.add_argument("--items", type=int, default=500,
+                        help="miniature, templates, recipes: items a task")
     parser.add_argument("--mode", choices=["mask_diffusion", "ar"], default="mask_diffusion",
                         help="samples: what writes them")
     parser.add_argument("--temperature", type=float, default=0.7, help="samples")

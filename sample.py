@@ -103,6 +103,8 @@ def parse_args() -> argparse.Namespace:
              "default miniature/")
     add("--context-device", help="default cuda:0, or cpu without a GPU")
     add("--denoiser-device", help="default cuda:1 with two GPUs, else the context's")
+    add("--backend", choices=["auto", "torch", "triton"], default="auto",
+        help="auto: kernels.py on GPUs, where triton is there")
     add("--plan", action="store_true", default=False,
         help="print what would go where and how much memory it takes, and exit")
     add("--mode", choices=["mask_diffusion", "speculative", "mock_ar", "ar", "score"],
@@ -868,6 +870,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = open_outputs(args, many, common, keep, tokenizer)
     start = time.perf_counter()
     load(model, files, places)
+    model.use(args.backend)
     seconds = {"load": time.perf_counter() - start, "prefill": 0.0}
     if args.mode != "score":
         time_prefills(model, seconds)
@@ -883,7 +886,7 @@ def run(args: argparse.Namespace) -> int:
         for output in outputs:
             output.close()
     seconds["decode"] = time.perf_counter() - start - seconds["prefill"]
-    print(facts(rows, args, places, seconds, knobs, first_seed), file=sys.stderr)
+    print(facts(rows, args, model.backend, places, seconds, knobs, first_seed), file=sys.stderr)
     return status
 
 
@@ -917,8 +920,8 @@ def peak_memory(places: list[str]) -> str:
     return ", ".join([*peaks, f"host {readable(host)}"])
 
 
-def facts(rows: list[Row], args: argparse.Namespace, places: list[str], seconds: dict,
-          knobs: dict, first_seed: int | None) -> str:
+def facts(rows: list[Row], args: argparse.Namespace, backend: str, places: list[str],
+          seconds: dict, knobs: dict, first_seed: int | None) -> str:
     rows = [row for row in rows if row.ended]           # all, unless interrupted
     tokens, nfe = sum(len(row.tokens) for row in rows), sum(row.nfe for row in rows)
     passes = sum(row.context_passes for row in rows)
@@ -928,7 +931,8 @@ def facts(rows: list[Row], args: argparse.Namespace, places: list[str], seconds:
              f"{tokens / max(nfe or passes, 1):.2f} tokens per pass"]
     parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
     parts += [f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
-              f"peak memory {peak_memory(places)}", f"batch_size {args.batch_size}",
+              f"peak memory {peak_memory(places)}", f"backend {backend}",
+              f"batch_size {args.batch_size}",
               *(f"stop {stop!r}" for stop in args.stop)]
     if args.mode != "score":
         parts += [f"max_new_tokens {max((row.max_new_tokens for row in rows), default=0)}"]

@@ -36,6 +36,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
+
 import bench
 import conftest
 import train
@@ -550,7 +553,7 @@ def test_scan_inputs_are_float32_in_a_bfloat16_model(monkeypatch):
         seen.update(zip(names, args))
         return scan(*args, **kwargs)
 
-    monkeypatch.setattr(twotower, "ssd_scan", watching)
+    monkeypatch.setattr(twotower.Module.ops, "ssd_scan", watching)
     mixer, u = model.context_tower.layers[0].mixer, torch.randn(2, 9, 64).bfloat16()
     with torch.no_grad():
         mixer(u, mixer.empty_state(2, 0), Span(0, 9))
@@ -1295,6 +1298,96 @@ def test_rows_with_templates_equal_single_rows():
         assert torch.equal(alone.tokens[0], batch.tokens[row])
         assert (alone.nfe[0], alone.context_passes[0]) == (
             batch.nfe[row], batch.context_passes[row])
+
+
+# ------------------------------------------------------------------------------------ the kernels
+
+kernels = pytest.importorskip("kernels", reason="triton is not installed")
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+# Triton's interpreter multiplies bfloat16 wrongly: that is for GPUs
+KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+CASES = {f"{case.operation}, {case.what}, {str(dtype).removeprefix('torch.')}": case
+         for dtype in KERNEL_DTYPES for case in kernels.cases(dtype, DEVICE, full_size=False)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel(name):
+    """Within the limit of float64 on the same inputs; zeros and a permuted answer would not be."""
+    case = CASES[name]
+    limit = kernels.LIMITS[case.dtype]
+    assert case.error() <= limit
+    for right in case.reference():
+        wrong = [torch.zeros_like(right)] + [right.roll(1, dim) for dim in range(right.dim())
+                                             if right.shape[dim] > 1]
+        for answer in wrong:
+            assert kernels.relative_rms(answer, right) > 10 * limit
+
+
+def test_every_operation_has_a_kernel():
+    assert {case.operation for case in CASES.values()} == set(twotower.OPERATIONS)
+    for name in twotower.OPERATIONS:
+        ours, theirs = (inspect.signature(getattr(m, name)) for m in (kernels, twotower))
+        assert list(ours.parameters) == list(theirs.parameters)
+
+
+def test_most_likely_sees_what_is_not_finite_and_takes_the_first_of_equals():
+    logits = torch.zeros(4, 3000, device=DEVICE)
+    logits[1, 2999], logits[2, 5], logits[3, [7, 2000]] = math.nan, math.inf, 1.0
+    for module in (kernels, twotower):
+        ids, confidence = module.most_likely(logits, 0)
+        assert ids[0] == 1 and ids[3] == 7
+        assert confidence.isfinite().tolist() == [True, False, False, True]
+
+
+def test_groups_of_slots_are_a_permutation():
+    """Every (token, expert) pair once, in a tile of its expert; nothing after the last tile."""
+    for T, E, A, tile in ((1, 128, 6, 16), (40, 8, 2, 16), (3, 4, 4, 64), (200, 3, 2, 16)):
+        ids = torch.rand(T, E, generator=seeded(T)).topk(A).indices
+        slots, tile_expert, n_tiles = kernels.group_by_expert(ids, E, tile)
+        tiles = slots.view(-1, tile)
+        assert len(tiles) == len(tile_expert) and (tiles[n_tiles:] == T * A).all()
+        assert sorted(slots[slots < T * A].tolist()) == list(range(T * A))
+        for one, expert in zip(tiles[:n_tiles], tile_expert):
+            real = one[one < T * A]
+            assert len(real) and (ids.flatten()[real] == expert).all()
+
+
+@pytest.mark.parametrize("mode, new", [("mask_diffusion", 20), ("ar", 4), ("speculative", 10)])
+def test_the_miniature_writes_the_same_with_kernels(mode, new):
+    torch_model, tokenizer = miniature()
+    model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton")
+    assert (torch_model.backend, model.backend) == ("torch", "triton")
+    prompts = [tokenizer.encode(text).ids for text in (
+        LETTER, "class Point label:str width:int height:int color:str\n")]
+    expected, got = (getattr(m, f"generate_{mode}")(prompts, new) for m in (torch_model, model))
+    for a, b in zip(expected.tokens, got.tokens, strict=True):
+        assert a.tolist() == b.tolist()
+    assert expected.nfe.tolist() == got.nfe.tolist()
+
+
+def test_golden_data_through_the_kernels():
+    data, _, _ = golden("cfg1")
+    model = TwoTower.from_pretrained(GOLDEN / "cfg1", context_device=DEVICE, backend="triton")
+    context = model.prefill(data["ids/prompt37"].to(DEVICE))
+    check(context.logits.cpu(), data["ctx_prompt37/logits"][:, -1], 1e-5)
+    check_states(context, data, "ctx_prompt37")
+
+
+def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
+    model = TwoTower(TwoTowerConfig(**TINY))
+    assert model.use("auto").backend == "torch"         # on the CPU
+    monkeypatch.setattr(twotower, "KERNELS", tmp_path / "kernels.py")
+    monkeypatch.delitem(sys.modules, "twotower_kernels", raising=False)
+    with pytest.raises(ValueError, match="needs kernels.py beside twotower.py"):
+        model.use("triton")
+    run = run_python("-c", "import torch, kernels; kernels.rms_norm(torch.ones(4), torch.ones(4), 0)",
+                     env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    assert "ValueError: kernels.py needs a CUDA device, not cpu" in run.stderr
+    x, weight = torch.ones(2, 4, device=DEVICE), torch.ones(4, device=DEVICE)
+    with pytest.raises(ValueError, match="rms_norm of kernels.py has no gradient"):
+        kernels.rms_norm(x, weight.requires_grad_(), 1e-5)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weight has shape \(3,\), expected"):
+        kernels.rms_norm(x, weight[:3], 1e-5)
 
 
 # -------------------------------------------------------------------------------------- training

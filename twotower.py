@@ -55,15 +55,18 @@ Deviations from the released code (for one row they change nothing but the outpu
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -429,6 +432,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, :, None], blocks, 1 + scale[:, :, None]).flatten(1, 2)
 
 
+def modulated_rms_norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor,
+                       norm_first: bool) -> Tensor:
+    """`modulate` after `rms_norm`, or before it."""
+    if norm_first:
+        return modulate(rms_norm(x, weight, eps), shift, scale)
+    return rms_norm(modulate(x, shift, scale), weight, eps)
+
+
 def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
     """x + gate * h, for x and h (B, L, D) in n equal blocks with a gate (B, n, D) each."""
     x, h = (v.unflatten(1, (gate.shape[1], -1)) for v in (x, h))
@@ -603,8 +614,55 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     return out
 
 
+def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
+    """The best token but the mask token, and its probability under the softmax without it.
+
+    Args: logits (..., V) f32.
+    Returns: ids (...) int64; probabilities (...) f32, NaN where a logit is not finite.
+    """
+    finite = logits.isfinite().all(-1)
+    logits = without(logits, mask_token_id)
+    best, ids = logits.max(-1)
+    return ids, (best - logits.logsumexp(-1)).exp().where(finite, math.nan)
+
+
+def without(logits: Tensor, mask_token_id: int | None) -> Tensor:
+    if mask_token_id is None:
+        return logits
+    return logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -math.inf)
+
+
+# what modules call by name, so that a model can be given those of kernels.py instead
+OPERATIONS = ("rms_norm", "modulated_rms_norm", "gated_rms_norm", "add_gated", "causal_conv1d",
+              "ssd_scan", "ssd_step", "attention", "route", "moe_experts", "most_likely")
+KERNELS = Path(__file__).with_name("kernels.py")
+
+
+def operations(backend: str) -> SimpleNamespace:
+    """The functions of this file ("torch") or of kernels.py beside it ("triton")."""
+    functions = globals()
+    if backend == "triton":
+        try:
+            spec = importlib.util.spec_from_file_location("twotower_kernels", KERNELS)
+            kernels = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+            if not hasattr(kernels, OPERATIONS[0]):
+                spec.loader.exec_module(kernels)
+        except (ImportError, OSError) as error:
+            sys.modules.pop("twotower_kernels", None)
+            raise ValueError(f"backend 'triton' needs kernels.py beside twotower.py, and the "
+                             f"package triton: {error}") from None
+        functions = vars(kernels)
+    return SimpleNamespace(**{name: functions[name] for name in OPERATIONS})
+
+
 # ---------------------------------------------------------------------------------------------
 # 4. Modules; attribute names are the checkpoint's
+
+
+class Module(nn.Module):
+    """A module that calls OPERATIONS as self.ops; `TwoTower.use` chooses whose they are."""
+
+    ops = operations("torch")
 
 
 class Linear(nn.Linear):
@@ -614,7 +672,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """RMS norm with a weight (D)."""
 
     def __init__(self, size: int, eps: float):
@@ -623,7 +681,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -634,10 +692,10 @@ class GatedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return gated_rms_norm(y, z, self.weight, self.groups, self.eps)
+        return self.ops.gated_rms_norm(y, z, self.weight, self.groups, self.eps)
 
 
-class Mamba2(nn.Module):
+class Mamba2(Module):
     """Mamba-2: in_proj -> convolution -> selective state-space scan -> gated norm -> out_proj."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -669,7 +727,7 @@ class Mamba2(nn.Module):
             [c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
         L = xBC.shape[1]
         history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (b, W+L, conv_dim)
-        xBC = wide(causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias))
+        xBC = wide(self.ops.causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias))
         groups = c.n_groups * c.ssm_state_size
         x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
         x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (b, L, H, P) f32
@@ -683,14 +741,16 @@ class Mamba2(nn.Module):
         A, D = -wide(self.A_log).exp(), wide(self.D)
         if span.tentative:
             scan = MambaScan(history, x, dt, A, B, state.ssm_state)
-            y, _ = ssd_scan(x, dt, A, B, C, D, state.ssm_state, c.chunk_size, keep_state=False)
+            y, _ = self.ops.ssd_scan(x, dt, A, B, C, D, state.ssm_state, c.chunk_size,
+                                     keep_state=False)
             return self._output(y, z, u), scan
         if L == 1 and span.block_size is None:
-            y, ssm = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.ssm_state,
-                              in_place=span.keep_state)
+            y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.ssm_state,
+                                       in_place=span.keep_state)
         else:
-            y, ssm = ssd_scan(x, dt, A, B, C, D, state.ssm_state, span.block_size or c.chunk_size,
-                              span.keep_state, keep_chunks=span.block_size is not None)
+            y, ssm = self.ops.ssd_scan(x, dt, A, B, C, D, state.ssm_state,
+                                       span.block_size or c.chunk_size, span.keep_state,
+                                       keep_chunks=span.block_size is not None)
         return self._output(y, z, u), self._state_after(history, ssm, span)
 
     def _output(self, y: Tensor, z: Tensor, u: Tensor) -> Tensor:
@@ -713,7 +773,7 @@ class Mamba2(nn.Module):
         return MambaState(conv.mT, ssm)
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Grouped-query attention without positional encoding."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -737,7 +797,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, K)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))     # (B, H or G, L, K)
         k, v = cache.write(k, v, span)
-        out = attention(q, k, v, span.mask, span.is_causal)
+        out = self.ops.attention(q, k, v, span.mask, span.is_causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -753,7 +813,7 @@ class MLP(nn.Module):
         return self.down_proj(self.up_proj(x).relu_().square())
 
 
-class Router(nn.Module):
+class Router(Module):
     """The gate of an MoE layer; its tensors stay float32 in a bfloat16 model."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -772,7 +832,7 @@ class Router(nn.Module):
         return super()._apply(without_rounding, recurse)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return route(x, self.weight, self.e_score_correction_bias, self.config)
+        return self.ops.route(x, self.weight, self.e_score_correction_bias, self.config)
 
 
 class StackedLinear(nn.Module):
@@ -784,7 +844,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """Mixture of experts: the routed experts of each token plus the one shared expert."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -799,12 +859,12 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)                                                # (T, D)
         topk_ids, topk_weights = self.gate(tokens)
         up, down = self.experts["up_proj"], self.experts["down_proj"]
-        routed = moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
-                             up.bias, down.bias)
+        routed = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
+                                      up.bias, down.bias)
         return routed.to(x.dtype).view(x.shape) + self.shared_experts(x)
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """x + mixer(norm(x)); in the denoiser also shifted, scaled and gated by the noise level."""
 
     def __init__(self, config: TwoTowerConfig, kind: str):
@@ -825,17 +885,16 @@ class Layer(nn.Module):
         shift, scale, gate = modulation or (None, None, None)
         if gate is None:
             h = self.norm(x)
-        elif self.kind in "M*":
-            h = self.norm(modulate(x, shift, scale))
         else:
-            h = modulate(self.norm(x), shift, scale)
+            h = self.ops.modulated_rms_norm(x, self.norm.weight, self.norm.eps, shift, scale,
+                                            norm_first=self.kind not in "M*")
         if self.kind == "M":
             h, state = self.mixer(h, state, span)
         elif self.kind == "*":
             h = self.mixer(h, state, span)
         else:
             h = self.mixer(h)
-        return x + h if gate is None else add_gated(x, gate, h), state
+        return x + h if gate is None else self.ops.add_gated(x, gate, h), state
 
 
 class Tower(nn.Module):
@@ -963,7 +1022,7 @@ def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
 
 @dataclass
 class Sampler:
-    """Greedy at temperature 0, else a Gumbel-max draw from the shaped logits.
+    """Greedy at temperature 0, else Gumbel-max draws from the shaped logits.
 
     generator: one torch.Generator for the batch, or a list with one per row, which makes a row's
     draws independent of the rows beside it; None is torch's default.
@@ -984,9 +1043,6 @@ class Sampler:
 
     def draw(self, logits: Tensor, rows: list[int | None]) -> Tensor:
         """logits (R, ..., V) of these rows -> ids (R, ...); a row None draws nothing."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-
         def uniform(shape, generator):
             device = logits.device if generator is None else generator.device
             return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
@@ -1001,16 +1057,19 @@ class Sampler:
         return gumbel_argmax(shaped, u.to(logits.device))
 
 
-def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token_id: int | None):
+def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token_id: int | None,
+            ops: SimpleNamespace = Module.ops):
     """What a pass proposes for every position; never the mask token, where one is given.
 
     Args: logits (R, Q, V) f32.
     Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
     temperature 1, or NaN where a logit is not finite; both on the host.
     """
+    if sampler.temperature == 0:
+        ids, confidence = ops.most_likely(logits, mask_token_id)
+        return ids.cpu(), confidence.cpu()
     finite = logits.isfinite().all(-1)
-    if mask_token_id is not None:
-        logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -math.inf)
+    logits = without(logits, mask_token_id)
     ids = sampler.draw(logits, rows)
     confidence = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).exp()
     return ids.cpu(), confidence.where(finite, math.nan).cpu()
@@ -1214,12 +1273,14 @@ def _check_headers(directory: Path, model: TwoTower) -> dict[str, tuple[Path, to
 # 8. The model
 
 
-class TwoTower(nn.Module):
+class TwoTower(Module):
     """Context tower, denoiser tower, their heads and the time conditioning.
 
     TwoTower(config) initialises as for training from scratch, on torch's default device and in
     its default dtype. towers="context" leaves the denoiser out: AR and scores only.
     """
+
+    backend = "torch"                   # see `use`
 
     def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
         super().__init__()
@@ -1642,7 +1703,7 @@ class TwoTower(nn.Module):
             rows.nfe[rows.live] += active
             # a row whose block is done draws nothing: its draws must not hang on other rows
             drawing = [row if active[r] else None for r, row in enumerate(rows.live)]
-            ids, confidence = predict(logits, sampler, drawing, mask_id)
+            ids, confidence = predict(logits, sampler, drawing, mask_id, self.ops)
             fillable = masked & active[:, None]
             self._check_finite(confidence, fillable, rows.live, block_index, step)
             commits = select_commits(confidence, fillable, unmasking.confidence_threshold,
@@ -1661,7 +1722,8 @@ class TwoTower(nn.Module):
         new, drawing = [[] for _ in rows.live], list(rows.live)
         width = Q if sampler.temperature == 0 else 1    # AR draws for a token only once it is there
         for start in range(0, Q, width):
-            ids, confidence = predict(logits[:, start:start + width], sampler, drawing, None)
+            ids, confidence = predict(logits[:, start:start + width], sampler, drawing, None,
+                                      self.ops)
             asked = torch.tensor([[row is not None] for row in drawing]).expand_as(ids)
             self._check_finite(confidence, asked, rows.live, block_index, start)
             for r in asked[:, 0].nonzero()[:, 0].tolist():
@@ -1678,7 +1740,7 @@ class TwoTower(nn.Module):
     def _emit(self, logits: Tensor, sampler: Sampler, rows: _Rows, on_step) -> list[int]:
         """One AR token for every live row, from logits (R, V); returns who goes on."""
         index = len(rows.tokens[rows.live[0]])
-        ids, confidence = predict(logits[:, None], sampler, rows.live, None)     # (R, 1)
+        ids, confidence = predict(logits[:, None], sampler, rows.live, None, self.ops)   # (R, 1)
         everywhere = torch.ones_like(ids, dtype=torch.bool)
         self._check_finite(confidence, everywhere, rows.live, index, 0)
         if on_step is not None:
@@ -1826,7 +1888,7 @@ class TwoTower(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch") -> TwoTower:
+                        towers: str = "both", backend: str = "auto") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Every name and shape is checked against the headers before any tensor is read; each tensor
@@ -1836,17 +1898,35 @@ class TwoTower(nn.Module):
             context_device, denoiser_device: None is torch's default device, and the context's.
             dtype: None keeps each tensor's own; the router is float32 at least in any case.
             towers: "both", or "context" to read and hold nothing of the denoiser.
-            backend: "torch".
+            backend: see `use`.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
-        if backend != "torch":
-            raise ValueError(f"backend is {backend!r}, but only 'torch' is available")
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
         if context_device is None:
             context_device = torch.get_default_device()
         if denoiser_device is None:
             denoiser_device = context_device
-        return model.fill(files, context_device, denoiser_device)
+        return model.fill(files, context_device, denoiser_device).use(backend)
+
+    def use(self, backend: str) -> TwoTower:
+        """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
+        gradients), "auto" those of kernels.py on GPUs where it and triton are there; `backend` then
+        says which they are.
+
+        Raises: ValueError if they cannot be had.
+        """
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend is {backend!r}, but it must be auto, torch or triton")
+        if backend == "auto":
+            on_gpus = all(p.is_cuda for p in self.parameters())
+            there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
+            backend = "triton" if on_gpus and there else "torch"
+        ops = operations(backend)
+        for module in self.modules():
+            if isinstance(module, Module):
+                module.ops = ops
+        self.backend = backend
+        return self
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:

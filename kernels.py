@@ -1,0 +1,1061 @@
+"""Triton versions of twotower.py's hot paths: same names, signatures and results.
+
+    python kernels.py           check every kernel against twotower.py's function in float64, then
+                                time it: ms, GB/s or TFLOP/s, share of what this GPU reaches
+    python kernels.py --compile compile every launch of the released model's sizes for an H100 or
+                                H200, which needs none: registers, spills, shared memory
+
+Each operation stands alone and can be copied: why it is hot and what it must move, the kernel, the
+launcher that checks shapes and devices. The reference is the function of the same name in
+twotower.py. `TwoTower(..., backend="triton")` uses these; nothing is patched, and twotower.py does
+not need this file.
+
+    1  moe_experts        grouped matrix products over the experts that were hit
+    2  ssd_scan, ssd_step the Mamba-2 recurrence, chunk by chunk or one token
+    3  causal_conv1d      depthwise convolution and SiLU
+    4  norms              rms_norm, gated_rms_norm, modulated_rms_norm, add_gated
+    5  attention          few queries over many keys, split over the keys
+    6  most_likely        argmax and its probability over the vocabulary, in one reading
+    7  route              expert scores, group limit, top-k, in float64
+
+Conventions: pointers are commented with their shapes; program ids and indices that are multiplied
+by a stride are int64; sums are float32 (float64 where the reference is); tails are masked, so any
+length works. Letters are those of twotower.py. On a machine without a GPU the kernels run under
+TRITON_INTERPRET=1, slowly: that is how CI checks them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+from triton.testing import do_bench
+
+import twotower
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check(name: str, tensor: Tensor, shape: tuple, device: torch.device, dtypes=None):
+    """Raise ValueError unless a launcher's argument is what its kernel reads."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def launcher(function):
+    """Run with the first argument's GPU as the current one, which is where Triton launches."""
+    @functools.wraps(function)
+    def launch(*args, **kwargs):
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise ValueError(f"{function.__name__} of kernels.py has no gradient; use backend="
+                             "'torch' to train, and torch.no_grad() to evaluate")
+        device = tensors[0].device
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                return function(*args, **kwargs)
+        if not INTERPRETED:
+            raise ValueError(f"kernels.py needs a CUDA device, not {device} (or "
+                             "TRITON_INTERPRET=1, to check it)")
+        return function(*args, **kwargs)
+    return launch
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Routed experts
+#
+# Why: 23 of 52 layers, and nine tenths of the weights. A token uses A of E experts, so a block of
+# 16 tokens hits dozens of them, and each expert hit must be read once: 2 F D numbers. At batch 1
+# that reading is the whole cost; the products (4 F D FLOPs a token and expert) are small beside it.
+#
+# How: the T*A (token, expert) pairs, called slots, are sorted by expert on the device; every
+# expert's run of slots is padded to whole tiles of BLOCK_M rows, so that one tile has one expert. A
+# first grouped product makes relu(x up^T)^2 for every slot, a second one multiplies by down^T and
+# the routing weight. Slots of a token are then summed in a fixed order: the result does not depend
+# on timing. The number of tiles is known on the device only; programs past it return at once, so
+# the host never waits and the launch can be recorded in a CUDA graph.
+
+
+@triton.jit
+def _grouped_product_kernel(
+        x_ptr,              # (T, K), or (T*A, K) in the second product
+        w_ptr,              # (E, N, K)
+        bias_ptr,           # (E, N), if HAS_BIAS
+        out_ptr,            # (T*A, N)
+        scale_ptr,          # (T*A,) f32 routing weights, in the second product
+        slots_ptr,          # (tiles * BLOCK_M,) int64: slots in order of their experts, or n_slots
+        tile_expert_ptr,    # (tiles,) int64
+        n_tiles_ptr,        # (1,) int64: how many tiles there are in truth
+        n_slots, N, K, A,
+        FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    tile = tl.program_id(1).to(tl.int64)
+    if tile >= tl.load(n_tiles_ptr):
+        return
+    slots = tl.load(slots_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))          # (BLOCK_M,)
+    real = slots < n_slots
+    rows = slots // A if FIRST else slots
+    expert = tl.load(tile_expert_ptr + tile)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows[:, None] * K + k, real[:, None] & (k < K), other=0.0)
+        w = tl.load(w_ptr + (expert * N + columns)[None, :] * K + k[:, None],
+                    inside[None, :] & (k < K)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * N + columns, inside, other=0.0).to(tl.float32)
+    if FIRST:
+        acc = tl.maximum(acc, 0.0)
+        acc = acc * acc
+    else:
+        acc *= tl.load(scale_ptr + slots, real, other=0.0)[:, None]
+    tl.store(out_ptr + slots[:, None] * N + columns, acc.to(out_ptr.dtype.element_ty),
+             real[:, None] & inside)
+
+
+def group_by_expert(topk_ids: Tensor, E: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots in order of their experts, each expert's run padded to whole tiles.
+
+    topk_ids (T, A) int64. Returns: slots (tiles * tile,) int64 with T*A where there is none, the
+    expert of each tile (tiles,), and how many of the tiles hold slots (1,). `tiles` is the most
+    there can be, known without asking the device.
+    """
+    experts = topk_ids.flatten()
+    n, device = len(experts), experts.device
+    tiles = n if n < E else (n + E * (tile - 1)) // tile
+    order = experts.argsort(stable=True)
+    counts = torch.zeros(E, dtype=torch.long, device=device)
+    counts.scatter_add_(0, experts, torch.ones_like(experts))
+    padded = (counts + tile - 1) // tile * tile
+    ends = padded.cumsum(0)
+    ordered = experts[order]
+    place = torch.arange(n, device=device) + (ends - padded - counts.cumsum(0) + counts)[ordered]
+    slots = torch.full((tiles * tile,), n, dtype=torch.long, device=device)
+    slots[place] = order
+    starts = torch.arange(tiles, device=device) * tile
+    tile_expert = torch.searchsorted(ends, starts, right=True).clamp(max=E - 1)
+    return slots, tile_expert, ends[-1:] // tile
+
+
+@launcher
+def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
+                up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
+    """As twotower.moe_experts; x, up and down share a dtype. Returns (T, D) float32."""
+    (T, D), (E, F, _), A = x.shape, up.shape, topk_ids.shape[1]
+    check("x", x, (T, D), x.device, FLOATS)
+    check("topk_ids", topk_ids, (T, A), x.device, (torch.long,))
+    check("topk_weights", topk_weights, (T, A), x.device)
+    check("up", up, (E, F, D), x.device, (x.dtype,))
+    check("down", down, (E, D, F), x.device, (x.dtype,))
+    x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+    # tiles of 16 rows while experts get few tokens each; taller ones read the weights less often
+    BLOCK_M = 16 if T * A <= 16 * E else 64
+    slots, tile_expert, n_tiles = group_by_expert(topk_ids, E, BLOCK_M)
+    scale = topk_weights.flatten().float()
+    hidden = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
+    out = torch.empty(T * A, D, dtype=torch.float32, device=x.device)
+    for first, source, w, bias, to in ((True, x, up, up_bias, hidden),
+                                       (False, hidden, down, down_bias, out)):
+        N, K = w.shape[1:]
+        BLOCK_N, BLOCK_K = min(128, triton.next_power_of_2(N)), min(64, triton.next_power_of_2(K))
+        BLOCK_N, BLOCK_K = max(16, BLOCK_N), max(16, BLOCK_K)
+        _grouped_product_kernel[triton.cdiv(N, BLOCK_N), len(tile_expert)](
+            source, w, bias if bias is not None else w, to, scale, slots, tile_expert, n_tiles,
+            T * A, N, K, A, FIRST=first, HAS_BIAS=bias is not None, PRECISION=precision(x.dtype),
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+    return out.view(T, A, D).sum(1)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 products stay float32: one TF32 product would round their inputs to 10 bits. (The
+    scan makes them of three, which keeps float32's digits on the tensor cores.)"""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The Mamba-2 scan
+#
+# Why: 23 of 52 layers. A block of 16 tokens needs the layer's state, H P N float32 numbers (2 MB a
+# row at full size), once to read and, in the context tower, once to write; the chunk's products
+# cost c (2 c (N + P) + 4 P N) FLOPs a head. Made of separate matrix products, the state and the
+# c x c weights travel through memory several times.
+#
+# How: one program owns a head (or a slice of its P channels) of one row, holds the state in
+# registers and walks over the chunks: the state is read once and written once, whatever L.
+
+
+@triton.jit
+def _scan_kernel(
+        x_ptr,              # (b, L, H, P) f32
+        dt_ptr,             # (b, L, H) f32
+        A_ptr,              # (H,) f32, negative
+        B_ptr, C_ptr,       # (b, L, G, N) f32
+        D_ptr,              # (H,) f32
+        state_ptr,          # (b, H, P, N) f32
+        y_ptr,              # (b, L, H, P) f32
+        out_ptr,            # (b, H, P, N) f32, or (b, chunks, H, P, N) if KEEP_CHUNKS
+        x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token,        # strides
+        L, chunks, H, G,
+        KEEP_STATE: tl.constexpr, KEEP_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+        P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    group = head // (H // G)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
+    l = tl.arange(0, CHUNK)
+    cell = p[:, None] * N + n[None, :]
+    state = tl.load(state_ptr + (row * H + head) * P * N + cell)                 # (BLOCK_P, N)
+    A, D = tl.load(A_ptr + head), tl.load(D_ptr + head)
+    for chunk in range(chunks):
+        if KEEP_CHUNKS:
+            tl.store(out_ptr + ((row * chunks + chunk) * H + head) * P * N + cell, state)
+        t = (chunk * CHUNK + l).to(tl.int64)
+        real = t < L
+        dt = tl.load(dt_ptr + row * dt_row + t * dt_token + head, real, other=0.0)
+        x = tl.load(x_ptr + row * x_row + t[:, None] * x_token + head * P + p[None, :],
+                    real[:, None], other=0.0)                                    # (CHUNK, BLOCK_P)
+        B = tl.load(B_ptr + row * B_row + t[:, None] * B_token + group * N + n[None, :],
+                    real[:, None], other=0.0)                                    # (CHUNK, N)
+        C = tl.load(C_ptr + row * C_row + t[:, None] * C_token + group * N + n[None, :],
+                    real[:, None], other=0.0)
+        decay = tl.cumsum(dt * A, 0)            # tails have dt 0: they decay nothing, add nothing
+        total = tl.sum(dt * A, 0)
+        weight = tl.dot(C, tl.trans(B), input_precision="tf32x3")                  # (CHUNK, CHUNK)
+        weight *= tl.exp(tl.minimum(decay[:, None] - decay[None, :], 0.0)) * dt[None, :]
+        weight = tl.where(l[:, None] >= l[None, :], weight, 0.0)
+        y = tl.dot(weight, x, input_precision="tf32x3")
+        y += tl.exp(decay)[:, None] * tl.dot(C, tl.trans(state), input_precision="tf32x3")
+        tl.store(y_ptr + ((row * L + t[:, None]) * H + head) * P + p[None, :], y + D * x,
+                 real[:, None])
+        driven = x * (dt * tl.exp(total - decay))[:, None]
+        state = state * tl.exp(total) + tl.dot(tl.trans(driven), B, input_precision="tf32x3")
+    if KEEP_STATE and not KEEP_CHUNKS:
+        tl.store(out_ptr + (row * H + head) * P * N + cell, state)
+
+
+@launcher
+def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
+             chunk_size: int, keep_state: bool = True, keep_chunks: bool = False):
+    """As twotower.ssd_scan, in float32; P and N powers of two of 16 or more. The chunks of the
+    kernel are its own, unless keep_chunks asks for the states before those of chunk_size."""
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    for size, name in ((P, "P"), (N, "N")):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name} is {size}, but the kernel needs a power of two from 16 up")
+    if keep_chunks and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
+        raise ValueError(f"chunk_size is {chunk_size}, but the kernel needs a power of two from 16 "
+                         "up to keep states by it")
+    f32 = (torch.float32,)
+    check("x", x, (b, L, H, P), x.device, f32)
+    check("dt", dt, (b, L, H), x.device, f32)
+    check("A", A, (H,), x.device, f32)
+    check("B", B, (b, L, G, N), x.device, f32)
+    check("C", C, (b, L, G, N), x.device, f32)
+    check("D", D, (H,), x.device, f32)
+    check("state", state, (b, H, P, N), x.device, f32)
+    # the last two axes as one stretch of memory; rows and tokens may be strided, as slices are
+    x, B, C = (v if v.stride()[2:] == (v.shape[3], 1) else v.contiguous() for v in (x, B, C))
+    dt = dt if dt.stride(2) == 1 else dt.contiguous()
+    state, A, D = state.contiguous(), A.contiguous(), D.contiguous()
+    CHUNK = chunk_size if keep_chunks else 16           # larger ones spill registers
+    chunks = triton.cdiv(L, CHUNK)
+    y = torch.empty(b, L, H, P, dtype=x.dtype, device=x.device)
+    shape = (b, chunks, H, P, N) if keep_chunks else (b, H, P, N) if keep_state else (0,)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    BLOCK_P = min(P, 32)                        # two programs a head fill the GPU at batch 1
+    _scan_kernel[b * H, P // BLOCK_P](
+        x, dt, A, B, C, D, state, y, out, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
+        B.stride(0), B.stride(1), C.stride(0), C.stride(1), L, chunks, H, G,
+        KEEP_STATE=keep_state, KEEP_CHUNKS=keep_chunks, CHUNK=CHUNK, P=P, N=N, BLOCK_P=BLOCK_P,
+        num_warps=8, num_stages=1)
+    return y, out if keep_chunks or keep_state else None
+
+
+@triton.jit
+def _step_kernel(
+        x_ptr,              # (b, H, P) f32
+        dt_ptr,             # (b, H) f32
+        A_ptr, D_ptr,       # (H,) f32
+        B_ptr, C_ptr,       # (b, G, N) f32
+        state_ptr,          # (b, H, P, N) f32
+        y_ptr,              # (b, H, P) f32
+        out_ptr,            # (b, H, P, N) f32, may be state_ptr: every cell is read before written
+        x_row, dt_row, B_row, C_row, H, G,
+        P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    group = head // (H // G)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
+    cell = (row * H + head) * P * N + p[:, None] * N + n[None, :]
+    dt = tl.load(dt_ptr + row * dt_row + head)
+    x = tl.load(x_ptr + row * x_row + head * P + p)
+    B = tl.load(B_ptr + row * B_row + group * N + n)
+    C = tl.load(C_ptr + row * C_row + group * N + n)
+    state = tl.load(state_ptr + cell) * tl.exp(dt * tl.load(A_ptr + head))
+    state += (dt * x)[:, None] * B[None, :]
+    tl.store(out_ptr + cell, state)
+    y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + head) * x
+    tl.store(y_ptr + (row * H + head) * P + p, y)
+
+
+@launcher
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+             state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """As twotower.ssd_step, in float32: the state is read once and written once, 8 H P N bytes."""
+    (b, H, P), (G, N), f32 = x.shape, B.shape[1:], (torch.float32,)
+    check("x", x, (b, H, P), x.device, f32)
+    check("dt", dt, (b, H), x.device, f32)
+    check("A", A, (H,), x.device, f32)
+    check("B", B, (b, G, N), x.device, f32)
+    check("C", C, (b, G, N), x.device, f32)
+    check("D", D, (H,), x.device, f32)
+    check("state", state, (b, H, P, N), x.device, f32)
+    if in_place and not state.is_contiguous():
+        raise ValueError("state must be contiguous to be updated in place")
+    x, B, C, dt, state = (v.contiguous() for v in (x, B, C, dt, state))
+    y, out = torch.empty_like(x), state if in_place else torch.empty_like(state)
+    BLOCK_P = min(P, 16)
+    _step_kernel[b * H, P // BLOCK_P](x, dt, A.contiguous(), D.contiguous(), B, C, state, y, out,
+                                      H * P, H, G * N, G * N, H, G, P=P, N=N, BLOCK_P=BLOCK_P)
+    return y, out
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Causal convolution and SiLU
+#
+# Why: between the two large products of every Mamba-2 layer; W = 4 multiplications a channel are
+# nothing, but written as shifted products torch reads the inputs W times and writes W times. Here
+# every input is read once (neighbours' loads hit the cache) and every output written once.
+
+
+@triton.jit
+def _conv_kernel(
+        inputs_ptr,         # (B, W-1+L, channels)
+        weight_ptr,         # (channels, W)
+        bias_ptr,           # (channels,), if HAS_BIAS
+        out_ptr,            # (B, L, channels)
+        row_stride, token_stride, L, channels,
+        W: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    c = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = (t < L)[:, None] & (c < channels)[None, :]
+    acc = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
+    for w in tl.static_range(W):
+        tap = tl.load(weight_ptr + c * W + w, c < channels, other=0.0).to(tl.float32)
+        x = tl.load(inputs_ptr + row * row_stride + (t[:, None] + w) * token_stride + c[None, :],
+                    real, other=0.0)
+        acc += x.to(tl.float32) * tap[None, :]
+    out = acc / (1 + tl.exp(-acc))                                               # SiLU
+    tl.store(out_ptr + (row * L + t[:, None]) * channels + c[None, :],
+             out.to(out_ptr.dtype.element_ty), real)
+
+
+@launcher
+def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As twotower.causal_conv1d: inputs (B, W-1+L, channels) -> (B, L, channels), the first W-1
+    being the state."""
+    (B, length, channels), W = inputs.shape, weight.shape[-1]
+    L = length - W + 1
+    check("weight", weight, (channels, 1, W), inputs.device)
+    if bias is not None:
+        check("bias", bias, (channels,), inputs.device)
+    if inputs.stride(2) != 1:
+        inputs = inputs.contiguous()
+    weight = weight.contiguous()
+    out = torch.empty(B, L, channels, dtype=inputs.dtype, device=inputs.device)
+    BLOCK_L, BLOCK_C = min(16, triton.next_power_of_2(L)), 128
+    _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
+        inputs, weight, weight if bias is None else bias, out, inputs.stride(0), inputs.stride(1),
+        L, channels, W=W, HAS_BIAS=bias is not None, BLOCK_L=BLOCK_L, BLOCK_C=BLOCK_C)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Norms
+#
+# Why: two per layer and one before the head. Each is a few operations on a row of D numbers, but as
+# separate torch operations each reads and writes the whole stream and costs a launch; at batch 1
+# the launches alone are longer than the arithmetic. One program per token does all of a norm and of
+# the modulation around it: x in, result out, 4 D bytes a token in bfloat16.
+
+
+@triton.jit
+def _norm_kernel(
+        x_ptr,              # (tokens, D)
+        weight_ptr,         # (D,)
+        shift_ptr,          # (segments, D), if MODULATE
+        scale_ptr,          # (segments, D)
+        out_ptr,            # (tokens, D)
+        D, eps, segment,    # `segment` tokens share a shift and a scale
+        MODULATE: tl.constexpr,         # 0 not, 1 before the norm, 2 after it
+        BLOCK_D: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    x = tl.load(x_ptr + token * D + d, inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + d, inside, other=0.0).to(tl.float32)
+    if MODULATE:
+        at = token // segment * D + d
+        shift = tl.load(shift_ptr + at, inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + at, inside, other=0.0).to(tl.float32)
+        if MODULATE == 1:
+            x = x * (1 + scale) + shift
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
+    if MODULATE == 2:
+        x = x * (1 + scale) + shift
+    tl.store(out_ptr + token * D + d, x.to(out_ptr.dtype.element_ty), inside)
+
+
+@launcher
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As twotower.rms_norm: x (..., D) -> (..., D) in the weight's dtype."""
+    D = x.shape[-1]
+    check("weight", weight, (D,), x.device)
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    _norm_kernel[x.numel() // D,](x, weight, x, x, out, D, eps, 1, MODULATE=0,
+                                  BLOCK_D=triton.next_power_of_2(D))
+    return out
+
+
+@launcher
+def modulated_rms_norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor,
+                       norm_first: bool) -> Tensor:
+    """As twotower.modulated_rms_norm: x (B, L, D) with a shift and scale (B, n, D) for each of n
+    equal blocks of its tokens."""
+    (B, L, D), n = x.shape, shift.shape[1]
+    check("weight", weight, (D,), x.device)
+    check("shift", shift, (B, n, D), x.device)
+    check("scale", scale, (B, n, D), x.device)
+    x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    _norm_kernel[B * L,](x, weight, shift, scale, out, D, eps, L // n,
+                         MODULATE=2 if norm_first else 1, BLOCK_D=triton.next_power_of_2(D))
+    return out
+
+
+@triton.jit
+def _gated_norm_kernel(
+        y_ptr, z_ptr,       # (tokens, groups * size)
+        weight_ptr,         # (groups * size,)
+        out_ptr,            # (tokens, groups * size)
+        z_token, groups, size, eps, BLOCK: tl.constexpr):
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    inside, channel = i < size, group * size + i
+    y = tl.load(y_ptr + token * groups * size + channel, inside, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + token * z_token + channel, inside, other=0.0).to(tl.float32)
+    v = y * z / (1 + tl.exp(-z))
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / size + eps)
+    v *= tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * groups * size + channel, v.to(out_ptr.dtype.element_ty), inside)
+
+
+@launcher
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """As twotower.gated_rms_norm: the RMS norm of y silu(z) over each group; (..., d_inner)."""
+    d_inner = y.shape[-1]
+    check("z", z, y.shape, y.device)
+    check("weight", weight, (d_inner,), y.device)
+    y, z = y.contiguous(), z.flatten(0, -2)             # z is a slice: its rows are strided
+    z = z if z.stride(1) == 1 else z.contiguous()
+    out, size = torch.empty_like(y), d_inner // groups
+    _gated_norm_kernel[y.numel() // d_inner, groups](
+        y, z, weight, out, z.stride(0), groups, size, eps, BLOCK=triton.next_power_of_2(size))
+    return out
+
+
+@triton.jit
+def _add_gated_kernel(
+        x_ptr, h_ptr,       # (tokens, D)
+        gate_ptr,           # (segments, D)
+        out_ptr,            # (tokens, D)
+        D, segment, BLOCK_D: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    x = tl.load(x_ptr + token * D + d, inside, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + token * D + d, inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + token // segment * D + d, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * D + d, (x + gate * h).to(out_ptr.dtype.element_ty), inside)
+
+
+@launcher
+def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """As twotower.add_gated: x + gate h, a gate (B, n, D) for each of n equal blocks."""
+    (B, L, D), n = x.shape, gate.shape[1]
+    check("h", h, (B, L, D), x.device)
+    check("gate", gate, (B, n, D), x.device)
+    x, gate, h = x.contiguous(), gate.contiguous(), h.contiguous()
+    out = torch.empty_like(x)
+    _add_gated_kernel[B * L,](x, h, gate, out, D, L // n, BLOCK_D=triton.next_power_of_2(D))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Attention of few queries
+#
+# Why: 6 of 52 layers, the only ones whose cost grows with the context: all keys and values, 4 G K
+# bytes a cached token in bfloat16, are read for every block. All H/G query heads of a KV head and
+# all L queries share one reading, so that a block of 16 makes 16 H/G = 256 rows of one product.
+#
+# How: with one row and two KV heads there is too little to keep a GPU busy, so the keys are split:
+# each program goes over its share with a running maximum and sum (as FlashAttention does), and a
+# second kernel joins the shares.
+
+HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a share with no key
+
+
+@triton.jit
+def _attention_kernel(
+        q_ptr,              # (B, H, L, K)
+        k_ptr, v_ptr,       # (B, G, S, K)
+        mask_ptr,           # (B or 1, 1, L, S) bool, if HAS_MASK
+        out_ptr,            # (B, H, L, K) if there is one share, else (shares, B, H, L, K) f32
+        best_ptr, sum_ptr,  # (shares, B, H, L) f32
+        q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,  # strides
+        mask_row, mask_token,
+        H, G, L, S, share, scale,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ONE_SHARE: tl.constexpr,
+        PRECISION: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    row, group = tl.program_id(1).to(tl.int64) // G, tl.program_id(1).to(tl.int64) % G
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, query = group * (H // G) + m // L, m % L      # the rows of a KV head: head by head
+    real = m < H // G * L
+    d = tl.arange(0, BLOCK_K)
+    at = row * q_row + head * q_head + query * q_token
+    q = tl.load(q_ptr + at[:, None] + d[None, :],
+                real[:, None] & (d < K)[None, :], other=0.0)            # (BLOCK_M, BLOCK_K)
+    best = tl.full((BLOCK_M,), HIDDEN, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    first = tl.program_id(2).to(tl.int64) * share
+    for start in range(first, tl.minimum(first + share, S), BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        cached = s < S
+        k = tl.load(k_ptr + row * k_row + group * k_head + s[:, None] * k_token + d[None, :],
+                    cached[:, None] & (d < K)[None, :], other=0.0)
+        v = tl.load(v_ptr + row * v_row + group * v_head + s[:, None] * v_token + d[None, :],
+                    cached[:, None] & (d < K)[None, :], other=0.0)
+        seen = real[:, None] & cached[None, :]
+        if IS_CAUSAL:
+            seen = seen & (s[None, :] <= query[:, None])
+        if HAS_MASK:
+            seen = seen & (tl.load(mask_ptr + row * mask_row + query[:, None] * mask_token
+                                   + s[None, :], seen, other=0) != 0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.where(seen, scores, HIDDEN)
+        higher = tl.maximum(best, tl.max(scores, 1))
+        p = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
+        faded = tl.exp(best - higher)
+        total = total * faded + tl.sum(p, 1)
+        acc = acc * faded[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        best = higher
+    at = (row * H + head) * L + query
+    inside = real[:, None] & (d < K)[None, :]
+    if ONE_SHARE:
+        out = acc / total[:, None]
+        tl.store(out_ptr + at[:, None] * K + d[None, :], out.to(out_ptr.dtype.element_ty), inside)
+    else:
+        at += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // G) * H * L
+        tl.store(out_ptr + at[:, None] * K + d[None, :], acc, inside)
+        tl.store(best_ptr + at, best, real)
+        tl.store(sum_ptr + at, total, real)
+
+
+@triton.jit
+def _join_shares_kernel(
+        acc_ptr,            # (shares, rows, K) f32
+        best_ptr, sum_ptr,  # (shares, rows) f32
+        out_ptr,            # (rows, K)
+        rows, shares, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SHARES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i, d = tl.arange(0, BLOCK_SHARES), tl.arange(0, BLOCK_K)
+    there = i < shares
+    best = tl.load(best_ptr + i * rows + row, there, other=HIDDEN)
+    weight = tl.exp(best - tl.max(best, 0))
+    total = tl.sum(weight * tl.load(sum_ptr + i * rows + row, there, other=0.0), 0)
+    acc = tl.load(acc_ptr + (i[:, None] * rows + row) * K + d[None, :],
+                  there[:, None] & (d < K)[None, :], other=0.0)
+    out = tl.sum(acc * weight[:, None], 0) / total
+    tl.store(out_ptr + row * K + d, out.to(out_ptr.dtype.element_ty), d < K)
+
+
+@launcher
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              is_causal: bool = False) -> Tensor:
+    """As twotower.attention: q (B,H,L,K), k and v (B,G,S,K), which may be views of a larger cache,
+    mask (B or 1, 1, L, S) bool. Every query must see a key."""
+    (B, H, L, K), (G, S) = q.shape, k.shape[1:3]
+    check("q", q, (B, H, L, K), q.device, FLOATS)
+    check("k", k, (B, G, S, K), q.device, (q.dtype,))
+    check("v", v, (B, G, S, K), q.device, (q.dtype,))
+    if mask is not None:
+        check("mask", mask, (mask.shape[0], 1, L, S), q.device, (torch.bool,))
+        if mask.shape[0] not in (1, B):
+            raise ValueError(f"mask has {mask.shape[0]} rows, expected 1 or {B}")
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    BLOCK_M, BLOCK_S = 16 if H // G * L <= 16 else 64, 64
+    BLOCK_K = max(16, triton.next_power_of_2(K))
+    tiles = triton.cdiv(H // G * L, BLOCK_M)
+    # as many shares as keep every multiprocessor busy, but of at least four tiles of keys each
+    wanted = triton.cdiv(2 * multiprocessors(q.device), tiles * B * G)
+    shares = max(1, min(wanted, triton.cdiv(S, 4 * BLOCK_S)))
+    share = triton.cdiv(triton.cdiv(S, shares), BLOCK_S) * BLOCK_S
+    shares = triton.cdiv(S, share)
+    out = torch.empty(B, H, L, K, dtype=q.dtype, device=q.device)
+    acc, best, total = out, out, out
+    if shares > 1:
+        acc = torch.empty(shares, B, H, L, K, dtype=torch.float32, device=q.device)
+        best, total = (torch.empty(shares, B, H, L, dtype=torch.float32, device=q.device)
+                       for _ in range(2))
+    mask_strides = (0, 0) if mask is None else (mask.expand(B, 1, L, S).stride(0), mask.stride(2))
+    _attention_kernel[tiles, B * G, shares](
+        q, k, v, q if mask is None else mask.view(torch.uint8), acc, best, total, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *mask_strides, H, G, L, S, share, K**-0.5,
+        IS_CAUSAL=is_causal,
+        HAS_MASK=mask is not None, ONE_SHARE=shares == 1, PRECISION=precision(q.dtype), K=K,
+        BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S)
+    if shares > 1:
+        _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K,
+                                        BLOCK_K=BLOCK_K,
+                                        BLOCK_SHARES=triton.next_power_of_2(shares))
+    return out
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8                            # the interpreter: enough that keys are split there too
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The most likely token and its probability
+#
+# Why: the head writes V = 131,072 float32 logits a position, 8 MB a block of 16. A float32 softmax
+# would write as much again, and argmax, maximum and sum would each read it. Here every logit is
+# read once: a program keeps the maximum, its place and the sum of exponentials of its share of a
+# row, and a second kernel joins the shares.
+
+
+@triton.jit
+def _most_likely_kernel(
+        logits_ptr,         # (rows, V) f32
+        best_ptr, sum_ptr,  # (rows, shares) f32
+        id_ptr,             # (rows, shares) int64
+        row_stride, V, share, mask_token_id,
+        BLOCK_V: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * share
+    best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    ids = tl.zeros((BLOCK_V,), tl.int64)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    broken = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(first, tl.minimum(first + share, V), BLOCK_V):
+        i = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + row * row_stride + i, i < V, other=0.0)
+        broken += tl.where(tl.abs(x) < float("inf"), 0.0, 1.0)      # NaN compares false
+        x = tl.where((i < V) & (i != mask_token_id), x, float("-inf"))
+        higher = tl.maximum(best, x)
+        ids = tl.where(x > best, i, ids)
+        total = tl.where(higher == float("-inf"), 0.0,
+                         total * tl.exp(best - higher) + tl.exp(x - higher))
+        best = higher
+    top = tl.max(best, 0)
+    # the first of equals, as argmax gives it
+    chosen = tl.min(tl.where(best == top, ids, V), 0)
+    total = tl.sum(tl.where(best == float("-inf"), 0.0, total * tl.exp(best - top)), 0)
+    at = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best_ptr + at, tl.where(tl.sum(broken, 0) > 0, float("nan"), top))
+    tl.store(id_ptr + at, chosen)
+    tl.store(sum_ptr + at, total)
+
+
+@triton.jit
+def _join_likely_kernel(
+        best_ptr, sum_ptr,  # (rows, shares) f32
+        share_id_ptr,       # (rows, shares) int64
+        id_ptr,             # (rows,) int64
+        confidence_ptr,     # (rows,) f32
+        shares, V, BLOCK_SHARES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_SHARES)
+    best = tl.load(best_ptr + row * shares + i, i < shares, other=float("-inf"))
+    total = tl.load(sum_ptr + row * shares + i, i < shares, other=0.0)
+    ids = tl.load(share_id_ptr + row * shares + i, i < shares, other=0)
+    broken = tl.sum(tl.where(best == best, 0, 1), 0) > 0
+    top = tl.max(tl.where(best == best, best, float("-inf")), 0)
+    chosen = tl.min(tl.where(best == top, ids, V), 0)
+    total = tl.sum(tl.where(best > float("-inf"), total * tl.exp(best - top), 0.0), 0)
+    tl.store(id_ptr + row, tl.where(broken, 0, chosen))
+    tl.store(confidence_ptr + row, tl.where(broken, float("nan"), 1.0 / total))
+
+
+@launcher
+def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
+    """As twotower.most_likely: logits (..., V) float32 -> ids and their probabilities (...)."""
+    V, shape = logits.shape[-1], logits.shape[:-1]
+    check("logits", logits, (*shape, V), logits.device, (torch.float32,))
+    logits = logits.reshape(-1, V)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    rows, BLOCK_V = len(logits), min(1024, triton.next_power_of_2(V))
+    share = triton.cdiv(V, 16 * BLOCK_V) * BLOCK_V      # at most 16 shares a row
+    shares = triton.cdiv(V, share)
+    best, total = (torch.empty(rows, shares, device=logits.device) for _ in range(2))
+    share_ids = torch.empty(rows, shares, dtype=torch.long, device=logits.device)
+    ids = torch.empty(rows, dtype=torch.long, device=logits.device)
+    confidence = torch.empty(rows, device=logits.device)
+    _most_likely_kernel[rows, shares](logits, best, total, share_ids, logits.stride(0), V, share,
+                                      -1 if mask_token_id is None else mask_token_id,
+                                      BLOCK_V=BLOCK_V)
+    _join_likely_kernel[rows,](best, total, share_ids, ids, confidence, shares, V,
+                               BLOCK_SHARES=triton.next_power_of_2(shares))
+    return ids.view(shape), confidence.view(shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Router
+#
+# Why: 23 of 52 layers. The release computes the scores in float64; cast for cast that is a dozen
+# small operations, among them a float64 copy of the weights (8 E D bytes) for every layer and step.
+# Here the float32 weights are read as they are, every product and sum is float64, and the choice of
+# A experts needs one more kernel. A float32 router would choose others where two experts are closer
+# than float32 can tell.
+
+
+@triton.jit
+def _scores_kernel(
+        x_ptr,              # (T, D)
+        weight_ptr,         # (E, D) f32
+        scores_ptr,         # (T, E) f64
+        D, E, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float64)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + token * D + d, d < D, other=0.0).to(tl.float64)
+        w = tl.load(weight_ptr + e[:, None] * D + d[None, :],
+                    (e < E)[:, None] & (d < D)[None, :], other=0.0).to(tl.float64)
+        acc += w * x[None, :]
+    logits = tl.sum(acc, 1)
+    tl.store(scores_ptr + token * E + e, 1 / (1 + tl.exp(-logits)), e < E)
+
+
+@triton.jit
+def _top_experts_kernel(
+        scores_ptr,         # (T, E) f64
+        bias_ptr,           # (E,) f32
+        ids_ptr,            # (T, A) int64
+        weights_ptr,        # (T, A) f64
+        E, A, factor, topk_group,
+        NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
+    choice = scores + tl.load(bias_ptr + e, e < E, other=0.0).to(tl.float64)
+    choice = tl.where(e < E, choice, float("-inf"))
+    if GROUPS > 1:          # groups by the sum of their two best; the others' choices become 0
+        groups = tl.reshape(choice, (GROUPS, BLOCK_E // GROUPS))
+        place = tl.arange(0, BLOCK_E // GROUPS)[None, :]
+        at = tl.argmax(groups, 1)
+        best = tl.max(groups, 1)
+        best += tl.max(tl.where(place == at[:, None], float("-inf"), groups), 1)
+        g = tl.arange(0, GROUPS)
+        stays = tl.zeros((GROUPS,), tl.int32)
+        for _ in range(topk_group):
+            chosen = tl.argmax(best, 0)
+            stays = tl.where(g == chosen, 1, stays)
+            best = tl.where(g == chosen, float("-inf"), best)
+        choice = tl.reshape(tl.where(stays[:, None] > 0, groups, 0.0), (BLOCK_E,))
+    total = tl.full((), 1e-20, tl.float64)
+    left = choice
+    for _ in range(A):
+        chosen = tl.argmax(left, 0)
+        total += tl.sum(tl.where(e == chosen, scores, 0.0), 0)
+        left = tl.where(e == chosen, float("-inf"), left)
+    scale = factor / total if NORMALISE else factor
+    for a in range(A):
+        chosen = tl.argmax(choice, 0)
+        tl.store(ids_ptr + token * A + a, chosen.to(tl.int64))
+        tl.store(weights_ptr + token * A + a, tl.sum(tl.where(e == chosen, scores, 0.0), 0) * scale)
+        choice = tl.where(e == chosen, float("-inf"), choice)
+
+
+@launcher
+def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tensor]:
+    """As twotower.route: x (T, D) -> topk_ids (T, A) int64 and topk_weights (T, A) float64."""
+    (T, D), E, A = x.shape, len(weight), config.num_experts_per_tok
+    check("weight", weight, (E, D), x.device, (torch.float32, torch.float64))
+    check("bias", bias, (E,), x.device, (torch.float32, torch.float64))
+    if config.n_group > 1 and E & (E - 1):
+        raise ValueError(f"{E} experts in groups, but the kernel needs a power of two of them")
+    x, weight = x.contiguous(), weight.contiguous()
+    scores = torch.empty(T, E, dtype=torch.float64, device=x.device)
+    ids = torch.empty(T, A, dtype=torch.long, device=x.device)
+    weights = torch.empty(T, A, dtype=torch.float64, device=x.device)
+    _scores_kernel[T, triton.cdiv(E, 8)](x, weight, scores, D, E, BLOCK_E=8, BLOCK_D=256)
+    _top_experts_kernel[T,](scores, bias, ids, weights, E, A, config.routed_scaling_factor,
+                            config.topk_group, NORMALISE=config.norm_topk_prob,
+                            GROUPS=config.n_group, BLOCK_E=triton.next_power_of_2(E))
+    return ids, weights
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. python kernels.py: every kernel against twotower.py's function in float64, then its speed
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}     # relative rms
+
+
+@dataclass
+class Case:
+    """One call of a kernel, and what it cannot do without."""
+
+    operation: str
+    what: str
+    args: tuple
+    bytes: int          # that must be read or written once
+    flops: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(arg.dtype for arg in self.args if isinstance(arg, Tensor))
+
+    def run(self) -> list[Tensor]:
+        return self.outputs(globals()[self.operation](*self.args))
+
+    def reference(self) -> list[Tensor]:
+        """twotower.py's function on the same inputs in float64."""
+        args = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+                for arg in self.args]
+        return self.outputs(getattr(twotower, self.operation)(*args))
+
+    def outputs(self, result) -> list[Tensor]:
+        result = list(result) if isinstance(result, tuple) else [result]
+        if self.operation == "route":           # which experts, in whatever order
+            ids, weights = result
+            ids, order = ids.sort(-1)
+            result = [ids, weights.gather(-1, order)]
+        return [tensor for tensor in result if tensor is not None]
+
+    def error(self) -> float:
+        """The largest relative rms error of the outputs; infinite where ids differ or shapes do."""
+        errors = []
+        for ours, right in zip(self.run(), self.reference(), strict=True):
+            if ours.shape != right.shape or not ours.isfinite().all():
+                return math.inf
+            errors.append(relative_rms(ours, right))
+        return max(errors)
+
+
+def relative_rms(ours: Tensor, right: Tensor) -> float:
+    ours, right = ours.double(), right.double()
+    return float((ours - right).square().mean().sqrt() / right.square().mean().sqrt())
+
+
+def cases(dtype: torch.dtype, device: str, full_size: bool):
+    """Inputs whose results are about 1: awkward and small, or those of the released model."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+    def randn(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator, device=device)
+
+    f32, size = torch.float32, dtype.itemsize
+    D, E, A, F_ = (2688, 128, 6, 1856) if full_size else (48, 8, 3, 40)
+    for T in (1, 16, 256, 4096) if full_size else (1, 16, 57):
+        for routing in ("random", "one expert") if T in (16, 57) else ("random",):
+            ids = rand(T, E).topk(A).indices
+            if routing != "random":
+                ids = torch.arange(A, device=device).expand(T, A).contiguous()
+            hit = E if device == "meta" else len(ids.unique())
+            args = (randn(T, D), ids, rand(T, A), randn(E, F_, D) / D**0.5, randn(E, D, F_) / F_)
+            yield Case("moe_experts", f"{T} tokens, {hit} of {E} experts", args,
+                       hit * 2 * F_ * D * size + T * D * (size + 4), T * A * 4 * F_ * D)
+    H, P, G, N = (64, 64, 8, 128) if full_size else (4, 16, 2, 32)
+    for b, L, chunks in ((1, 16, False), (64, 16, False), (1, 2048, False), (1, 8192, False),
+                         (1, 2048, True)) if full_size else (
+                         (2, 1, False), (1, 15, False), (2, 16, False), (1, 17, False),
+                         (1, 129, False), (2, 40, True)):
+        args = (randn(b, L, H, P, dtype=f32), rand(b, L, H), -rand(H),
+                randn(b, L, G, N, dtype=f32) / N**0.5, randn(b, L, G, N, dtype=f32), rand(H),
+                randn(b, H, P, N, dtype=f32) / N**0.5, 16, True, chunks)
+        c = min(L, 16)
+        states = 1 + (-(-L // 16) if chunks else 1)
+        yield Case("ssd_scan", f"{b} x {L} tokens" + ", every state kept" * chunks, args,
+                   4 * b * (2 * L * (H * P + G * N) + H * P * N * states),
+                   b * L * H * (2 * c * (N + P) + 4 * P * N))
+    for b in (1, 64) if full_size else (1, 3):
+        args = (randn(b, H, P, dtype=f32), rand(b, H), -rand(H), randn(b, G, N, dtype=f32) / N**0.5,
+                randn(b, G, N, dtype=f32), rand(H), randn(b, H, P, N, dtype=f32) / N**0.5)
+        yield Case("ssd_step", f"{b} rows", args, 4 * b * (2 * H * P * N + 2 * (H * P + G * N)),
+                   b * H * P * N * 5)
+    channels = H * P + 2 * G * N
+    for b, L in ((1, 16), (64, 16), (1, 8192)) if full_size else ((2, 1), (1, 15), (2, 17)):
+        args = (randn(b, 3 + L, channels), randn(channels, 1, 4), randn(channels))
+        yield Case("causal_conv1d", f"{b} x {L} tokens", args,
+                   b * (2 * L + 3) * channels * size, b * L * channels * 12)
+    for b, L, n in ((1, 16, 1), (64, 16, 1)) if full_size else ((1, 1, 1), (2, 6, 3)):
+        x, h, weight = randn(b, L, D), randn(b, L, D), randn(D)
+        shift, scale, moved = randn(b, n, D), randn(b, n, D), 2 * b * L * D * size
+        yield Case("rms_norm", f"{b} x {L} tokens", (x, weight, 1e-5), moved, 0)
+        for norm_first in (False, True):
+            yield Case("modulated_rms_norm", f"{b} x {L} tokens, norm "
+                       + ("first" if norm_first else "last"),
+                       (x, weight, 1e-5, shift, scale, norm_first), moved, 0)
+        yield Case("add_gated", f"{b} x {L} tokens", (x, scale, h), moved * 3 // 2, 0)
+        z = randn(b, L, 2 * H * P)[..., :H * P]
+        yield Case("gated_rms_norm", f"{b} x {L} tokens",
+                   (randn(b, L, H * P), z, randn(H * P), G, 1e-5), 3 * b * L * H * P * size, 0)
+    H, G, K = (32, 2, 128) if full_size else (4, 2, 24)
+    for b, L, S, kind in ((1, 1, 2048, "all"), (1, 16, 2048, "all"), (1, 16, 32768, "all"),
+                          (64, 16, 2048, "ragged"), (1, 2048, 2048, "causal")) if full_size else (
+                          (2, 1, 70, "all"), (1, 15, 600, "all"), (3, 16, 90, "ragged"),
+                          (1, 17, 90, "one mask"), (2, 33, 33, "causal")):
+        q = randn(b, L, H, K).transpose(1, 2)
+        k, v = (randn(b, G, S + 5, K)[:, :, :S] for _ in range(2))
+        mask = None
+        if kind in ("ragged", "one mask"):
+            rows = b if kind == "ragged" else 1
+            ends = 1 + (rand(rows, 1, L, 1) * S).long()
+            mask = torch.arange(S, device=device) < ends
+        pairs = L * S / 2 if kind == "causal" else L * S
+        yield Case("attention", f"{b} x {L} queries, {S} keys, {kind}",
+                   (q, k, v, mask, kind == "causal"),
+                   b * (2 * S * G + 2 * L * H) * K * size, int(4 * b * H * K * pairs))
+    V = 131072 if full_size else 1500
+    for rows in (16, 1024) if full_size else (1, 5):
+        logits = randn(rows, V, dtype=f32)
+        logits[torch.arange(rows), (5 + torch.arange(rows) * 7) % V] = 20.0
+        yield Case("most_likely", f"{rows} rows of {V}", (logits, 3), 4 * rows * V, 0)
+    for T, n_group in ((16, 1), (4096, 1), (16, 8)) if full_size else ((1, 1), (9, 1), (9, 4)):
+        config = SimpleNamespace(num_experts_per_tok=A, n_group=n_group, topk_group=2,
+                                 norm_topk_prob=True, routed_scaling_factor=2.5)
+        args = (randn(T, D), randn(E, D, dtype=f32) / D**0.5, randn(E, dtype=f32) / 10, config)
+        yield Case("route", f"{T} tokens, {n_group} groups", args, 4 * E * D + T * D * size,
+                   2 * T * E * D)
+
+
+class Recorder:
+    """Stands for a kernel and compiles what would be launched, once for each set of types."""
+
+    def __init__(self, kernel, found: dict):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        values = dict(zip(self.kernel.arg_names, args)) | kwargs
+        signature, constants, aligned = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr or isinstance(value, int) and value == 1:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            # as at a launch: tensors begin at multiples of 16 bytes, and some numbers are multiples
+            if isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0:
+                aligned[i,] = [["tt.divisibility", 16]]
+        key = self.kernel.fn.__name__, str((signature, aligned)), str(constants)
+        if key not in self.found:
+            options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
+            source = ASTSource(self.kernel, signature, constants, aligned)
+            self.found[key] = triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                                             options=options)
+
+
+def compile_all():
+    """Every launch of every full-size case, on tensors without data; ptxas says what it takes."""
+    found, used = {}, {name: value for name, value in globals().items()
+                       if isinstance(value, triton.JITFunction)}
+    globals().update({name: Recorder(kernel, found) for name, kernel in used.items()})
+    for case in cases(torch.bfloat16, "meta", full_size=True):
+        globals()[case.operation].__wrapped__(*case.args)
+    for (name, _, constants), compiled in found.items():
+        with tempfile.TemporaryDirectory() as folder:
+            ptx = Path(folder) / "kernel.ptx"
+            ptx.write_text(compiled.asm["ptx"])
+            said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", ptx, "-o",
+                                   ptx.with_suffix(".cubin")], capture_output=True, text=True)
+        registers = re.search(r"Used (\d+) registers", said.stderr)
+        spills = re.search(r"(\d+) bytes spill stores", said.stderr)
+        shape = ", ".join(re.findall(r"'((?:BLOCK|CHUNK|MODULATE)\w*': \d+)", constants))
+        print(f"{name:24} {registers[1]:>4} registers {spills[1]:>5} bytes spilled"
+              f" {compiled.metadata.shared:>7} bytes shared  {shape.replace(chr(39), '')}")
+    return found
+
+
+def main():
+    if sys.argv[1:] == ["--compile"]:
+        compile_all()
+        return
+    if sys.argv[1:]:
+        sys.exit(f"kernels.py: unknown argument {sys.argv[1]!r}; there is only --compile")
+    if not torch.cuda.is_available() and not INTERPRETED:
+        sys.exit("kernels.py: no CUDA device; TRITON_INTERPRET=1 python kernels.py checks the "
+                 "kernels without one")
+    device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
+    print(f"torch {torch.__version__}  triton {triton.__version__}  {where}")
+    bandwidth = rate = 0.0
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        a = torch.empty(2**30, dtype=torch.uint8, device=device)
+        bandwidth = 2 * a.numel() / do_bench(lambda: a.clone()) / 1e6
+        m = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+        rate = 2 * 8192**3 / do_bench(lambda: m @ m) / 1e9
+        print(f"copying {bandwidth:.0f} GB/s, bfloat16 products {rate:.0f} TFLOP/s: the ceilings")
+    failed = 0
+    for dtype in (torch.float32, torch.float16) + (torch.bfloat16,) * (device == "cuda"):
+        for case in cases(dtype, device, full_size=device == "cuda" and dtype == torch.bfloat16):
+            error, name = case.error(), str(dtype).removeprefix("torch.")
+            limit = LIMITS[case.dtype]
+            line = f"{case.operation:19}{case.what:38}{name:9} error {error:.1e}"
+            failed += not error <= limit
+            if not error <= limit:
+                line += f"  FAILED, limit {limit:.0e}"
+            elif device == "cuda":
+                ms = do_bench(case.run)
+                gbs, tflops = case.bytes / ms / 1e6, case.flops / ms / 1e9
+                roof = max(case.bytes / bandwidth / 1e6, case.flops / rate / 1e9)
+                line += (f"{ms:9.4f} ms{gbs:8.0f} GB/s{tflops:8.1f} TFLOP/s"
+                         f"{100 * roof / ms:6.0f} % of the roof")
+            print(line, flush=True)
+    sys.exit(f"kernels.py: {failed} checks failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
