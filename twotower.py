@@ -1633,7 +1633,7 @@ class TwoTower(Module):
 
     @torch.no_grad()
     def generate_speculative(self, prompts, max_new_tokens: int | Sequence[int],
-                             draft_length: int = 16, steps_per_block: int = 16,
+                             draft_length: int = 16, steps_per_block: int = 1,
                              mask_token_id: int | None = None, temperature: float = 0.0, *,
                              confidence_threshold: float = 0.8,
                              top_k: int | None = None, top_p: float | None = None,
@@ -1657,7 +1657,8 @@ class TwoTower(Module):
                 as for `generate_ar`.
             draft_length: tokens of a block, the known one included.
             steps_per_block, mask_token_id, confidence_threshold: of the drafts, which are greedy,
-                as for `generate_mask_diffusion`.
+                as for `generate_mask_diffusion`. By default one pass fills the whole draft: wrong
+                tokens cost nothing but the rest of their block, a second pass costs a pass.
             on_step: called after every denoiser pass; block_index counts the drafts.
         Raises: ValueError for impossible arguments, or for logits that are not finite.
         Source: arXiv 2211.17192 (speculative decoding), with AR's draw in place of rejection.
