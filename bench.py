@@ -326,7 +326,7 @@ def summary(name: str, kinds: dict, quality: dict, speed: dict) -> dict:
         "denoiser_passes_per_block": tasks.nfe / tasks.blocks,
         "context_passes_per_block": (tasks.context_passes - tasks.items) / tasks.blocks,
         "accuracy": statistics.mean(row[kind] for kind in kinds if kind != "library"),
-        "tokens_per_denoiser_pass": tasks.tokens / max(tasks.nfe, 1),
+        "tokens_per_denoiser_pass": tasks.tokens / tasks.nfe if tasks.nfe else 0.0,
         "tokens_per_context_pass": tasks.tokens / max(tasks.context_passes - tasks.items, 1),
         "tokens_per_second": timed.tokens / timed.seconds,
         "ms_per_pass": 1000 * timed.seconds / (timed.nfe or timed.context_passes),
@@ -363,6 +363,9 @@ def plot_frontier(rows: list[dict], path: str):
     axes.plot([row["speedup"] for row in gammas], [row["accuracy"] for row in gammas], "o-",
               label="diffusion, block 16, by gamma")
     axes.plot(1, rows[0]["accuracy"], "s", color="tab:gray", label="AR")
+    lossless, = (row for row in rows if row["mode"] == "speculative")
+    axes.plot(lossless["speedup"], lossless["accuracy"], "D", color="tab:purple",
+              label="speculative: AR's own text")
     for row in gammas:
         axes.annotate(row["mode"].split()[1], (row["speedup"], row["accuracy"]), xytext=(-6, -12),
                       textcoords="offset points", fontsize=8, ha="right")
