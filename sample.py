@@ -103,8 +103,9 @@ def parse_args() -> argparse.Namespace:
              "default miniature/")
     add("--context-device", help="default cuda:0, or cpu without a GPU")
     add("--denoiser-device", help="default cuda:1 with two GPUs, else the context's")
-    add("--backend", choices=["auto", "torch", "triton"], default="auto",
-        help="auto: kernels.py on GPUs, where triton is there")
+    add("--backend", choices=["auto", "torch", "triton"], default="torch",
+        help="triton: kernels.py, which no GPU has run yet; auto: that on GPUs, where triton is "
+             "there; default torch")
     add("--plan", action="store_true", default=False,
         help="print what would go where and how much memory it takes, and exit")
     add("--mode", choices=["mask_diffusion", "speculative", "mock_ar", "ar", "score"],

@@ -1889,7 +1889,7 @@ class TwoTower(Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "auto") -> TwoTower:
+                        towers: str = "both", backend: str = "torch") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Every name and shape is checked against the headers before any tensor is read; each tensor
