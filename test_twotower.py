@@ -1354,6 +1354,19 @@ def test_groups_of_slots_are_a_permutation():
             assert len(real) and (ids.flatten()[real] == expert).all()
 
 
+def test_kernels_compile_for_an_h100():
+    """All of them at the released model's sizes, without a GPU: what the interpreter lets pass and
+    the compiler does not (types that change in a loop), and what would not fit."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = run_python("kernels.py", "--compile", env=env)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    written = re.findall(r"@triton\.jit\ndef (\w+)", (HERE / "kernels.py").read_text())
+    assert {line[0] for line in lines} == set(written) and len(written) == 13
+    for name, registers, _, spilled, _, _, shared, *_ in lines:
+        assert int(registers) <= 255 and int(spilled) < 500 and int(shared) <= 227 * 1024, name
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("mode, new", [("mask_diffusion", 20), ("ar", 4), ("speculative", 10)])
 def test_the_miniature_writes_the_same_with_kernels(mode, new):
