@@ -41,12 +41,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
-from triton.testing import do_bench
-
-import twotower
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -856,6 +850,7 @@ class Case:
 
     def reference(self) -> list[Tensor]:
         """twotower.py's function on the same inputs in float64."""
+        import twotower                         # only the checks need it
         args = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
                 for arg in self.args]
         return self.outputs(getattr(twotower, self.operation)(*args))
@@ -980,6 +975,10 @@ class Recorder:
         return self.launch
 
     def launch(self, *args, **kwargs):
+        from triton.backends.compiler import GPUTarget      # not needed to run a kernel
+        from triton.compiler import ASTSource
+        from triton.runtime.jit import mangle_type
+
         values = dict(zip(self.kernel.arg_names, args)) | kwargs
         signature, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
@@ -1021,6 +1020,8 @@ def compile_all():
 
 
 def main():
+    from triton.testing import do_bench
+
     if sys.argv[1:] == ["--compile"]:
         compile_all()
         return

@@ -278,9 +278,7 @@ class MambaScan(NamedTuple):
         with torch.autocast(self.x.device.type, enabled=False):     # as in ssd_scan
             ssm = ssd_state(self.x, self.dt * kept[..., None], self.A, self.B, self.ssm_state)
         W = self.history.shape[1] - self.dt.shape[1]
-        newest = counts[:, None] + torch.arange(W, device=counts.device)
-        rows = torch.arange(len(counts), device=counts.device)[:, None]
-        return MambaState(self.history[rows, newest].mT, ssm)
+        return MambaState(conv_state_after(self.history, counts, W), ssm)
 
 
 class KVCache:
@@ -464,6 +462,13 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         for w in range(1, W):                   # W shifted products beat a depthwise conv1d on CPU
             out.addcmul_(x[:, w:w + L], taps[w])
     return F.silu(out if bias is None else out + wide(bias)).to(inputs.dtype)
+
+
+def conv_state_after(history: Tensor, counts: Tensor, W: int) -> Tensor:
+    """history (B, W+L, channels): W old inputs, then L new ones -> the convolution's state
+    (B, channels, W) after the first counts (B,) of the new."""
+    newest = counts[:, None] + torch.arange(W, device=history.device)
+    return history[torch.arange(len(newest), device=history.device)[:, None], newest].mT
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -766,11 +771,9 @@ class Mamba2(Module):
         if not span.keep_state:
             return None
         if span.counts is None:
-            conv = history[:, -W:].clone()              # a view would keep all of history alive
-        else:
-            newest = span.counts[:, None] + torch.arange(W, device=history.device)
-            conv = history[torch.arange(len(newest), device=history.device)[:, None], newest]
-        return MambaState(conv.mT, ssm)
+            # a view would keep all of history alive
+            return MambaState(history[:, -W:].clone().mT, ssm)
+        return MambaState(conv_state_after(history, span.counts, W), ssm)
 
 
 class Attention(Module):
