@@ -9,6 +9,8 @@
     python bench.py batch       the miniature's tokens/s by number of prompts decoded together
     python bench.py recipes     a denoiser trained briefly by each of several recipes, from a
                                 phase 1 of train.py
+    python bench.py gpu         the full-size model with random weights, made on the GPU: time,
+                                bytes and share of the roof of every pass; speed-up over AR
 
 Whatever is timed takes turns within a run, so that a machine that slows down slows all of it;
 compare ratios, not milliseconds.
@@ -35,7 +37,8 @@ import torch
 from tokenizers import Tokenizer
 
 from train import MODEL, PUBLISHED, TASKS, Data, Recipe, Trainer, build, library, task_items
-from twotower import KVCache, MambaState, TwoTower, TwoTowerConfig
+from twotower import (Context, KVCache, MambaState, Router, Span, TwoTower, TwoTowerConfig,
+                      kernels)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -47,6 +50,31 @@ SMALL = dict(
     intermediate_size=192, n_routed_experts=16, num_experts_per_tok=2, moe_intermediate_size=96,
     moe_shared_expert_intermediate_size=160, norm_topk_prob=True, routed_scaling_factor=2.5,
     max_position_embeddings=16384)
+
+
+# the released checkpoint's
+RELEASED = dict(
+    hidden_size=2688, num_hidden_layers=52, vocab_size=131072,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8, ssm_state_size=128,
+    conv_kernel=4, chunk_size=128, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
+    intermediate_size=1856, n_routed_experts=128, num_experts_per_tok=6,
+    moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, norm_topk_prob=True,
+    routed_scaling_factor=2.5)
+
+
+def bytes_of_pass(config: TwoTowerConfig, experts: float, cached: int = 0, rows: int = 1) -> float:
+    """What one pass of one tower in bfloat16 must read: the weights outside the routed experts (but
+    for the embedding, of which it takes rows), `experts` distinct ones in each MoE layer, the head,
+    and for each of `rows` rows keys and values of `cached` tokens and the Mamba-2 states."""
+    with torch.device("meta"):
+        model = TwoTower(config, towers="context").to(torch.bfloat16)
+    share = experts / config.n_routed_experts
+    weights = sum(p.nbytes * (share if ".experts." in name else 1)
+                  for name, p in model.named_parameters() if "embeddings" not in name)
+    states = model.context_tower.empty_states(1, 1)
+    mamba = sum(x.nbytes for state in states if isinstance(state, MambaState) for x in state)
+    return weights + rows * (cached * bytes_per_cached_token(states) + mamba)
 
 
 def as_transformers(model: TwoTower):
@@ -165,6 +193,201 @@ def bench_cpu(rounds: int) -> dict:
         print(f"{n:7}   {row['token']:17.2f}   {row['token_without_attention']:24.2f}   "
               f"{row['kv_bytes_per_token']:14}   {mamba:11}")
     return result
+
+
+# ---------------------------------------------------------------------------------------------
+# bench.py gpu
+
+POOL = 36       # experts that 16 tokens, 6 each, are made to choose from: they hit 34 on average
+
+
+def random_context(model: TwoTower, rows: int, length: int, room: int) -> Context:
+    """As after a prefill of `length` tokens, with random contents; a prefill of many rows would
+    need more memory than the weights leave."""
+    context = Context(model.context_tower, rows, length + room)
+    for state in context.states:
+        if state is not None:
+            state.map(lambda x: x.normal_())
+    context.lengths += length
+    return context
+
+
+@contextlib.contextmanager
+def experts_hit(model: TwoTower):
+    """A list that gets the number of distinct experts of every MoE layer that runs meanwhile."""
+    found = []
+    hooks = [module.register_forward_hook(lambda _, __, out: found.append(len(out[0].unique())))
+             for module in model.modules() if isinstance(module, Router)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def concentrate_routing(model: TwoTower, experts: int):
+    """Let the routers choose among their first `experts` experts only."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.e_score_correction_bias[experts:] = -10.0
+
+
+def time_passes(model: TwoTower, rows: int, length: int, graphs: bool, seconds_of) -> dict:
+    """Seconds, bytes and FLOPs of an AR token, a denoiser step and a block extension."""
+    Q, config = 16, model.config
+    context = random_context(model, rows, length, room=64)
+    if graphs:
+        context.passes = kernels().Passes(model, context, Span.fixed)
+    V, device = config.vocab_size, context.device
+    token, block = (torch.randint(4, V, (rows, n), device=device) for n in (1, Q))
+    t = torch.full((rows,), 0.5, device=device)
+    span = Span.make(context.lengths, Q, device, for_context=False)
+
+    def at_length(run):
+        def again():                                    # every round at the same length
+            context.lengths.fill_(length)
+            if context.passes is not None:
+                context.passes.lengths.fill_(length)
+            return run()
+        return again
+
+    active = config.num_experts_per_tok / config.n_routed_experts
+    numbers = sum(p.numel() * (active if ".experts." in name else 1)
+                  for name, p in model.context_tower.named_parameters() if "embed" not in name)
+    runs = {"AR token": (1, lambda: model._extend(context, token, logits="last")),
+            "denoiser step": (Q, lambda: model._denoiser_logits(block, context, span, t)),
+            "block extension": (Q, lambda: model._extend(context, block))}
+    found = {}
+    for name, (L, run) in runs.items():
+        run = at_length(run)
+        passes, context.passes = context.passes, None
+        states = context.states
+        with experts_hit(model) as hit:
+            run()
+        context.states, context.passes = states, passes
+        mean = statistics.mean(hit) if hit else 0.0
+        size = bytes_of_pass(config, mean, length, rows)
+        head = V * config.hidden_size * (L if name == "denoiser step" else name == "AR token")
+        found[name] = {"seconds": seconds_of(run), "bytes": size, "experts": mean,
+                       "flops": 2 * rows * (L * numbers + head)}
+    return found
+
+
+def table_of_passes(model: TwoTower, batches, length: int, graphs, seconds_of, bandwidth: float,
+                    rate: float) -> list[dict]:
+    """Print a row for every pass and batch. bandwidth in bytes and rate in FLOPs a second."""
+    print(f"\n{'batch':>5}  {'pass':16} {'experts':>7} {'GB':>7} {'ms':>9} {'% of roof':>9}"
+          + "".join(f" {'graphs ms':>9} {'% of roof':>9}" * (len(graphs) - 1)))
+    rows = []
+    for batch in batches:
+        measured = [time_passes(model, batch, length, on, seconds_of) for on in graphs]
+        for name, row in measured[0].items():
+            roof = max(row["bytes"] / bandwidth, row["flops"] / rate)
+            times = [found[name]["seconds"] for found in measured]
+            print(f"{batch:5}  {name:16} {row['experts']:7.1f} {row['bytes'] / 1e9:7.2f}"
+                  + "".join(f" {1e3 * s:9.3f} {100 * roof / s:9.0f}" for s in times), flush=True)
+            rows.append({"batch": batch, "pass": name, "experts": row["experts"], "roof": roof,
+                         "bytes": row["bytes"], "flops": row["flops"], "seconds": times})
+    return rows
+
+
+def speed_ups(rows: list[dict], block_size: int = 16) -> list[dict]:
+    """From the times of the passes, by batch: diffusion's speed over AR's at 1 to 16 denoiser
+    passes a block, which are assumed, and the passes at which it would be 1 and 2.42."""
+    table = []
+    print("\nspeed of diffusion over AR if a block takes so many denoiser passes (assumed)")
+    print("batch  AR tokens/s " + "".join(f"{n:7}" for n in (1, 2, 4, 6, 8, 12, 16))
+          + "   1x at  2.42x at")
+    for batch in sorted({row["batch"] for row in rows}):
+        ar, step, extend = (min(row["seconds"][-1] for row in rows
+                                if row["batch"] == batch and row["pass"] == name)
+                            for name in ("AR token", "denoiser step", "block extension"))
+        by_passes = [block_size * ar / (n * step + extend) for n in range(1, block_size + 1)]
+        crossings = [(block_size * ar / speed - extend) / step for speed in (1, 2.42)]
+        print(f"{batch:5} {batch / ar:12.1f} "
+              + "".join(f"{by_passes[n - 1]:7.2f}" for n in (1, 2, 4, 6, 8, 12, 16))
+              + "".join(f"{n:9.1f}" for n in crossings))
+        table.append({"batch": batch, "ar_tokens_per_second": batch / ar, "speed_up": by_passes,
+                      "passes_at_1": crossings[0], "passes_at_2.42": crossings[1]})
+    return table
+
+
+@torch.no_grad()
+def bench_gpu(plot: str) -> dict:
+    from triton.testing import do_bench
+
+    if not torch.cuda.is_available():
+        raise ValueError("gpu needs a CUDA device with 130 GB of memory, such as an H200")
+    print(torch.cuda.get_device_name())
+
+    def seconds_of(run) -> float:
+        return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
+
+    bandwidth, rate = kernels().ceilings(seconds_of)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = TwoTower(TwoTowerConfig(**RELEASED)).eval().use("triton")
+    torch.set_default_dtype(torch.float32)
+    result = {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth, "rate": rate}
+
+    print("\nprefill   ms   tokens/s")
+    result["prefill"] = {}
+    for length in (512, 2048, 8192, 32768):
+        prompt = torch.randint(4, RELEASED["vocab_size"], (1, length))
+        seconds = seconds_of(lambda: model.prefill(prompt))
+        result["prefill"][length] = seconds
+        print(f"{length:6} {1e3 * seconds:8.1f} {length / seconds:10.0f}", flush=True)
+
+    measure = functools.partial(table_of_passes, model, length=2048, graphs=(False, True),
+                                seconds_of=seconds_of, bandwidth=bandwidth, rate=rate)
+    print("\nrandom routing, context 2,048")
+    result["random"] = measure(batches=(1, 4, 16, 64))
+    result["random_speed_up"] = speed_ups(result["random"])
+    concentrate_routing(model, POOL)
+    print(f"\nrouting held to {POOL} experts a layer, so that 16 tokens hit 34, as is reported of "
+          "the release (imposed)")
+    result["concentrated"] = measure(batches=(1, 4))
+    result["concentrated_speed_up"] = speed_ups(result["concentrated"])
+
+    model.denoiser_tower, model.lm_head = None, None            # room for transformers' copy
+    torch.cuda.empty_cache()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        theirs = as_transformers(model).eval()
+    torch.set_default_dtype(torch.float32)
+    prompt = torch.randint(4, RELEASED["vocab_size"], (1, 512), device="cuda")
+    out = theirs(prompt, use_cache=True, logits_to_keep=1)
+    token = prompt[:, :1]
+    their_seconds = seconds_of(lambda: theirs(token, past_key_values=out.past_key_values,
+                                              use_cache=True))
+    ours = next(row for row in result["concentrated"] if row["pass"] == "AR token")["seconds"][-1]
+    result["transformers_ar_token"] = their_seconds
+    print(f"\nan AR token by transformers' NemotronH: {1e3 * their_seconds:.2f} ms, "
+          f"{their_seconds / ours:.1f} times ours (concentrated routing, graphs)")
+    if plot:
+        plot_speed_ups(result, plot)
+    return result
+
+
+def plot_speed_ups(result: dict, path: str):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for ax, kind in zip(axes, ("random", "concentrated")):
+        for row in result[f"{kind}_speed_up"]:
+            ax.plot(range(1, 17), row["speed_up"], "o-", markersize=3,
+                    label=f"batch {row['batch']}")
+        ax.axhline(2.42, color="#c1121f", linewidth=0.8)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(title=f"{kind} routing, {result['gpu']}", yscale="log",
+               xlabel="denoiser passes a block (assumed)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("speed over AR, from measured passes")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -531,7 +754,7 @@ def bench_recipes(phase1: str, steps: int, count: int, arms: list[str], bf16: bo
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["cpu", "miniature", "samples", "templates", "batch",
-                                         "recipes"])
+                                         "recipes", "gpu"])
     parser.add_argument("--rounds", type=int, default=15, help="cpu, batch: rounds of turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", default=os.path.join(HERE, "miniature"), metavar="DIR")
@@ -546,7 +769,7 @@ def main():
     parser.add_argument("--arms", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--bf16", action="store_true", help="recipes: train as train.py --bf16")
     parser.add_argument("--timed", type=int, default=25, help="miniature: items timed at batch 1")
-    parser.add_argument("--plot", default="", metavar="FILE", help="miniature: a plot of the table")
+    parser.add_argument("--plot", default="", metavar="FILE", help="miniature, gpu: a plot")
     args = parser.parse_args()
     if min(args.rounds, args.threads, args.items, args.timed, args.steps) < 1:
         parser.error("--rounds, --threads, --items, --timed and --steps must be 1 or more")
@@ -554,9 +777,13 @@ def main():
     torch.set_num_threads(args.threads)
     setting = {"torch": torch.__version__, "python": platform.python_version(),
                "machine": platform.machine(), "threads": args.threads, "dtype": "float32"}
-    if args.what == "cpu":
+    if args.what in ("cpu", "gpu"):
         import transformers
-        setting |= {"transformers": transformers.__version__, "rounds": args.rounds, "batch": 1}
+        setting |= {"transformers": transformers.__version__}
+    if args.what == "cpu":
+        setting |= {"rounds": args.rounds, "batch": 1}
+    if args.what == "gpu":
+        setting |= {"dtype": "bfloat16"}
     print("  ".join(f"{name} {value}" for name, value in setting.items()) + "\n", flush=True)
     try:
         if args.what == "cpu":
@@ -569,6 +796,8 @@ def main():
             result = bench_templates(args.checkpoint, args.items)
         elif args.what == "batch":
             result = bench_batch(args.checkpoint, args.rounds)
+        elif args.what == "gpu":
+            result = bench_gpu(args.plot)
         else:
             result = bench_recipes(args.phase1, args.steps, args.items, args.arms, args.bf16)
     except (ValueError, OSError) as error:

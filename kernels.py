@@ -17,6 +17,7 @@ not need this file.
     5  attention          few queries over many keys, split over the keys
     6  most_likely        argmax and its probability over the vocabulary, in one reading
     7  route              expert scores, group limit, top-k, in float64
+    8  Passes             whole passes recorded as CUDA graphs
 
 Conventions: pointers are commented with their shapes; program ids and indices that are multiplied
 by a stride are int64; sums are float32 (float64 where the reference is); tails are masked, so any
@@ -556,16 +557,17 @@ def _attention_kernel(
     for start in range(first, tl.minimum(first + share, S), BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         cached = s < S
+        seen = real[:, None] & cached[None, :]
+        if IS_CAUSAL:
+            seen = seen & (s[None, :] <= query[:, None])
+        if HAS_MASK:            # slots that no query of the tile sees, as past a row's end, stay
+            seen = seen & (tl.load(mask_ptr + row * mask_row + query[:, None] * mask_token
+                                   + s[None, :], seen, other=0) != 0)
+            cached = tl.max(seen.to(tl.int32), 0) > 0                            # unread
         k = tl.load(k_ptr + row * k_row + group * k_head + s[:, None] * k_token + d[None, :],
                     cached[:, None] & (d < K)[None, :], other=0.0)
         v = tl.load(v_ptr + row * v_row + group * v_head + s[:, None] * v_token + d[None, :],
                     cached[:, None] & (d < K)[None, :], other=0.0)
-        seen = real[:, None] & cached[None, :]
-        if IS_CAUSAL:
-            seen = seen & (s[None, :] <= query[:, None])
-        if HAS_MASK:
-            seen = seen & (tl.load(mask_ptr + row * mask_row + query[:, None] * mask_token
-                                   + s[None, :], seen, other=0) != 0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(seen, scores, HIDDEN)
         higher = tl.maximum(best, tl.max(scores, 1))
@@ -826,7 +828,107 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 
 
 # ---------------------------------------------------------------------------------------------
-# 8. python kernels.py: every kernel against twotower.py's function in float64, then its speed
+# 8. Passes recorded as CUDA graphs
+#
+# Why: a full-size pass launches many hundreds of kernels of a few microseconds each; at batch 1 the
+# host cannot launch them as fast as the GPU runs them. Recorded once, a pass is replayed by one
+# call. Whatever it reads and writes must then stay where it is: inputs are copied into buffers,
+# Mamba states are written back into theirs, and the rows' lengths are on the device, where a mask
+# over the whole cache is made from them.
+
+
+class Passes:
+    """The passes that repeat while decoding, over the rows of one context: an AR token, a denoiser
+    step, a block extension. On a GPU each is recorded when it first comes; elsewhere it just runs.
+
+    What they return stays valid until the same pass comes again.
+    Raises: ValueError if the towers are on different devices.
+    """
+
+    def __init__(self, model, context, fixed_span):
+        tower = model.denoiser_tower
+        if tower is not None and tower.device != context.device:
+            raise ValueError("recorded passes need both towers on one device")
+        self.model, self.context, self.fixed_span = model, context, fixed_span
+        self.caches = [state for state in context.states if hasattr(state, "reserve")]
+        self.mamba = [state for state in context.states if isinstance(state, tuple)]
+        self.lengths = context.lengths.clone().to(context.device)                # (B,) int64
+        self.capacity, self.recorded = 0, {}
+
+    def anew(self) -> Passes:
+        """The same for a context whose rows have changed."""
+        return Passes(self.model, self.context, self.fixed_span)
+
+    def extend(self, tokens: Tensor, logits: str | None) -> Tensor | None:
+        """tokens (B, L) int64 are read by the context tower; logits "last" returns (B, 1, V)."""
+        L = tokens.shape[1]
+        out = self._run((L, logits), lambda tokens: self._extend(tokens, logits), tokens)
+        self.lengths += L
+        self.context.lengths = self.context.lengths + L
+        self.context.logits = None if out is None else out[:, -1]
+        return out
+
+    def denoise(self, block: Tensor, t: Tensor) -> Tensor:
+        """block (B, Q) int64 and t (B,) -> (B, Q, V) float32."""
+        return self._run(block.shape[1], self._denoise, block, t)
+
+    def _extend(self, tokens: Tensor, logits: str | None) -> Tensor | None:
+        span = self.fixed_span(self.lengths, tokens.shape[1], self.capacity, for_context=True)
+        hidden, states = self.model.context_tower(tokens, self.context.states, span)
+        after = [state for state in states if isinstance(state, tuple)]
+        for old, new in zip(self.mamba, after):
+            for to, tensor in zip(old, new):
+                if to is not tensor:                # ssd_step has updated the state in place
+                    to.copy_(tensor)
+        return self.model.context_lm_head(hidden[:, -1:]).float() if logits else None
+
+    def _denoise(self, block: Tensor, t: Tensor) -> Tensor:
+        span = self.fixed_span(self.lengths, block.shape[1], self.capacity, for_context=False)
+        hidden, _ = self.model.denoiser_tower(block, self.context.states, span,
+                                              self.model._modulations(t))
+        return self.model.lm_head(hidden).float()
+
+    def _run(self, key, function, *inputs: Tensor) -> Tensor | None:
+        needed = int(self.context.lengths.max()) + inputs[0].shape[1]
+        if needed > self.capacity:                  # what was recorded has the old addresses
+            for cache in self.caches:
+                cache.reserve(needed)
+            room = max((cache.key_cache.shape[2] for cache in self.caches), default=needed)
+            self.capacity, self.recorded = max(room, needed), {}
+        if self.lengths.device.type != "cuda":
+            return function(*inputs)
+        if key not in self.recorded:
+            self.recorded[key] = record(function, [x.to(self.lengths.device) for x in inputs],
+                                        [tensor for state in self.mamba for tensor in state])
+        graph, buffers, out = self.recorded[key]
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x, non_blocking=True)
+        graph.replay()
+        return out
+
+
+def record(function, inputs: list[Tensor], changed: list[Tensor]):
+    """function(*inputs) as a CUDA graph; returns it, its inputs' buffers and its output.
+
+    changed: what the function changes besides, given back as it was.
+    """
+    kept = [tensor.clone() for tensor in changed]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):                          # Triton compiles, libraries take their memory
+            function(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*inputs)
+    for tensor, old in zip(changed, kept):
+        tensor.copy_(old)
+    return graph, inputs, out
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. python kernels.py: every kernel against twotower.py's function in float64, then its speed
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}     # relative rms
 
@@ -1019,6 +1121,17 @@ def compile_all():
     return found
 
 
+def ceilings(seconds_of) -> tuple[float, float]:
+    """What this GPU reaches: bytes a second in a copy, FLOPs a second in a bfloat16 product."""
+    large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    bandwidth = 2 * large.numel() / seconds_of(large.clone)
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
+    print(f"copying {bandwidth / 1e9:.0f} GB/s, bfloat16 products {rate / 1e12:.0f} TFLOP/s: the "
+          "ceilings")
+    return bandwidth, rate
+
+
 def main():
     from triton.testing import do_bench
 
@@ -1033,14 +1146,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
     print(f"torch {torch.__version__}  triton {triton.__version__}  {where}")
-    bandwidth = rate = 0.0
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
-        a = torch.empty(2**30, dtype=torch.uint8, device=device)
-        bandwidth = 2 * a.numel() / do_bench(lambda: a.clone()) / 1e6
-        m = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-        rate = 2 * 8192**3 / do_bench(lambda: m @ m) / 1e9
-        print(f"copying {bandwidth:.0f} GB/s, bfloat16 products {rate:.0f} TFLOP/s: the ceilings")
+        bandwidth, rate = ceilings(lambda run: do_bench(run) / 1e3)
     failed = 0
     for dtype in (torch.float32, torch.float16) + (torch.bfloat16,) * (device == "cuda"):
         for case in cases(dtype, device, full_size=device == "cuda" and dtype == torch.bfloat16):
@@ -1053,7 +1161,7 @@ def main():
             elif device == "cuda":
                 ms = do_bench(case.run)
                 gbs, tflops = case.bytes / ms / 1e6, case.flops / ms / 1e9
-                roof = max(case.bytes / bandwidth / 1e6, case.flops / rate / 1e9)
+                roof = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
                 line += (f"{ms:9.4f} ms{gbs:8.0f} GB/s{tflops:8.1f} TFLOP/s"
                          f"{100 * roof / ms:6.0f} % of the roof")
             print(line, flush=True)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -1391,6 +1392,36 @@ def test_golden_data_through_the_kernels():
     check(model.prefill(prompt).logits.cpu(), data["ctx/logits"][:, -1], 1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(20,), (40, 20, 33)])
+def test_fixed_passes_decode_the_same(lengths, monkeypatch):
+    """What CUDA graphs record, run without recording: lengths on the device, a mask over the whole
+    cache, states written back into their buffers; with rows that end, and caches that grow."""
+    _, _, model = golden("cfg1")
+    prompts = [ids(n, seed=n) for n in (5, 17, 1)][:len(lengths)]
+    modes = model.generate_ar, model.generate_mask_diffusion
+    plain = [generate(prompts, lengths) for generate in modes]
+    monkeypatch.setattr(model, "graphs", True)
+    run, counted = kernels.Passes._run, []
+    monkeypatch.setattr(kernels.Passes, "_run",
+                        lambda self, key, *args: counted.append(key) or run(self, key, *args))
+    monkeypatch.setattr(twotower, "kernels", lambda: kernels)
+    for generate, expected in zip(modes, plain):
+        counted.clear()
+        got = generate(prompts, lengths)
+        assert [row.tolist() for row in got.tokens] == [row.tolist() for row in expected.tokens]
+        assert got.nfe.equal(expected.nfe) and got.context_passes.equal(expected.context_passes)
+        # all but the prefill; of several rows some wait while others take another step
+        needed = max(got.nfe) + max(got.context_passes) - 1
+        assert len(counted) == needed or len(counted) > needed and len(prompts) > 1
+    context = model._prefill([ids(3)], reserve=0, repeats=True)
+    for token in ids(30):
+        model._extend(context, token.view(1, 1), logits="last")
+    whole = model.context_logits(torch.cat([ids(3), ids(30)])[None])
+    check(context.logits, whole[:, -1], 1e-5)
+    with pytest.raises(ValueError, match="graphs need backend 'triton'"):
+        model.use("torch", graphs=True)
+
+
 def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
     model = TwoTower(TwoTowerConfig(**TINY))
     assert model.use("auto").backend == "torch"         # on the CPU
@@ -1666,19 +1697,9 @@ print(peak() - before)
     assert 0.9 * size < int(run.stdout) < 1.1 * size
 
 
-RELEASED = dict(
-    hidden_size=2688, num_hidden_layers=52, vocab_size=131072,
-    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    layer_norm_epsilon=1e-5, mamba_num_heads=64, mamba_head_dim=64, n_groups=8, ssm_state_size=128,
-    conv_kernel=4, chunk_size=128, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
-    intermediate_size=1856, n_routed_experts=128, num_experts_per_tok=6,
-    moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, norm_topk_prob=True,
-    routed_scaling_factor=2.5)
-
-
 def test_the_released_config_has_the_released_size():
     """SPEC of the release: names, parameters and state sizes at full size, on the meta device."""
-    config = TwoTowerConfig(**RELEASED)
+    config = TwoTowerConfig(**bench.RELEASED)
     with torch.device("meta"):
         model = TwoTower(config)
     assert (config.d_inner, config.conv_dim) == (4096, 6144)
@@ -2248,7 +2269,7 @@ def test_sample_fills_templates(tmp_path):
     assert sample("--template", "x____", *flags).returncode == 0
     one_line(sample("--resume", *flags), "was made with template 'x____', not None")
     shown = run_python("sample.py", "--template", "class Point:\n    def __init__(self{{12}}").stdout
-    assert shown.startswith("class Point label") and f"block 0  class Point:\u21b5" in shown
+    assert shown.startswith("class Point label") and "block 0  class Point:\u21b5" in shown
 
 
 def test_sample_scores(tmp_path):
@@ -2406,7 +2427,7 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
 
 def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     """24 shards of the released shapes without data: SPEC's table of memory."""
-    assert write_headers(tmp_path, RELEASED, 24) == 24
+    assert write_headers(tmp_path, bench.RELEASED, 24) == 24
     run = sample("--plan", "--max-new-tokens", 8192, "--batch-size", 4, directory=tmp_path)
     context, = re.findall(r"weights ([\d.]+) GiB", run.stderr.splitlines()[0])
     assert context == "117.7"                       # twice 58.8 and the time conditioning
@@ -3042,6 +3063,92 @@ def test_readme():
     run = run_python("-c", code)
     assert run.returncode == 0 and "tensor([" in run.stdout, run.stderr
     assert f"{len(BROKEN)} kinds of broken checkpoint" in text
+
+
+def figures():
+    """figures/make.py as a module."""
+    path = HERE / "figures" / "make.py"
+    specification = importlib.util.spec_from_file_location("make", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_figures(tmp_path):
+    make = figures()
+    make.OUT = tmp_path
+    make.main()
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == set(re.findall(r"\w+\.png", make.__doc__.split("The two others")[0]))
+    assert drawn | {"miniature.png", "training.png"} == {
+        path.name for path in (HERE / "figures").glob("*.png")}
+
+
+def test_tutorial():
+    """Its quotes stand in the code, its checks print what it says, its links lead somewhere, its
+    results are those of miniature/README.md."""
+    text = (HERE / "tutorial.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 6000
+    make = figures()
+    assert make.with_line_numbers(text) == text, "run python figures/make.py"
+    for link in re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", text):
+        assert (HERE / link).is_file(), link
+    quotes, checks = 0, []
+    for code, _, printed in re.findall(r"```python\n(.*?)```\n(```text\n(.*?)```)?", text, re.DOTALL):
+        quoted = re.match(r"# (\w+)\.py: ([\w.]+)\n", code)
+        if quoted is None:
+            assert len(code.splitlines()) <= 10 and max(map(len, code.splitlines())) <= 130, code
+            checks.append((code, printed))
+            continue
+        lines, at = (HERE / f"{quoted[1]}.py").read_text(encoding="utf-8").splitlines(), 0
+        first = make.lines_of(HERE / f"{quoted[1]}.py")[quoted[2]]
+        end = next((i for i in range(first, len(lines)) if re.match("class|def|@", lines[i])), None)
+        source = "\n".join(lines[first:end])
+        for piece in re.split(r"\n *\.\.\.\n", code[quoted.end():].rstrip()):
+            at = source.find(piece, at)
+            assert at >= 0, f"not in {quoted[2]}:\n{piece}"
+        quotes += 1
+    assert quotes >= 6 and len(checks) >= 15
+    script = ("import contextlib, io, json\nspace, printed = {}, []\n"
+              f"for code in {[code for code, _ in checks]!r}:\n"
+              "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+              "        exec(code, space)\n"
+              "    printed.append(out.getvalue())\n"
+              "print(json.dumps(printed))\n")
+    run = run_python("-c", script)
+    assert run.returncode == 0, run.stderr
+    for (code, expected), printed in zip(checks, json.loads(run.stdout)):
+        assert printed == expected, f"{code}prints\n{printed}"
+    measured = (HERE / "miniature" / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| claim | published | here |"):]
+    here = re.findall(r"\d+(?:\.\d+)?(?: %|x)", "".join(row.split("|")[3] for row in
+                                                       table.splitlines()[2:] if row))
+    assert here and all(number in measured for number in here), here
+
+
+def test_bench_gpu_counts_what_must_move(capsys):
+    """Its tables on a small model and the CPU: experts that were hit, bytes, ratios of times."""
+    released = TwoTowerConfig(**bench.RELEASED)
+    # 3.70 GB outside the experts, 0.459 GB an expert in 23 layers, 0.05 GB of states
+    for gigabytes, *of in (6.50, 6, 0, 1), (19.36, 34, 0, 1), (66.4, 128, 2048, 64):
+        assert abs(bench.bytes_of_pass(released, *of) / 1e9 - gigabytes) < 0.06
+    model = TwoTower(TwoTowerConfig(**bench.SMALL)).eval()
+    times = iter(range(1, 100))
+    bench.concentrate_routing(model, 3)
+    with torch.no_grad():
+        rows = bench.table_of_passes(model, (1, 2), 40, (False, True),
+                                     lambda run: run() is None or float(next(times)), 1e9, 1e9)
+    assert [row["pass"] for row in rows[:3]] == ["AR token", "denoiser step", "block extension"]
+    assert rows[0]["experts"] == 2 and rows[2]["experts"] == 3
+    assert rows[4]["flops"] == 2 * rows[1]["flops"] > 10 * rows[0]["flops"]
+    table = bench.speed_ups([
+        {"batch": 4, "pass": name, "seconds": [9.0, seconds]} for name, seconds in
+        (("AR token", 1.0), ("denoiser step", 2.0), ("block extension", 3.0))])
+    assert table[0]["speed_up"][3] == 16 / 11 and table[0]["ar_tokens_per_second"] == 4
+    assert table[0]["passes_at_1"] == 6.5 and "roof" in capsys.readouterr().out
+    run = run_python("bench.py", "gpu")
+    if not torch.cuda.is_available():
+        assert run.returncode == 2 and "needs a CUDA device" in run.stderr.splitlines()[-1]
 
 
 def test_bench_runs():

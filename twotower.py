@@ -240,12 +240,18 @@ class Span(NamedTuple):
             return span                                     # every token sees every slot
         if longest == 0:
             return span._replace(is_causal=for_context)
-        last_seen = lengths[:, None] + (torch.arange(L) if for_context else L - 1)   # (B, L or 1)
-        if uniform:
-            last_seen = last_seen[:1]
-        visible = torch.arange(span.end) <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
+        fixed = cls.fixed(lengths[:1] if uniform else lengths, L, span.end, for_context=for_context)
         start = longest if uniform else lengths.to(device)
-        return span._replace(start=start, mask=visible.to(device))
+        return span._replace(start=start, mask=fixed.mask.to(device))
+
+    @classmethod
+    def fixed(cls, lengths: Tensor, L: int, capacity: int, *, for_context: bool) -> Span:
+        """The same with all `capacity` slots in use and a mask over those past each row: nothing
+        but the contents of tensors depends on lengths (B,), which may be on any device."""
+        i = torch.arange(max(L, capacity), device=lengths.device)
+        last_seen = lengths[:, None] + (i[:L] if for_context else L - 1)             # (B, L or 1)
+        visible = i[:capacity] <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
+        return cls(lengths, capacity, visible, keep_state=for_context)
 
 
 class MambaState(NamedTuple):
@@ -331,6 +337,7 @@ class Context:
         self.states = tower.empty_states(rows, capacity)
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.logits: Tensor | None = None
+        self.passes = None                              # kernels.Passes over this context, if any
         self._replica: list | None = None               # the states on another device
         self._sent = self.lengths                       # tokens of each row that the replica holds
 
@@ -343,6 +350,7 @@ class Context:
                                            for state in self._replica]
         self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
+        self.passes = self.passes and self.passes.anew()
 
     def settle(self, counts: Tensor):
         """Keep only the first counts (B,) tokens of each row of the last, tentative pass.
@@ -645,19 +653,22 @@ KERNELS = Path(__file__).with_name("kernels.py")
 
 def operations(backend: str) -> SimpleNamespace:
     """The functions of this file ("torch") or of kernels.py beside it ("triton")."""
-    functions = globals()
-    if backend == "triton":
-        try:
-            spec = importlib.util.spec_from_file_location("twotower_kernels", KERNELS)
-            kernels = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-            if not hasattr(kernels, OPERATIONS[0]):
-                spec.loader.exec_module(kernels)
-        except (ImportError, OSError) as error:
-            sys.modules.pop("twotower_kernels", None)
-            raise ValueError(f"backend 'triton' needs kernels.py beside twotower.py, and the "
-                             f"package triton: {error}") from None
-        functions = vars(kernels)
+    functions = globals() if backend == "torch" else vars(kernels())
     return SimpleNamespace(**{name: functions[name] for name in OPERATIONS})
+
+
+def kernels():
+    """The module kernels.py. Raises: ValueError where it, or triton, cannot be had."""
+    try:
+        spec = importlib.util.spec_from_file_location("twotower_kernels", KERNELS)
+        module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+        if not hasattr(module, OPERATIONS[0]):
+            spec.loader.exec_module(module)
+        return module
+    except (ImportError, OSError) as error:
+        sys.modules.pop("twotower_kernels", None)
+        raise ValueError(f"backend 'triton' needs kernels.py beside twotower.py, and the package "
+                         f"triton: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1070,12 +1081,14 @@ def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token
     """
     if sampler.temperature == 0:
         ids, confidence = ops.most_likely(logits, mask_token_id)
-        return ids.cpu(), confidence.cpu()
-    finite = logits.isfinite().all(-1)
-    logits = without(logits, mask_token_id)
-    ids = sampler.draw(logits, rows)
-    confidence = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).exp()
-    return ids.cpu(), confidence.where(finite, math.nan).cpu()
+    else:
+        finite = logits.isfinite().all(-1)
+        logits = without(logits, mask_token_id)
+        ids = sampler.draw(logits, rows)
+        confidence = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).exp()
+        confidence = confidence.where(finite, math.nan)
+    both = torch.stack([ids.double(), confidence.double()]).cpu()       # one transfer, one wait
+    return both[0].long(), both[1].to(confidence.dtype)
 
 
 def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
@@ -1283,7 +1296,7 @@ class TwoTower(Module):
     its default dtype. towers="context" leaves the denoiser out: AR and scores only.
     """
 
-    backend = "torch"                   # see `use`
+    backend, graphs = "torch", False    # see `use`
 
     def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
         super().__init__()
@@ -1351,13 +1364,17 @@ class TwoTower(Module):
         context = Context(self.context_tower, *tokens.shape)
         return self._extend(context, tokens, logits="all")
 
-    def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last") -> Context:
+    def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last",
+                 repeats: bool = False) -> Context:
+        """repeats: what follows are equal passes over the same rows, which can be recorded."""
         counts = torch.tensor([len(prompt) for prompt in prompts])
         L = int(counts.max())
         context = Context(self.context_tower, len(prompts), L + reserve)
         if L > 0:
             tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
             self._extend(context, tokens, counts, logits)
+        if repeats and self.graphs:
+            context.passes = kernels().Passes(self, context, Span.fixed)
         return context
 
     def _extend(self, context: Context, tokens: Tensor, counts: Tensor | None = None,
@@ -1366,6 +1383,8 @@ class TwoTower(Module):
 
         tentative: how many of them stay is said later, by `Context.settle`.
         """
+        if context.passes is not None:
+            return context.passes.extend(tokens, logits)
         L = tokens.shape[1]
         span = Span.make(context.lengths, L, context.device, for_context=True, counts=counts)
         span = span._replace(tentative=tentative)
@@ -1448,6 +1467,8 @@ class TwoTower(Module):
 
     def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
                          t: Tensor | None) -> Tensor:
+        if context.passes is not None:
+            return context.passes.denoise(tokens, t)
         tower = self.denoiser_tower
         modulations = None if t is None else self._modulations(t.to(tower.device))
         hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)
@@ -1545,7 +1566,7 @@ class TwoTower(Module):
         """
         sampler = Sampler(temperature, top_k, top_p, generator)
         prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
-        context = self._prefill(prompts, reserve=max(rows.max_new_tokens))
+        context = self._prefill(prompts, reserve=max(rows.max_new_tokens), repeats=True)
         rows.context_passes += 1
         while True:
             going = self._emit(context.logits, sampler, rows, on_step)
@@ -1620,7 +1641,7 @@ class TwoTower(Module):
         prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
                                     template)
         blocks = -(-max(rows.max_new_tokens) // block_size)
-        context = self._prefill(prompts, blocks * block_size, logits=None)
+        context = self._prefill(prompts, blocks * block_size, logits=None, repeats=True)
         rows.context_passes += 1
         for block_index in range(blocks):
             block, wanted = rows.next_block(block_size, unmasking.mask_token_id)
@@ -1912,11 +1933,14 @@ class TwoTower(Module):
             denoiser_device = context_device
         return model.fill(files, context_device, denoiser_device).use(backend)
 
-    def use(self, backend: str) -> TwoTower:
+    def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
         gradients), "auto" those of kernels.py on GPUs where it and triton are there; `backend` then
         says which they are.
 
+        graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
+        graphs, for the rows at hand: worth it where rows end together. Needs "triton", since
+        torch's moe_experts asks the host which experts were hit.
         Raises: ValueError if they cannot be had.
         """
         if backend not in ("auto", "torch", "triton"):
@@ -1925,11 +1949,13 @@ class TwoTower(Module):
             on_gpus = all(p.is_cuda for p in self.parameters())
             there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
             backend = "triton" if on_gpus and there else "torch"
+        if graphs and backend == "torch":
+            raise ValueError("graphs need backend 'triton'")
         ops = operations(backend)
         for module in self.modules():
             if isinstance(module, Module):
                 module.ops = ops
-        self.backend = backend
+        self.backend, self.graphs = backend, graphs
         return self
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,

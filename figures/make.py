@@ -1,0 +1,207 @@
+"""Draw the figures of tutorial.md and README.md: `python figures/make.py` writes them here.
+
+    towers.png      the two towers, layer by layer, and what crosses between them
+    scan.png        how far back the heads of a trained Mamba-2 layer read
+    masks.png       who attends to whom when all blocks of a text are trained in one pass
+    denoising.png   the miniature filling blocks, pass by pass
+    cost.png        experts read by a pass, and the speed-up that bytes allow
+
+Everything is computed here from the bundled miniature or the released sizes. The two others,
+miniature.png and training.png, are written by `python bench.py miniature --plot` and train.py.
+The line numbers in the tutorial's links to symbols are brought up to date as well.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from tokenizers import Tokenizer
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE
+sys.path.insert(0, str(HERE.parent))
+from bench import RELEASED, bytes_of_pass  # noqa: E402
+from twotower import TwoTower, TwoTowerConfig  # noqa: E402
+
+MINIATURE = HERE.parent / "miniature"
+COLORS = {"M": "#8ecae6", "*": "#ffb703", "E": "#d8e2dc"}
+KINDS = {"M": "Mamba-2", "*": "attention", "E": "experts"}
+PROMPT = "class Point label:str width:int height:int color:str\n"
+
+
+def towers():
+    """One period of the released pattern as two columns of boxes; arrows for what crosses."""
+    figure, ax = plt.subplots(figsize=(7, 5.6), layout="constrained")
+    pattern = RELEASED["hybrid_override_pattern"][:6]
+    crossing = {"M": "conv_state, ssm_state", "*": "keys, values"}
+    for x, name in ((0, "context tower\n(frozen, causal)"), (6, "denoiser tower\n(trained)")):
+        ax.text(x + 1.2, len(pattern) + 1.9, name, ha="center", weight="bold")
+        head = "context_lm_head" if x == 0 else "lm_head"
+        for y, text in ((-0.95, "embeddings"), (len(pattern) + 0.95, f"norm_f, {head}")):
+            ax.add_patch(Rectangle((x, y), 2.4, 0.6, facecolor="white", edgecolor="black"))
+            ax.text(x + 1.2, y + 0.3, text, ha="center", va="center", fontsize=9)
+        for i, kind in enumerate(pattern):
+            ax.add_patch(Rectangle((x, i), 2.4, 0.7, facecolor=COLORS[kind], edgecolor="black"))
+            ax.text(x + 1.2, i + 0.35, f"{i}  {KINDS[kind]}", ha="center", va="center")
+        ax.text(x + 1.2, len(pattern) + 0.35, "... 52 layers in all", ha="center", va="center")
+    for i, kind in enumerate(pattern):
+        if kind in crossing:
+            ax.add_patch(FancyArrowPatch((2.45, i + 0.35), (5.95, i + 0.35), arrowstyle="->",
+                                         mutation_scale=14, color="#333333"))
+            ax.text(4.2, i + 0.47, crossing[kind], ha="center", fontsize=9)
+        ax.add_patch(FancyArrowPatch((9.3, i + 0.35), (8.45, i + 0.35), arrowstyle="->",
+                                     mutation_scale=10, color="#c1121f"))
+    ax.text(9.4, 2.9, "t: shift,\nscale, gate\nfor every\nlayer", color="#c1121f", va="center")
+    ax.text(1.2, -1.5, "clean text: prompt and\nfinished blocks", ha="center", va="top")
+    ax.text(7.2, -1.5, "the block: 16 tokens,\nsome of them masks", ha="center", va="top")
+    ax.set(xlim=(-0.3, 11), ylim=(-2.8, len(pattern) + 2.8))
+    ax.axis("off")
+    figure.savefig(OUT / "towers.png", dpi=150)
+
+
+def scan(model: TwoTower, tokens: list[int]):
+    """The weights exp(sum of dt A) dt of `ssd_chunk`, over a prompt, for heads of layer 0."""
+    mixer, seen = model.context_tower.layers[0].mixer, []
+    scan_of_layer = mixer.ops.ssd_scan
+    mixer.ops = type(mixer.ops)(**vars(mixer.ops) | {
+        "ssd_scan": lambda *args, **options: seen.append(args) or scan_of_layer(*args, **options)})
+    model.prefill([torch.tensor(tokens)])
+    model.use("torch")
+    _, dt, A, *_ = seen[0]
+    log_decay = (dt * A)[0].T.cumsum(-1)                                         # (H, L)
+    weight = (log_decay[:, :, None] - log_decay[:, None]).exp() * dt[0].T[:, None]
+    order = A.argsort(descending=True)
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    for ax, head, title in zip(axes, order[[0, len(order) // 2, -1]],
+                               ("longest memory", "in between", "shortest")):
+        image = weight[head].tril()
+        ax.imshow(image / image.max(), cmap="viridis")
+        ax.set_xticks(range(0, len(tokens), 4))
+        ax.set_yticks(range(0, len(tokens), 4))
+        ax.set(title=f"{title}: head {head}, A = {A[head]:.2f}", xlabel="token s that is read")
+    axes[0].set_ylabel("token l that reads")
+    figure.savefig(OUT / "scan.png", dpi=150)
+
+
+def masks(model: TwoTower):
+    """The mask that attention layers get in `diffusion_logits`, for 4 blocks of 16."""
+    seen = []
+    layer = next(layer for layer in model.denoiser_tower.layers if layer.kind == "*")
+    hook = layer.mixer.register_forward_pre_hook(lambda _, args: seen.append(args[2].mask))
+    tokens = torch.full((1, 64), 5)
+    with torch.no_grad():
+        model.diffusion_logits(tokens, tokens, torch.tensor([0.5]), 16)
+    hook.remove()
+    figure, ax = plt.subplots(figsize=(7, 3.9), layout="constrained")
+    ax.imshow(seen[0][0, 0], cmap="Blues", vmin=0, vmax=1.4)
+    for edge in range(16, 128, 16):
+        ax.axvline(edge - 0.5, color="white", linewidth=0.8)
+    for edge in range(16, 64, 16):
+        ax.axhline(edge - 0.5, color="white", linewidth=0.8)
+    ax.axvline(63.5, color="#c1121f", linewidth=1.5)
+    ticks = [8, 24, 40, 56]
+    names = [f"block {b}" for b in range(4)]
+    ax.set_xticks(ticks + [64 + tick for tick in ticks], names * 2, fontsize=8)
+    ax.set_yticks(ticks, names, fontsize=8)
+    ax.set(xlabel="keys: clean blocks of the context tower | noisy blocks of the denoiser",
+           ylabel="queries: noisy blocks", title="dark: visible")
+    figure.savefig(OUT / "masks.png", dpi=150)
+
+
+def denoising(model: TwoTower, tokenizer: Tokenizer):
+    """Every denoiser pass over a prompt's answer: tokens as they stand, new commits in color."""
+    steps = []
+    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 64, eos_token_id=2,
+                                  on_step=steps.append)
+    figure, ax = plt.subplots(figsize=(13, 0.45 * len(steps) + 1), layout="constrained")
+    for y, step in enumerate(steps):
+        for x in range(16):
+            token = int(step.after[0, x])
+            masked, new = token == model.config.mask_token_id, bool(step.committed[0, x])
+            face = "#e9ecef" if masked else "#ffb703" if new else "white"
+            ax.add_patch(Rectangle((x, -y), 0.96, 0.86, facecolor=face, edgecolor="#adb5bd"))
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            text = "" if masked else text.replace("\n", "↵").replace(" ", "␣")
+            label = f"{text}\n{float(step.confidence[0, x]):.2f}"
+            ax.text(x + 0.48, -y + 0.43, label, ha="center", va="center", fontsize=7)
+        ax.text(-0.15, -y + 0.43, f"block {step.block_index}, pass {step.step}, "
+                f"t = {float(step.t[0]):.2f}", ha="right", va="center", fontsize=9)
+    ax.set(xlim=(-3.2, 16.1), ylim=(-len(steps) + 0.8, 1.5))
+    ax.text(0, 1.05, "orange: committed in this pass; grey: still masked; below each token, how "
+            "sure the denoiser was", fontsize=9)
+    ax.axis("off")
+    figure.savefig(OUT / "denoising.png", dpi=150)
+
+
+def cost():
+    """Distinct experts by tokens in a pass; speed-up over AR by passes a block, from bytes."""
+    config = TwoTowerConfig(**RELEASED)
+    E, A = config.n_routed_experts, config.num_experts_per_tok
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    tokens = torch.arange(1, 129)
+    left.plot(tokens, E * (1 - (1 - A / E) ** tokens), label="uniform routing")
+    left.plot([16], [34], "o", color="#c1121f", label="reported of the release, 16 tokens")
+    left.set(xlabel="tokens in a pass", ylabel="distinct experts a layer", xscale="log")
+    left.set_xticks([1, 4, 16, 64, 128], [1, 4, 16, 64, 128])
+    passes = torch.arange(1, 17)
+    ar = bytes_of_pass(config, A)
+    for hit, style in ((34, "-"), (69, "--"), (E, ":")):
+        block = bytes_of_pass(config, hit)
+        right.plot(passes, 16 * ar / ((passes + 1) * block), style, label=f"{hit} experts a layer")
+    right.plot(passes, 16 / (passes + 1), color="grey", label="every pass costs the same")
+    right.axhline(2.42, color="#c1121f", linewidth=0.8)
+    right.text(16, 2.5, "2.42", color="#c1121f", ha="right")
+    right.axhline(1, color="black", linewidth=0.8)
+    right.set(xlabel="denoiser passes a block of 16", ylabel="speed-up over AR", yscale="log")
+    right.set_yticks([0.25, 0.5, 1, 2, 4, 8], [0.25, 0.5, 1, 2, 4, 8])
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.savefig(OUT / "cost.png", dpi=150)
+
+
+def lines_of(path: Path) -> dict[str, int]:
+    """The first line of every function, class and method of a file, by its qualified name."""
+    def walk(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                yield prefix + node.name, node.lineno
+                yield from walk(node.body, prefix + node.name + ".")
+
+    return dict(walk(ast.parse(path.read_text(encoding="utf-8")).body, ""))
+
+
+def with_line_numbers(text: str) -> str:
+    """Links like [`Tower`](twotower.py#L1), with the line where the symbol now begins.
+
+    Raises: KeyError for a symbol that is not there.
+    """
+    def fresh(link: re.Match) -> str:
+        symbol, file = link[1], link[2]
+        return f"[`{symbol}`]({file}#L{lines_of(HERE.parent / file)[symbol]})"
+
+    return re.sub(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+\)", fresh, text)
+
+
+def main():
+    torch.set_num_threads(1)
+    model = TwoTower.from_pretrained(MINIATURE)
+    tokenizer = Tokenizer.from_file(str(MINIATURE / "tokenizer.json"))
+    towers()
+    scan(model, tokenizer.encode(PROMPT).ids)
+    masks(model)
+    denoising(model, tokenizer)
+    cost()
+    tutorial = HERE.parent / "tutorial.md"
+    tutorial.write_text(with_line_numbers(tutorial.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
