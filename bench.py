@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -232,55 +233,82 @@ def concentrate_routing(model: TwoTower, experts: int):
             module.e_score_correction_bias[experts:] = -10.0
 
 
-def time_passes(model: TwoTower, rows: int, length: int, graphs: bool, seconds_of) -> dict:
-    """Seconds, bytes and FLOPs of an AR token, a denoiser step and a block extension."""
-    Q, config = 16, model.config
-    context = random_context(model, rows, length, room=64)
+def passes_over(model: TwoTower, context: Context, graphs: bool) -> dict:
+    """By name: how many tokens a row has in the pass, and a function that runs it, always at the
+    context's present length: an AR token, a denoiser step, a block extension."""
+    Q, device, lengths = 16, context.device, context.lengths.clone()
     if graphs:
         context.passes = kernels().Passes(model, context, Span.fixed)
-    V, device = config.vocab_size, context.device
-    token, block = (torch.randint(4, V, (rows, n), device=device) for n in (1, Q))
-    t = torch.full((rows,), 0.5, device=device)
-    span = Span.make(context.lengths, Q, device, for_context=False)
+    token, block = (torch.randint(4, model.config.vocab_size, (len(lengths), n), device=device)
+                    for n in (1, Q))
+    t = torch.full((len(lengths),), 0.5, device=device)
+    span = Span.make(lengths, Q, device, for_context=False)
 
     def at_length(run):
-        def again():                                    # every round at the same length
-            context.lengths.fill_(length)
+        def again():
+            context.lengths = lengths
             if context.passes is not None:
-                context.passes.lengths.fill_(length)
+                context.passes.lengths.copy_(lengths, non_blocking=True)
             return run()
         return again
 
-    active = config.num_experts_per_tok / config.n_routed_experts
-    numbers = sum(p.numel() * (active if ".experts." in name else 1)
-                  for name, p in model.context_tower.named_parameters() if "embed" not in name)
     runs = {"AR token": (1, lambda: model._extend(context, token, logits="last")),
             "denoiser step": (Q, lambda: model._denoiser_logits(block, context, span, t)),
             "block extension": (Q, lambda: model._extend(context, block))}
-    found = {}
-    for name, (L, run) in runs.items():
-        run = at_length(run)
-        passes, context.passes = context.passes, None
-        states = context.states
+    return {name: (L, at_length(run)) for name, (L, run) in runs.items()}
+
+
+def check_replays(model: TwoTower, rows: int, length: int):
+    """Recorded passes must give what plain ones give, replayed too; no speed is reported else."""
+    results = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        runs = passes_over(model, random_context(model, rows, length, room=64), graphs)
+        # the denoiser after each change of the context sees whether its states are right
+        results.append([runs[name][1]().clone() for name in (
+            "denoiser step", "AR token", "denoiser step", "AR token", "denoiser step")])
+    for plain, recorded in zip(*results):
+        gap = float((plain - recorded).square().mean().sqrt() / plain.square().mean().sqrt())
+        if not gap < 2e-2:
+            raise ValueError(f"recorded passes differ from plain ones by {gap:.1e}")
+
+
+def time_passes(model: TwoTower, rows: int, length: int, graphs: bool, seconds_of) -> dict:
+    """Seconds, bytes and FLOPs of each pass, and the experts that a layer's tokens hit."""
+    config = model.config
+    active = config.num_experts_per_tok / config.n_routed_experts
+    numbers = sum(p.numel() * (active if ".experts." in name else 1)
+                  for name, p in model.context_tower.named_parameters() if "embed" not in name)
+    head = config.vocab_size * config.hidden_size
+    context, found = random_context(model, rows, length, room=64), {}
+    mamba = sum(x.nbytes for s in context.states if isinstance(s, MambaState) for x in s)
+    for name, (L, run) in passes_over(model, context, graphs).items():
+        row = found[name] = {"seconds": seconds_of(run)}
+        if graphs:
+            continue
         with experts_hit(model) as hit:
             run()
-        context.states, context.passes = states, passes
-        mean = statistics.mean(hit) if hit else 0.0
-        size = bytes_of_pass(config, mean, length, rows)
-        head = V * config.hidden_size * (L if name == "denoiser step" else name == "AR token")
-        found[name] = {"seconds": seconds_of(run), "bytes": size, "experts": mean,
-                       "flops": 2 * rows * (L * numbers + head)}
+        row["experts"] = statistics.mean(hit)
+        row["bytes"] = bytes_of_pass(config, row["experts"], length, rows)
+        row["flops"] = 2 * rows * (L * numbers + head * (L if name == "denoiser step" else 1))
+        if name != "denoiser step":                 # the context's states are written as well
+            row["bytes"] += mamba
+        if name == "block extension":               # and it has no logits
+            row["bytes"] -= model.context_lm_head.weight.nbytes
+            row["flops"] -= 2 * rows * head
     return found
 
 
-def table_of_passes(model: TwoTower, batches, length: int, graphs, seconds_of, bandwidth: float,
+def table_of_passes(model: TwoTower, batches, length: int, seconds_of, bandwidth: float,
                     rate: float) -> list[dict]:
-    """Print a row for every pass and batch. bandwidth in bytes and rate in FLOPs a second."""
+    """Print a row for every pass and batch, without and with CUDA graphs, against the roof: what
+    bytes and FLOPs take at `bandwidth` bytes, as measured of a copy, and `rate` FLOPs a second."""
     print(f"\n{'batch':>5}  {'pass':16} {'experts':>7} {'GB':>7} {'ms':>9} {'% of roof':>9}"
-          + "".join(f" {'graphs ms':>9} {'% of roof':>9}" * (len(graphs) - 1)))
+          f" {'graphs ms':>9} {'% of roof':>9}")
     rows = []
+    check_replays(model, batches[0], length)
     for batch in batches:
-        measured = [time_passes(model, batch, length, on, seconds_of) for on in graphs]
+        measured = [time_passes(model, batch, length, on, seconds_of) for on in (False, True)]
         for name, row in measured[0].items():
             roof = max(row["bytes"] / bandwidth, row["flops"] / rate)
             times = [found[name]["seconds"] for found in measured]
@@ -299,8 +327,8 @@ def speed_ups(rows: list[dict], block_size: int = 16) -> list[dict]:
     print("batch  AR tokens/s " + "".join(f"{n:7}" for n in (1, 2, 4, 6, 8, 12, 16))
           + "   1x at  2.42x at")
     for batch in sorted({row["batch"] for row in rows}):
-        ar, step, extend = (min(row["seconds"][-1] for row in rows
-                                if row["batch"] == batch and row["pass"] == name)
+        ar, step, extend = (next(row["seconds"][-1] for row in rows
+                                 if row["batch"] == batch and row["pass"] == name)
                             for name in ("AR token", "denoiser step", "block extension"))
         by_passes = [block_size * ar / (n * step + extend) for n in range(1, block_size + 1)]
         crossings = [(block_size * ar / speed - extend) / step for speed in (1, 2.42)]
@@ -338,8 +366,8 @@ def bench_gpu(plot: str) -> dict:
         result["prefill"][length] = seconds
         print(f"{length:6} {1e3 * seconds:8.1f} {length / seconds:10.0f}", flush=True)
 
-    measure = functools.partial(table_of_passes, model, length=2048, graphs=(False, True),
-                                seconds_of=seconds_of, bandwidth=bandwidth, rate=rate)
+    measure = functools.partial(table_of_passes, model, length=2048, seconds_of=seconds_of,
+                                bandwidth=bandwidth, rate=rate)
     print("\nrandom routing, context 2,048")
     result["random"] = measure(batches=(1, 4, 16, 64))
     result["random_speed_up"] = speed_ups(result["random"])
@@ -348,25 +376,61 @@ def bench_gpu(plot: str) -> dict:
           "the release (imposed)")
     result["concentrated"] = measure(batches=(1, 4))
     result["concentrated_speed_up"] = speed_ups(result["concentrated"])
-
-    model.denoiser_tower, model.lm_head = None, None            # room for transformers' copy
-    torch.cuda.empty_cache()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        theirs = as_transformers(model).eval()
-    torch.set_default_dtype(torch.float32)
-    prompt = torch.randint(4, RELEASED["vocab_size"], (1, 512), device="cuda")
-    out = theirs(prompt, use_cache=True, logits_to_keep=1)
-    token = prompt[:, :1]
-    their_seconds = seconds_of(lambda: theirs(token, past_key_values=out.past_key_values,
-                                              use_cache=True))
-    ours = next(row for row in result["concentrated"] if row["pass"] == "AR token")["seconds"][-1]
-    result["transformers_ar_token"] = their_seconds
-    print(f"\nan AR token by transformers' NemotronH: {1e3 * their_seconds:.2f} ms, "
-          f"{their_seconds / ours:.1f} times ours (concentrated routing, graphs)")
+    result["decoding"] = time_decoding(model)
+    try:
+        result["transformers_ar_token"] = time_transformers(model, seconds_of)
+    except (RuntimeError, ValueError, ImportError) as error:    # the rest is worth keeping
+        result["transformers_ar_token"] = str(error)
+    print("\nseconds of an AR token after 2,048 by transformers' NemotronH: "
+          f"{result['transformers_ar_token']}; ours, without and with graphs: "
+          f"{result['concentrated'][0]['seconds']}")
     if plot:
         plot_speed_ups(result, plot)
     return result
+
+
+def time_decoding(model: TwoTower, new: int = 256) -> dict[str, float]:
+    """Tokens a second of whole generations at batch 1 after 2,048, prefill taken off: AR, and
+    diffusion made to take so many passes a block by a threshold that nothing reaches."""
+    model.use("triton", graphs=True)
+    prompt, found = torch.randint(4, model.config.vocab_size, (1, 2048)), {}
+
+    def seconds(generate, tokens: int, **knobs) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        generate(prompt, tokens, **knobs)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    ways = {"AR": (model.generate_ar, {})} | {
+        f"{n} passes a block": (model.generate_mask_diffusion,
+                                {"steps_per_block": n, "confidence_threshold": 2.0})
+        for n in (1, 2, 4, 8, 16)}
+    print("\nwhole generations of batch 1, graphs, tokens a second")
+    for name, (generate, knobs) in ways.items():
+        seconds(generate, 32, **knobs)
+        # both record their graphs: the difference is decoding
+        found[name] = new / (seconds(generate, new + 32, **knobs) - seconds(generate, 32, **knobs))
+        print(f"{name:18}{found[name]:9.1f}{found[name] / found['AR']:7.2f}x", flush=True)
+    return found
+
+
+def time_transformers(model: TwoTower, seconds_of) -> float:
+    """Seconds of an AR token after 2,048 by transformers' NemotronH, which takes the denoiser's
+    place in memory."""
+    model.denoiser_tower = model.lm_head = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            theirs = as_transformers(model).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    prompt = torch.randint(4, model.config.vocab_size, (1, 2048), device="cuda")
+    out = theirs(prompt, use_cache=True, logits_to_keep=1)
+    return seconds_of(lambda: theirs(prompt[:, :1], past_key_values=out.past_key_values,
+                                     use_cache=True))
 
 
 def plot_speed_ups(result: dict, path: str):
@@ -777,11 +841,9 @@ def main():
     torch.set_num_threads(args.threads)
     setting = {"torch": torch.__version__, "python": platform.python_version(),
                "machine": platform.machine(), "threads": args.threads, "dtype": "float32"}
-    if args.what in ("cpu", "gpu"):
-        import transformers
-        setting |= {"transformers": transformers.__version__}
     if args.what == "cpu":
-        setting |= {"rounds": args.rounds, "batch": 1}
+        import transformers
+        setting |= {"transformers": transformers.__version__, "rounds": args.rounds, "batch": 1}
     if args.what == "gpu":
         setting |= {"dtype": "bfloat16"}
     print("  ".join(f"{name} {value}" for name, value in setting.items()) + "\n", flush=True)

@@ -106,6 +106,8 @@ def parse_args() -> argparse.Namespace:
     add("--backend", choices=["auto", "torch", "triton"], default="torch",
         help="triton: kernels.py, which no GPU has run yet; auto: that on GPUs, where triton is "
              "there; default torch")
+    add("--graphs", action="store_true", default=False,
+        help="with --backend triton: record the passes that repeat as CUDA graphs")
     add("--plan", action="store_true", default=False,
         help="print what would go where and how much memory it takes, and exit")
     add("--mode", choices=["mask_diffusion", "speculative", "mock_ar", "ar", "score"],
@@ -168,6 +170,7 @@ def check_flags(args: argparse.Namespace):
     takes = inspect.signature(function(TwoTower, args.mode)).parameters
     useless = [name for name in KNOBS if name not in takes]
     useless += ["watch", "template"] if args.mode != "mask_diffusion" else []
+    useless += ["graphs"] if args.mode not in ("mask_diffusion", "ar") else []
     useless += ["denoiser_device"] if args.mode in CONTEXT_ONLY else []
     useless += ["max_new_tokens", "stop", "trace", "json"] if args.mode == "score" else []
     for name in useless:
@@ -176,6 +179,8 @@ def check_flags(args: argparse.Namespace):
     for name in SAMPLING:
         if name in args and not getattr(args, "temperature", 0):
             fail(f"{flag[name]} does nothing without --temperature above 0")
+    if args.graphs and args.backend != "triton":
+        fail("--graphs needs --backend triton")
     if "" in args.stop:
         fail("--stop needs some text")
     if args.resume and args.output is None:
@@ -188,7 +193,7 @@ def check_flags(args: argparse.Namespace):
         fail("--template does nothing with --plan but beside a prompt")
     if "watch" in args and (args.json or args.output is not None):
         fail("--watch does nothing with --json or --output")
-    for name in ("watch", "stop", "json", "output", "resume", "trace"):
+    for name in ("graphs", "watch", "stop", "json", "output", "resume", "trace"):
         if args.plan and given(args, name):
             fail(f"{flag[name]} does nothing with --plan")
     if args.resume and getattr(args, "temperature", 0) and "seed" not in args:
@@ -842,6 +847,9 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, "temperature", 0):
         first_seed = getattr(args, "seed", torch.Generator().seed() >> 1)
     places = devices(args)
+    if args.graphs and len(set(places)) > 1:
+        raise ValueError("--graphs needs both towers on one device; give --context-device and "
+                         "--denoiser-device")
     if args.prompt is not None or args.prompt_file is not None:     # a plan can do without
         rows = read_rows(args, first_seed)
     directory = fetch(args.checkpoint, towers, args.plan)
@@ -871,7 +879,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = open_outputs(args, many, common, keep, tokenizer)
     start = time.perf_counter()
     load(model, files, places)
-    model.use(args.backend)
+    model.use(args.backend, args.graphs)
     seconds = {"load": time.perf_counter() - start, "prefill": 0.0}
     if args.mode != "score":
         time_prefills(model, seconds)
@@ -932,7 +940,7 @@ def facts(rows: list[Row], args: argparse.Namespace, backend: str, places: list[
              f"{tokens / max(nfe or passes, 1):.2f} tokens per pass"]
     parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
     parts += [f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
-              f"peak memory {peak_memory(places)}", f"backend {backend}",
+              f"peak memory {peak_memory(places)}", f"backend {backend}" + " with graphs" * args.graphs,
               f"batch_size {args.batch_size}",
               *(f"stop {stop!r}" for stop in args.stop)]
     if args.mode != "score":

@@ -1403,7 +1403,7 @@ def test_fixed_passes_decode_the_same(lengths, monkeypatch):
     monkeypatch.setattr(model, "graphs", True)
     run, counted = kernels.Passes._run, []
     monkeypatch.setattr(kernels.Passes, "_run",
-                        lambda self, key, *args: counted.append(key) or run(self, key, *args))
+                        lambda self, *args: counted.append(args[1]) or run(self, *args))
     monkeypatch.setattr(twotower, "kernels", lambda: kernels)
     for generate, expected in zip(modes, plain):
         counted.clear()
@@ -1420,6 +1420,17 @@ def test_fixed_passes_decode_the_same(lengths, monkeypatch):
     check(context.logits, whole[:, -1], 1e-5)
     with pytest.raises(ValueError, match="graphs need backend 'triton'"):
         model.use("torch", graphs=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_sample_runs_kernels_and_fixed_passes():
+    flags = ["--json", "--max-new-tokens", 8, "--block-size", 8, "class Point label:str\n"]
+    plain = run_python("sample.py", *flags)
+    run = run_python("sample.py", "--backend", "triton", "--graphs", *flags,
+                     env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert run.returncode == plain.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["tokens"] == json.loads(plain.stdout)["tokens"]
+    assert ", backend triton with graphs, " in run.stderr.splitlines()[-1]
 
 
 def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
@@ -2319,6 +2330,8 @@ def test_sample_scores(tmp_path):
     (["--mode", "score", "--temperature", "0", "--prompt-file", "x.jsonl"], "--temperature does"),
     (["--mode", "score", "--json", "--prompt-file", "x.jsonl"], "--json does nothing"),
     (["--mode", "score"], "--mode score needs --prompt-file"),
+    (["--graphs", "Hi"], "--graphs needs --backend triton"),
+    (["--graphs", "--backend", "triton", "--mode", "speculative", "Hi"], "--graphs does nothing"),
     (["--plan", "--template", "___"], "--template does nothing with --plan but beside a prompt"),
     (["--mode", "speculative", "--draft-length", "5000", "Hi"], "lower --max-new-tokens or --draft"),
     (["--template", "", "Hi"], "the template of the prompt holds no token and no hole"),
@@ -3126,20 +3139,26 @@ def test_tutorial():
     assert here and all(number in measured for number in here), here
 
 
-def test_bench_gpu_counts_what_must_move(capsys):
+def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
     """Its tables on a small model and the CPU: experts that were hit, bytes, ratios of times."""
     released = TwoTowerConfig(**bench.RELEASED)
     # 3.70 GB outside the experts, 0.459 GB an expert in 23 layers, 0.05 GB of states
     for gigabytes, *of in (6.50, 6, 0, 1), (19.36, 34, 0, 1), (66.4, 128, 2048, 64):
         assert abs(bench.bytes_of_pass(released, *of) / 1e9 - gigabytes) < 0.06
     model = TwoTower(TwoTowerConfig(**bench.SMALL)).eval()
-    times = iter(range(1, 100))
+    times, init = iter(range(1, 100)), kernels.Passes.__init__
+    monkeypatch.setattr(bench, "kernels", lambda: kernels)
     bench.concentrate_routing(model, 3)
     with torch.no_grad():
-        rows = bench.table_of_passes(model, (1, 2), 40, (False, True),
+        rows = bench.table_of_passes(model, (1, 2), 40,
                                      lambda run: run() is None or float(next(times)), 1e9, 1e9)
     assert [row["pass"] for row in rows[:3]] == ["AR token", "denoiser step", "block extension"]
     assert rows[0]["experts"] == 2 and rows[2]["experts"] == 3
+    with monkeypatch.context() as patch:            # states that are not written back are noticed
+        patch.setattr(kernels.Passes, "__init__", lambda self, *args: (
+            init(self, *args), setattr(self, "mamba", [])) and None)
+        with torch.no_grad(), pytest.raises(ValueError, match="recorded passes differ"):
+            bench.check_replays(model, 2, 40)
     assert rows[4]["flops"] == 2 * rows[1]["flops"] > 10 * rows[0]["flops"]
     table = bench.speed_ups([
         {"batch": 4, "pass": name, "seconds": [9.0, seconds]} for name, seconds in

@@ -248,9 +248,9 @@ class Span(NamedTuple):
     def fixed(cls, lengths: Tensor, L: int, capacity: int, *, for_context: bool) -> Span:
         """The same with all `capacity` slots in use and a mask over those past each row: nothing
         but the contents of tensors depends on lengths (B,), which may be on any device."""
-        i = torch.arange(max(L, capacity), device=lengths.device)
+        i = torch.arange(capacity, device=lengths.device)
         last_seen = lengths[:, None] + (i[:L] if for_context else L - 1)             # (B, L or 1)
-        visible = i[:capacity] <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
+        visible = i <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
         return cls(lengths, capacity, visible, keep_state=for_context)
 
 
@@ -350,7 +350,7 @@ class Context:
                                            for state in self._replica]
         self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
-        self.passes = self.passes and self.passes.anew()
+        self.passes = self.passes and self.passes.anew(self)
 
     def settle(self, counts: Tensor):
         """Keep only the first counts (B,) tokens of each row of the last, tentative pass.
@@ -1384,7 +1384,8 @@ class TwoTower(Module):
         tentative: how many of them stay is said later, by `Context.settle`.
         """
         if context.passes is not None:
-            return context.passes.extend(tokens, logits)
+            assert counts is None and not tentative and logits != "all"
+            return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
         span = Span.make(context.lengths, L, context.device, for_context=True, counts=counts)
         span = span._replace(tentative=tentative)
@@ -1395,8 +1396,8 @@ class TwoTower(Module):
         if logits is None:
             return None
         if logits == "last":
-            last = L - 1 if counts is None else counts - 1
-            hidden = hidden[torch.arange(len(hidden)), last][:, None]
+            hidden = (hidden[:, -1:] if counts is None else
+                      hidden[torch.arange(len(hidden)), counts - 1][:, None])
         out = wide(self.context_lm_head(hidden))
         context.logits = out[:, -1]
         return out
@@ -1468,7 +1469,7 @@ class TwoTower(Module):
     def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
                          t: Tensor | None) -> Tensor:
         if context.passes is not None:
-            return context.passes.denoise(tokens, t)
+            return context.passes.denoise(context, tokens, t)
         tower = self.denoiser_tower
         modulations = None if t is None else self._modulations(t.to(tower.device))
         hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)

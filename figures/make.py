@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -79,14 +80,15 @@ def scan(model: TwoTower, tokens: list[int]):
     weight = (log_decay[:, :, None] - log_decay[:, None]).exp() * dt[0].T[:, None]
     order = A.argsort(descending=True)
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
-    for ax, head, title in zip(axes, order[[0, len(order) // 2, -1]],
-                               ("longest memory", "in between", "shortest")):
+    for ax, head in zip(axes, order[[0, len(order) // 2, -1]]):
         image = weight[head].tril()
-        ax.imshow(image / image.max(), cmap="viridis")
+        shown = ax.imshow((image / image.max()).clamp(min=1e-3), cmap="viridis",
+                          norm=LogNorm(1e-3, 1))
         ax.set_xticks(range(0, len(tokens), 4))
         ax.set_yticks(range(0, len(tokens), 4))
-        ax.set(title=f"{title}: head {head}, A = {A[head]:.2f}", xlabel="token s that is read")
+        ax.set(title=f"head {head}, A = {A[head]:.2f}", xlabel="token s that is read")
     axes[0].set_ylabel("token l that reads")
+    figure.colorbar(shown, ax=axes, label="of the panel's largest")
     figure.savefig(OUT / "scan.png", dpi=150)
 
 
@@ -134,8 +136,8 @@ def denoising(model: TwoTower, tokenizer: Tokenizer):
         ax.text(-0.15, -y + 0.43, f"block {step.block_index}, pass {step.step}, "
                 f"t = {float(step.t[0]):.2f}", ha="right", va="center", fontsize=9)
     ax.set(xlim=(-3.2, 16.1), ylim=(-len(steps) + 0.8, 1.5))
-    ax.text(0, 1.05, "orange: committed in this pass; grey: still masked; below each token, how "
-            "sure the denoiser was", fontsize=9)
+    ax.text(0, 1.05, "orange: committed in this pass; white: before; grey: still masked; below "
+            "each token, the probability of the denoiser's best guess there", fontsize=9)
     ax.axis("off")
     figure.savefig(OUT / "denoising.png", dpi=150)
 
