@@ -1135,11 +1135,12 @@ for n in (1000, 16000):
     scores = model.score([torch.arange(10)], [torch.arange(n) % 6400])
     print(peak() - before, len(scores.tokens[0]))
 """
-    run = run_python("-c", script)
+    # glibc returns freed pieces at once: what it would keep varies from run to run
+    run = run_python("-c", script, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"})
     assert run.returncode == 0, run.stderr
     (first, _), (more, tokens) = (map(int, line.split()) for line in run.stdout.splitlines())
     cache, mask = 16000 * 2 * 2 * 8 * 4, 512 * 16000 * (1 + 4 * 2)
-    assert tokens == 16000 and first > 0 and more < 2 * (cache + mask)
+    assert tokens == 16000 and first > 0 and more < cache + mask
 
 
 def test_rollback_at_every_position():
