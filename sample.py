@@ -103,6 +103,8 @@ def parse_args() -> argparse.Namespace:
              "default miniature/")
     add("--context-device", help="default cuda:0, or cpu without a GPU")
     add("--denoiser-device", help="default cuda:1 with two GPUs, else the context's")
+    add("--dtype", choices=["bfloat16", "float16", "float32"],
+        help="of all weights but the router's; default: each tensor's own")
     add("--backend", choices=["auto", "torch", "triton"], default="torch",
         help="triton: kernels.py, which no GPU has run yet; auto: that on GPUs, where triton is "
              "there; default torch")
@@ -855,7 +857,8 @@ def run(args: argparse.Namespace) -> int:
     directory = fetch(args.checkpoint, towers, args.plan)
     if rows:
         tokenizer = load_tokenizer(directory)
-    model, files = TwoTower.skeleton(directory, towers=towers)
+    dtype = getattr(torch, args.dtype) if "dtype" in args else None
+    model, files = TwoTower.skeleton(directory, dtype=dtype, towers=towers)
     knobs = choose_knobs(args, model)
     encode(rows, tokenizer, model.config, knobs.get("mask_token_id"))
     common = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop} | knobs
@@ -895,7 +898,7 @@ def run(args: argparse.Namespace) -> int:
         for output in outputs:
             output.close()
     seconds["decode"] = time.perf_counter() - start - seconds["prefill"]
-    print(facts(rows, args, model.backend, places, seconds, knobs, first_seed), file=sys.stderr)
+    print(facts(rows, args, model, places, seconds, knobs, first_seed), file=sys.stderr)
     return status
 
 
@@ -929,7 +932,7 @@ def peak_memory(places: list[str]) -> str:
     return ", ".join([*peaks, f"host {readable(host)}"])
 
 
-def facts(rows: list[Row], args: argparse.Namespace, backend: str, places: list[str],
+def facts(rows: list[Row], args: argparse.Namespace, model: TwoTower, places: list[str],
           seconds: dict, knobs: dict, first_seed: int | None) -> str:
     rows = [row for row in rows if row.ended]           # all, unless interrupted
     tokens, nfe = sum(len(row.tokens) for row in rows), sum(row.nfe for row in rows)
@@ -940,7 +943,9 @@ def facts(rows: list[Row], args: argparse.Namespace, backend: str, places: list[
              f"{tokens / max(nfe or passes, 1):.2f} tokens per pass"]
     parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
     parts += [f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
-              f"peak memory {peak_memory(places)}", f"backend {backend}" + " with graphs" * args.graphs,
+              f"peak memory {peak_memory(places)}",
+              f"dtype {str(model.context_lm_head.weight.dtype).removeprefix('torch.')}",
+              f"backend {model.backend}" + " with graphs" * args.graphs,
               f"batch_size {args.batch_size}",
               *(f"stop {stop!r}" for stop in args.stop)]
     if args.mode != "score":

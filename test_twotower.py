@@ -1860,6 +1860,7 @@ BROKEN = {
                     f"tensor {UP} has shape [24, 63], expected [24, 64]"),
     "wrong dtype": (weights(lambda t: t.update({UP: torch.zeros(24, 64, dtype=torch.int8)})),
                     f"tensor {UP} has dtype I8"),
+    "mixed dtypes": (weights(lambda t: t.update({FIRST: t[FIRST].bfloat16()})), "mixes dtypes, such"),
     "shard missing": (gone(SHARD), f"{SHARD} is missing"),
     "shard truncated": (cut(SHARD, 10**5), f"{SHARD} is truncated"),
     "index is broken JSON": (cut(twotower.INDEX, 500), "index.json is not valid JSON"),
@@ -2450,6 +2451,16 @@ def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
             "48234496 and") in run.stderr
     run = sample("--plan", "--mode", "ar", directory=tmp_path)
     assert "cpu: context tower: weights 58.8 GiB" in run.stderr
+
+
+def test_dtype():
+    """Half the bytes of float32, and text in bfloat16; a greedy answer that is sure stays the same."""
+    plans = [sample("--plan", *flags).stderr for flags in ((), ("--dtype", "bfloat16"))]
+    wide, narrow = (float(re.search(r"weights ([\d.]+) MiB", plan)[1]) for plan in plans)
+    assert 0.49 < narrow / wide < 0.52
+    run = sample("--dtype", "bfloat16", "--max-new-tokens", 16, "class Point label:str\n")
+    assert run.returncode == 0 and ", dtype bfloat16, " in run.stderr
+    assert run.stdout.startswith("class Point label:str\nclass Point:\n")
 
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):

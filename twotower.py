@@ -1903,12 +1903,17 @@ class TwoTower(Module):
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = _check_headers(directory, model)
+            found, kinds = _check_headers(directory, model), {}
             for name, parts in _checkpoint_tensors(model).items():
                 kind = dtype or found[parts[0][0]][1]
                 if name.endswith((".gate.weight", ".e_score_correction_bias")):
                     kind = torch.promote_types(kind, torch.float32)
+                elif not name.endswith((".A_log", ".D", ".dt_bias")):       # used in float32
+                    kinds.setdefault(kind, name)
                 _set_tensor(model, name, torch.empty_like(_tensor(model, name), dtype=kind))
+        if len(kinds) > 1:
+            raise ValueError(f"{directory} mixes dtypes, such as " + " and ".join(
+                f"{kind} of {name}" for kind, name in kinds.items()) + "; give a dtype for all")
         return model, {key: path for key, (path, _) in found.items()}
 
     @classmethod
