@@ -1006,6 +1006,10 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
             args = (randn(T, D), ids, rand(T, A), randn(E, F_, D) / D**0.5, randn(E, D, F_) / F_)
             yield Case("moe_experts", f"{T} tokens, {hit} of {E} experts", args,
                        hit * 2 * F_ * D * size + T * D * (size + 4), T * A * 4 * F_ * D)
+    if not full_size:
+        yield Case("moe_experts", "with biases", (
+            randn(9, D), rand(9, E).topk(A).indices, rand(9, A), randn(E, F_, D) / D**0.5,
+            randn(E, D, F_), randn(E, F_), randn(E, D)), 0, 0)
     H, P, G, N = (64, 64, 8, 128) if full_size else (4, 16, 2, 32)
     for b, L, chunks in ((1, 16, False), (64, 16, False), (1, 2048, False), (1, 8192, False),
                          (1, 2048, True)) if full_size else (
@@ -1029,6 +1033,9 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
         args = (randn(b, 3 + L, channels), randn(channels, 1, 4), randn(channels))
         yield Case("causal_conv1d", f"{b} x {L} tokens", args,
                    b * (2 * L + 3) * channels * size, b * L * channels * 12)
+    if not full_size:
+        args = (randn(1, 12, channels), randn(channels, 1, 4), None)
+        yield Case("causal_conv1d", "without bias", args, 0, 0)
     for b, L, n in ((1, 16, 1), (64, 16, 1)) if full_size else ((1, 1, 1), (2, 6, 3)):
         x, h, weight = randn(b, L, D), randn(b, L, D), randn(D)
         shift, scale, moved = randn(b, n, D), randn(b, n, D), 2 * b * L * D * size
@@ -1070,6 +1077,12 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
         args = (randn(T, D), randn(E, D, dtype=f32) / D**0.5, randn(E, dtype=f32) / 10, config)
         yield Case("route", f"{T} tokens, {n_group} groups", args, 4 * E * D + T * D * size,
                    2 * T * E * D)
+    if not full_size:       # all but one choice below the 0 of the two experts in the dropped group
+        config = SimpleNamespace(num_experts_per_tok=A, n_group=4, topk_group=3,
+                                 norm_topk_prob=False, routed_scaling_factor=2.5)
+        bias = torch.tensor([0.5, -2] + [-1.6] * 6, device=device)
+        yield Case("route", "a dropped group wins", (
+            randn(9, D), randn(E, D, dtype=f32) / D**0.5, bias, config), 0, 0)
 
 
 class Recorder:

@@ -201,9 +201,9 @@ def main():
     masks(model)
     denoising(model, tokenizer)
     cost()
-    tutorial = HERE.parent / "tutorial.md"
-    tutorial.write_text(with_line_numbers(tutorial.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
     main()
+    tutorial = HERE.parent / "tutorial.md"
+    tutorial.write_text(with_line_numbers(tutorial.read_text(encoding="utf-8")), encoding="utf-8")
