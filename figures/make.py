@@ -47,7 +47,7 @@ def towers():
         head = "context_lm_head" if x == 0 else "lm_head"
         for y, text in ((-0.95, "embeddings"), (len(pattern) + 0.95, f"norm_f, {head}")):
             ax.add_patch(Rectangle((x, y), 2.4, 0.6, facecolor="white", edgecolor="black"))
-            ax.text(x + 1.2, y + 0.3, text, ha="center", va="center", fontsize=9)
+            ax.text(x + 1.2, y + 0.3, text, ha="center", va="center", fontsize=8)
         for i, kind in enumerate(pattern):
             ax.add_patch(Rectangle((x, i), 2.4, 0.7, facecolor=COLORS[kind], edgecolor="black"))
             ax.text(x + 1.2, i + 0.35, f"{i}  {KINDS[kind]}", ha="center", va="center")
