@@ -1,4 +1,4 @@
-"""pytest test_twotower.py --checkpoint DIR: what the published code beside a checkpoint computes, to compare with.
+"""What the published code beside a checkpoint computes, for pytest --checkpoint DIR.
 
     python conftest.py DIR FILE     runs that code alone and saves what it gave as safetensors
 

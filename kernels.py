@@ -7,8 +7,8 @@
 
 Each operation stands alone and can be copied: why it is hot and what it must move, the kernel, the
 launcher that checks shapes and devices. The reference is the function of the same name in
-twotower.py. `TwoTower(..., backend="triton")` uses these; nothing is patched, and twotower.py does
-not need this file.
+twotower.py. `model.use("triton")` takes these; nothing is patched, and twotower.py does not need
+this file.
 
     1  moe_experts        grouped matrix products over the experts that were hit
     2  ssd_scan, ssd_step the Mamba-2 recurrence, chunk by chunk or one token
@@ -18,11 +18,12 @@ not need this file.
     6  most_likely        argmax and its probability over the vocabulary, in one reading
     7  route              expert scores, group limit, top-k, in float64
     8  Passes             whole passes recorded as CUDA graphs
+    9  checks and timings
 
 Conventions: pointers are commented with their shapes; program ids and indices that are multiplied
 by a stride are int64; sums are float32 (float64 where the reference is); tails are masked, so any
-length works. Letters are those of twotower.py. On a machine without a GPU the kernels run under
-TRITON_INTERPRET=1, slowly: that is how CI checks them.
+length works. Letters are those of twotower.py; S counts the block as well. On a machine without a
+GPU the kernels run under TRITON_INTERPRET=1, slowly: that is how CI checks them.
 """
 
 from __future__ import annotations
@@ -56,8 +57,13 @@ def check(name: str, tensor: Tensor, shape: tuple, device: torch.device, dtypes=
         raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
 
 
+def check_power_of_2(name: str, size: int):
+    if size < 16 or size & (size - 1):
+        raise ValueError(f"{name} is {size}, but the kernel needs a power of two from 16 up")
+
+
 def launcher(function):
-    """Run with the first argument's GPU as the current one, which is where Triton launches."""
+    """Run with the first tensor's GPU as the current one, which is where Triton launches."""
     @functools.wraps(function)
     def launch(*args, **kwargs):
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
@@ -95,17 +101,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def _grouped_product_kernel(
-        x_ptr,              # (T, K), or (T*A, K) in the second product
-        w_ptr,              # (E, N, K)
-        bias_ptr,           # (E, N), if HAS_BIAS
-        out_ptr,            # (T*A, N)
+        x_ptr,              # (T, inputs), or (T*A, inputs) in the second product
+        w_ptr,              # (E, outputs, inputs)
+        bias_ptr,           # (E, outputs), if HAS_BIAS
+        out_ptr,            # (T*A, outputs)
         scale_ptr,          # (T*A,) f32 routing weights, in the second product
         slots_ptr,          # (tiles * BLOCK_M,) int64: slots in order of their experts, or n_slots
         tile_expert_ptr,    # (tiles,) int64
         n_tiles_ptr,        # (1,) int64: how many tiles there are in truth
-        n_slots, N, K, A,
+        n_slots, outputs, inputs, A,
         FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
     tile = tl.program_id(1).to(tl.int64)
     if tile >= tl.load(n_tiles_ptr):
         return
@@ -113,23 +119,23 @@ def _grouped_product_kernel(
     real = slots < n_slots
     rows = slots // A if FIRST else slots
     expert = tl.load(tile_expert_ptr + tile)
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = columns < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + rows[:, None] * K + k, real[:, None] & (k < K), other=0.0)
-        w = tl.load(w_ptr + (expert * N + columns)[None, :] * K + k[:, None],
-                    inside[None, :] & (k < K)[:, None], other=0.0)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inside = columns < outputs
+    acc = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    for start in range(0, inputs, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        x = tl.load(x_ptr + rows[:, None] * inputs + i, real[:, None] & (i < inputs), other=0.0)
+        w = tl.load(w_ptr + (expert * outputs + columns)[None, :] * inputs + i[:, None],
+                    inside[None, :] & (i < inputs)[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * N + columns, inside, other=0.0).to(tl.float32)
+        acc += tl.load(bias_ptr + expert * outputs + columns, inside, other=0.0).to(tl.float32)
     if FIRST:
         acc = tl.maximum(acc, 0.0)
         acc = acc * acc
     else:
         acc *= tl.load(scale_ptr + slots, real, other=0.0)[:, None]
-    tl.store(out_ptr + slots[:, None] * N + columns, acc.to(out_ptr.dtype.element_ty),
+    tl.store(out_ptr + slots[:, None] * outputs + columns, acc.to(out_ptr.dtype.element_ty),
              real[:, None] & inside)
 
 
@@ -171,6 +177,9 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     check("topk_weights", topk_weights, (T, A), x.device)
     check("up", up, (E, F, D), x.device, (x.dtype,))
     check("down", down, (E, D, F), x.device, (x.dtype,))
+    for name, bias, outputs in (("up_bias", up_bias, F), ("down_bias", down_bias, D)):
+        if bias is not None:
+            check(name, bias, (E, outputs), x.device, FLOATS)
     x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
     # tiles of 16 rows while experts get few tokens each; taller ones read the weights less often
     BLOCK_M = 16 if T * A <= 16 * E else 64
@@ -180,13 +189,13 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     out = torch.empty(T * A, D, dtype=torch.float32, device=x.device)
     for first, source, w, bias, to in ((True, x, up, up_bias, hidden),
                                        (False, hidden, down, down_bias, out)):
-        N, K = w.shape[1:]
-        BLOCK_N, BLOCK_K = min(128, triton.next_power_of_2(N)), min(64, triton.next_power_of_2(K))
-        BLOCK_N, BLOCK_K = max(16, BLOCK_N), max(16, BLOCK_K)
-        _grouped_product_kernel[triton.cdiv(N, BLOCK_N), len(tile_expert)](
-            source, w, bias if bias is not None else w, to, scale, slots, tile_expert, n_tiles,
-            T * A, N, K, A, FIRST=first, HAS_BIAS=bias is not None, PRECISION=precision(x.dtype),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+        outputs, inputs = w.shape[1:]
+        BLOCK_OUT = max(16, min(128, triton.next_power_of_2(outputs)))
+        BLOCK_IN = max(16, min(64, triton.next_power_of_2(inputs)))
+        _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), len(tile_expert)](
+            source, w, w if bias is None else bias.contiguous(), to, scale, slots, tile_expert,
+            n_tiles, T * A, outputs, inputs, A, FIRST=first, HAS_BIAS=bias is not None,
+            PRECISION=precision(x.dtype), BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN)
     return out.view(T, A, D).sum(1)
 
 
@@ -263,12 +272,8 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """As twotower.ssd_scan, in float32; P and N powers of two of 16 or more. The chunks of the
     kernel are its own, unless keep_chunks asks for the states before those of chunk_size."""
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    for size, name in ((P, "P"), (N, "N")):
-        if size < 16 or size & (size - 1):
-            raise ValueError(f"{name} is {size}, but the kernel needs a power of two from 16 up")
-    if keep_chunks and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
-        raise ValueError(f"chunk_size is {chunk_size}, but the kernel needs a power of two from 16 "
-                         "up to keep states by it")
+    for name, size in (("P", P), ("N", N), ("chunk_size", chunk_size if keep_chunks else 16)):
+        check_power_of_2(name, size)
     f32 = (torch.float32,)
     check("x", x, (b, L, H, P), x.device, f32)
     check("dt", dt, (b, L, H), x.device, f32)
@@ -325,8 +330,11 @@ def _step_kernel(
 @launcher
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """As twotower.ssd_step, in float32: the state is read once and written once, 8 H P N bytes."""
+    """As twotower.ssd_step, in float32; P and N as for ssd_scan. The state is read once and written
+    once, 8 H P N bytes a row."""
     (b, H, P), (G, N), f32 = x.shape, B.shape[1:], (torch.float32,)
+    check_power_of_2("P", P)
+    check_power_of_2("N", N)
     check("x", x, (b, H, P), x.device, f32)
     check("dt", dt, (b, H), x.device, f32)
     check("A", A, (H,), x.device, f32)
@@ -338,9 +346,8 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
         raise ValueError("state must be contiguous to be updated in place")
     x, B, C, dt, state = (v.contiguous() for v in (x, B, C, dt, state))
     y, out = torch.empty_like(x), state if in_place else torch.empty_like(state)
-    BLOCK_P = min(P, 16)
-    _step_kernel[b * H, P // BLOCK_P](x, dt, A.contiguous(), D.contiguous(), B, C, state, y, out,
-                                      H * P, H, G * N, G * N, H, G, P=P, N=N, BLOCK_P=BLOCK_P)
+    _step_kernel[b * H, P // 16](x, dt, A.contiguous(), D.contiguous(), B, C, state, y, out,
+                                      H * P, H, G * N, G * N, H, G, P=P, N=N, BLOCK_P=16)
     return y, out
 
 
@@ -383,11 +390,12 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     being the state."""
     (B, length, channels), W = inputs.shape, weight.shape[-1]
     L = length - W + 1
-    check("weight", weight, (channels, 1, W), inputs.device)
+    check("inputs", inputs, inputs.shape, inputs.device, FLOATS)
+    check("weight", weight, (channels, 1, W), inputs.device, FLOATS)
     if bias is not None:
-        check("bias", bias, (channels,), inputs.device)
-    if inputs.stride(2) != 1:
-        inputs = inputs.contiguous()
+        check("bias", bias, (channels,), inputs.device, FLOATS)
+        bias = bias.contiguous()
+    inputs = inputs if inputs.stride(2) == 1 else inputs.contiguous()
     weight = weight.contiguous()
     out = torch.empty(B, L, channels, dtype=inputs.dtype, device=inputs.device)
     BLOCK_L, BLOCK_C = min(16, triton.next_power_of_2(L)), 128
@@ -437,8 +445,9 @@ def _norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As twotower.rms_norm: x (..., D) -> (..., D) in the weight's dtype."""
     D = x.shape[-1]
-    check("weight", weight, (D,), x.device)
-    x = x.contiguous()
+    check("x", x, x.shape, x.device, FLOATS)
+    check("weight", weight, (D,), x.device, FLOATS)
+    x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     _norm_kernel[x.numel() // D,](x, weight, x, x, out, D, eps, 1, MODULATE=0,
                                   BLOCK_D=triton.next_power_of_2(D))
@@ -451,10 +460,11 @@ def modulated_rms_norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor, sca
     """As twotower.modulated_rms_norm: x (B, L, D) with a shift and scale (B, n, D) for each of n
     equal blocks of its tokens."""
     (B, L, D), n = x.shape, shift.shape[1]
-    check("weight", weight, (D,), x.device)
-    check("shift", shift, (B, n, D), x.device)
-    check("scale", scale, (B, n, D), x.device)
-    x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
+    check("x", x, (B, L, D), x.device, FLOATS)
+    check("weight", weight, (D,), x.device, FLOATS)
+    check("shift", shift, (B, n, D), x.device, FLOATS)
+    check("scale", scale, (B, n, D), x.device, FLOATS)
+    x, weight, shift, scale = (v.contiguous() for v in (x, weight, shift, scale))
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     _norm_kernel[B * L,](x, weight, shift, scale, out, D, eps, L // n,
                          MODULATE=2 if norm_first else 1, BLOCK_D=triton.next_power_of_2(D))
@@ -482,9 +492,11 @@ def _gated_norm_kernel(
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """As twotower.gated_rms_norm: the RMS norm of y silu(z) over each group; (..., d_inner)."""
     d_inner = y.shape[-1]
-    check("z", z, y.shape, y.device)
-    check("weight", weight, (d_inner,), y.device)
-    y, z = y.contiguous(), z.flatten(0, -2)             # z is a slice: its rows are strided
+    check("y", y, y.shape, y.device, FLOATS)
+    check("z", z, y.shape, y.device, FLOATS)
+    check("weight", weight, (d_inner,), y.device, FLOATS)
+    y, weight = y.contiguous(), weight.contiguous()
+    z = z.flatten(0, -2)                                # a slice: its rows are strided
     z = z if z.stride(1) == 1 else z.contiguous()
     out, size = torch.empty_like(y), d_inner // groups
     _gated_norm_kernel[y.numel() // d_inner, groups](
@@ -511,8 +523,9 @@ def _add_gated_kernel(
 def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
     """As twotower.add_gated: x + gate h, a gate (B, n, D) for each of n equal blocks."""
     (B, L, D), n = x.shape, gate.shape[1]
-    check("h", h, (B, L, D), x.device)
-    check("gate", gate, (B, n, D), x.device)
+    check("x", x, (B, L, D), x.device, FLOATS)
+    check("h", h, (B, L, D), x.device, FLOATS)
+    check("gate", gate, (B, n, D), x.device, FLOATS)
     x, gate, h = x.contiguous(), gate.contiguous(), h.contiguous()
     out = torch.empty_like(x)
     _add_gated_kernel[B * L,](x, h, gate, out, D, L // n, BLOCK_D=triton.next_power_of_2(D))
@@ -567,10 +580,10 @@ def _attention_kernel(
         seen = real[:, None] & cached[None, :]
         if IS_CAUSAL:
             seen = seen & (s[None, :] <= query[:, None])
-        if HAS_MASK:            # slots that no query of the tile sees, as past a row's end, stay
+        if HAS_MASK:
             seen = seen & (tl.load(mask_ptr + row * mask_row + query[:, None] * mask_token
                                    + s[None, :], seen, other=0) != 0)
-            cached = tl.max(seen.to(tl.int32), 0) > 0                            # unread
+            cached = tl.max(seen.to(tl.int32), 0) > 0   # what no query sees is not read
         k = tl.load(k_ptr + row * k_row + group * k_head + s[:, None] * k_token + d[None, :],
                     cached[:, None] & (d < K)[None, :], other=0.0)
         v = tl.load(v_ptr + row * v_row + group * v_head + s[:, None] * v_token + d[None, :],
@@ -781,8 +794,8 @@ def _top_experts_kernel(
         bias_ptr,           # (E,) f32
         ids_ptr,            # (T, A) int64
         weights_ptr,        # (T, A) f64
-        E, A, factor, topk_group,
-        NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
+        E, A, topk_group,
+        FACTOR: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
@@ -807,11 +820,13 @@ def _top_experts_kernel(
         chosen = tl.argmax(left, 0)
         total += tl.sum(tl.where(e == chosen, scores, 0.0), 0)
         left = tl.where(e == chosen, float("-inf"), left)
-    scale = factor / total if NORMALISE else factor
     for a in range(A):
         chosen = tl.argmax(choice, 0)
+        weight = tl.sum(tl.where(e == chosen, scores, 0.0), 0)
+        if NORMALISE:
+            weight /= total
         tl.store(ids_ptr + token * A + a, chosen.to(tl.int64))
-        tl.store(weights_ptr + token * A + a, tl.sum(tl.where(e == chosen, scores, 0.0), 0) * scale)
+        tl.store(weights_ptr + token * A + a, weight * FACTOR)
         choice = tl.where(e == chosen, float("-inf"), choice)
 
 
@@ -823,13 +838,13 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
     check("bias", bias, (E,), x.device, (torch.float32, torch.float64))
     if config.n_group > 1 and E & (E - 1):
         raise ValueError(f"{E} experts in groups, but the kernel needs a power of two of them")
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     scores = torch.empty(T, E, dtype=torch.float64, device=x.device)
     ids = torch.empty(T, A, dtype=torch.long, device=x.device)
     weights = torch.empty(T, A, dtype=torch.float64, device=x.device)
     _scores_kernel[T, triton.cdiv(E, 8)](x, weight, scores, D, E, BLOCK_E=8, BLOCK_D=256)
-    _top_experts_kernel[T,](scores, bias, ids, weights, E, A, config.routed_scaling_factor,
-                            config.topk_group, NORMALISE=config.norm_topk_prob,
+    _top_experts_kernel[T,](scores, bias, ids, weights, E, A, config.topk_group,
+                            FACTOR=config.routed_scaling_factor, NORMALISE=config.norm_topk_prob,
                             GROUPS=config.n_group, BLOCK_E=triton.next_power_of_2(E))
     return ids, weights
 
@@ -1139,7 +1154,6 @@ def compile_all():
         shape = ", ".join(re.findall(r"'((?:BLOCK|CHUNK|MODULATE)\w*': \d+)", constants))
         print(f"{name:24} {registers[1]:>4} registers {spills[1]:>5} bytes spilled"
               f" {compiled.metadata.shared:>7} bytes shared  {shape.replace(chr(39), '')}")
-    return found
 
 
 def ceilings(seconds_of) -> tuple[float, float]:

@@ -39,7 +39,7 @@ from tokenizers.decoders import DecodeStream
 from twotower import DENOISER_KEYS, INDEX, KVCache, Step, TwoTower, TwoTowerConfig, Written
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
-DEFAULT_PROMPT = "class Point label:str width:int height:int color:str\n"     # one of its tasks
+DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
 NEW_TOKENS = 128
 MASKED = "\u2591"                                   # a shaded box
 SAMPLING = ("top_k", "top_p", "seed")               # mean something above temperature 0
@@ -102,7 +102,7 @@ def parse_args() -> argparse.Namespace:
         help="config.json, tokenizer.json and safetensors, or a name on the Hugging Face Hub; "
              "default miniature/")
     add("--context-device", help="default cuda:0, or cpu without a GPU")
-    add("--denoiser-device", help="default cuda:1 with two GPUs, else the context's")
+    add("--denoiser-device", help="default cuda:1 if the context's is cuda:0, else the context's")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of all weights but the router's; default: each tensor's own")
     add("--backend", choices=["auto", "torch", "triton"], default="torch",
@@ -230,7 +230,7 @@ class Row:
     log_likelihoods: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    ended: str = ""                     # why: eos, length or stop
+    ended: str = ""                     # why: eos, length, stop, interrupted or scored
     nfe: int = 0
     context_passes: int = 0
     stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
@@ -428,7 +428,7 @@ def devices(args: argparse.Namespace) -> list[str]:
     """The context tower's device, and the denoiser's in modes that have one."""
     gpus = torch.cuda.device_count()
     first = getattr(args, "context_device", "cuda:0" if gpus else "cpu")
-    second = "cuda:1" if gpus > 1 and first == "cuda:0" else first
+    second = "cuda:1" if gpus > 1 and first in ("cuda", "cuda:0") else first
     chosen = [first]
     if args.mode not in CONTEXT_ONLY:
         chosen.append(getattr(args, "denoiser_device", second))
@@ -471,6 +471,10 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def readable(nbytes: int) -> str:
@@ -861,7 +865,8 @@ def run(args: argparse.Namespace) -> int:
     model, files = TwoTower.skeleton(directory, dtype=dtype, towers=towers)
     knobs = choose_knobs(args, model)
     encode(rows, tokenizer, model.config, knobs.get("mask_token_id"))
-    common = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop} | knobs
+    common = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
+              "dtype": name_of(model.context_lm_head.weight.dtype), "backend": args.backend} | knobs
     many = len(rows) > 1
     if "watch" in args and min(len(rows), args.batch_size) > 1:
         raise ValueError("--watch shows one row at a time; give --batch-size 1")
@@ -879,6 +884,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return 0
 
+    model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
     outputs = open_outputs(args, many, common, keep, tokenizer)
     start = time.perf_counter()
     load(model, files, places)
@@ -944,7 +950,7 @@ def facts(rows: list[Row], args: argparse.Namespace, model: TwoTower, places: li
     parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
     parts += [f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
               f"peak memory {peak_memory(places)}",
-              f"dtype {str(model.context_lm_head.weight.dtype).removeprefix('torch.')}",
+              f"dtype {name_of(model.context_lm_head.weight.dtype)}",
               f"backend {model.backend}" + " with graphs" * args.graphs,
               f"batch_size {args.batch_size}",
               *(f"stop {stop!r}" for stop in args.stop)]

@@ -6,8 +6,8 @@ Errors are relative: rms(out - reference) / rms(reference), so that an answer of
 Limits: float64 1e-12 for one operation and 1e-10 through a whole model; float32 1e-5 (floors
 measured on this data: 6e-7 for one operation, 2e-6 through ten layers), but 3e-5 behind the time
 features, where a frequency that differs in its last bit, as exp does between processors, turns the
-angle of 1000 t by 6e-5 (floors: 1e-6 on one processor, 1.2e-5 on another); bfloat16 against NVIDIA's
-own bfloat16 error, since rounding alone costs 2e-3.
+angle of 1000 t by 6e-5 (floors: 1e-6 on one processor, 1.2e-5 on another); bfloat16 against
+NVIDIA's own bfloat16 error, since rounding alone costs 2e-3.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def random_model(odd: bool = False, dtype=torch.float64, seed: int = 0) -> TwoTo
     torch.manual_seed(seed)
     model = TwoTower(TwoTowerConfig(**(ODD if odd else TINY)))
     with torch.no_grad():
-        for name, tensor in (model.state_dict()).items():
-            if name.endswith(("A_log", "dt_bias", "bias", "embeddings.weight")):
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("A_log", "bias", "embeddings.weight")):
                 tensor.normal_(std=0.1 if name.endswith("correction_bias") else 1.0)
             elif "scale_shift" in name:
                 tensor.normal_(std=0.3)
@@ -163,14 +163,10 @@ def test_golden_context(variant):
             check_states(context, data, prefix)
 
 
-@pytest.mark.parametrize("variant", FLOAT32)
-@pytest.mark.parametrize("length", [16, 3])
+@pytest.mark.parametrize("variant, length", [("cfg1", 16), ("cfg1", 3), ("cfg1_chunk8", 16)])
 def test_golden_extend(variant, length):
     """A block at once and token by token, then one more token and a denoiser pass on top."""
     data, _, model = golden(variant)
-    if f"ext{length}_block/next_logits" not in data:
-        assert (variant, length) == ("cfg1_chunk8", 3)      # the one case without data
-        return
     block = data[f"ids/block{length}"]
     for pieces, prefix in ((1, f"ext{length}_block/"), (length, f"ext{length}_step/")):
         context = model.prefill(data["ids/prompt37"])
@@ -197,7 +193,8 @@ def test_golden_denoiser(variant):
     for name in names:
         block, t = name.removeprefix("den/").rsplit("_t", 1)
         t = None if t == "none" else torch.tensor([0.25, 0.75]) if t == "vec" else float(t)
-        check(model.denoise(blocks[block], context, t), data[name], 1e-5 if t is None else 3e-5, name)
+        limit = 1e-5 if t is None else 3e-5
+        check(model.denoise(blocks[block], context, t), data[name], limit, name)
 
 
 def test_golden_layers():
@@ -255,7 +252,7 @@ def test_golden_time():
     for name, part in (("shift", shift), ("scale", scale), ("gate", gate)):
         check(part[:, 0], data[f"den_hidden/{name}.1"], 3e-5, name)
     check(model.t_block(model.t_embedder(torch.tensor([0.5, 0.5]))), data["den_hidden/t_emb"], 3e-5)
-    # in bfloat16 t is rounded before it is scaled: the features must be those of the rounded product
+    # in bfloat16 t is rounded before it is scaled: the features are those of the rounded product
     data, _, model = golden("cfg1_bf16")
     assert torch.equal((t.bfloat16() * 1000).float(), data["time/tscaled_bf16"])
     features = TimestepEmbedder.features(t.bfloat16()).bfloat16()
@@ -299,7 +296,8 @@ def module_outputs(model: TwoTower, data: dict, dtype) -> dict[str, torch.Tensor
     attention = layers[3].mixer
     cache = attention.empty_state(2, 0)
     out["attn/out"] = attention(get("attn/x"), cache, Span(0, 7, is_causal=True))
-    out["attn/k"], out["attn/v"] = (x[:, :, :7].clone() for x in (cache.key_cache, cache.value_cache))
+    out["attn/k"] = cache.key_cache[:, :, :7].clone()
+    out["attn/v"] = cache.value_cache[:, :, :7].clone()
     out["attn/den_out"] = model.denoiser_tower.layers[3].mixer(get("attn/xd"), cache, Span(7, 13))
     return out
 
@@ -372,10 +370,11 @@ RUNS = [(variant, i) for variant in FLOAT32
 
 @pytest.mark.parametrize("variant, i", RUNS)
 def test_golden_generation(variant, i):
-    """Every greedy run: tokens, passes and, where recorded, each step's t, block and confidences."""
+    """Every greedy run: tokens, passes; where recorded, each step's t, block and confidences."""
     data, manifest, model = golden(variant)
     run = manifest["generations"][i]
-    knobs = {k: run[k] for k in ("block_size", "steps_per_block", "confidence_threshold") if k in run}
+    knobs = ("block_size", "steps_per_block", "confidence_threshold")
+    knobs = {name: run[name] for name in knobs if name in run}
     steps, eos = [], run["eos_token_id"]
     prompt = data[f"ids/{run['prompt']}"][:run["batch"]]
     result = getattr(model, run["kind"])(prompt, run["max_new_tokens"], eos_token_id=eos,
@@ -409,10 +408,9 @@ def test_golden_covers_every_mode():
 def test_context_tower_equals_transformers():
     """Code that nobody here wrote, on the golden weights: prefill, then tokens one by one."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from bench import as_transformers
     data, _, model = golden("cfg1")
     transformers.logging.set_verbosity_error()
-    theirs, prompt, block = as_transformers(model), data["ids/prompt37"], data["ids/block16"]
+    theirs, prompt, block = bench.as_transformers(model), data["ids/prompt37"], data["ids/block16"]
     with torch.no_grad():
         out = theirs(prompt, use_cache=True)
         check(model.context_logits(prompt), out.logits, 3e-5)
@@ -481,7 +479,7 @@ def test_scan_survives_strong_decay_and_large_states():
     y, h = scan_by_definition(**inputs)
     out, state = twotower.ssd_scan(**{k: v.float() for k, v in inputs.items()}, chunk_size=128)
     for head in range(4):
-        assert error(out[:, :, head], y[:, :, head]) < 1e-4       # sums of dt A reach 2e4 in float32
+        assert error(out[:, :, head], y[:, :, head]) < 1e-4   # sums of dt A reach 2e4 in float32
         assert error(state[:, head], h[:, head]) < 1e-4
 
 
@@ -536,8 +534,10 @@ def test_norms():
 def test_bfloat16_is_rounded_once():
     """Norms and convolution of bfloat16 inputs are float32 inside: one rounding, at the end."""
     torch.manual_seed(0)
-    x, z, w = (v.bfloat16() for v in (torch.randn(50, 24), torch.randn(50, 24), torch.rand(24) + 0.5))
-    inputs, taps, bias = (v.bfloat16() for v in (torch.randn(2, 40, 24), torch.randn(24, 1, 4), z[0]))
+    x, z, w, inputs, taps = (v.bfloat16() for v in (
+        torch.randn(50, 24), torch.randn(50, 24), torch.rand(24) + 0.5, torch.randn(2, 40, 24),
+        torch.randn(24, 1, 4)))
+    bias = z[0]
     for function, *args in ((twotower.rms_norm, x, w), (twotower.gated_rms_norm, x, z, w),
                             (twotower.causal_conv1d, inputs, taps, bias)):
         extra = {"rms_norm": (1e-5,), "gated_rms_norm": (3, 1e-5)}.get(function.__name__, ())
@@ -657,7 +657,7 @@ def test_moe_experts(routing, bias):
     x, up = torch.randn(T, 8).double(), torch.randn(5, 6, 8).double()
     down = torch.randn(5, 8, 6).double()
     biases = (torch.randn(5, 6).double(), torch.randn(5, 8).double()) if bias else (None, None)
-    topk_ids = torch.stack([torch.randperm(4)[:2] for _ in range(T)])           # expert 4 stays idle
+    topk_ids = torch.stack([torch.randperm(4)[:2] for _ in range(T)])       # expert 4 stays idle
     topk_ids = topk_ids * 0 + 2 if routing == "one expert" else topk_ids
     weights = torch.rand(T, 2).double()
     ref = torch.zeros_like(x)
@@ -809,8 +809,8 @@ def test_one_pass_training_logits_equal_decoding_logits(odd, per_block):
             context = model._prefill([clean[row, :0] for row in range(2)], 0)
         else:
             context = model.prefill(clean[:, :b * Q])
-        check(logits[:, block], model.denoise(noisy[:, block], context, t[:, b] if per_block else t),
-              1e-10, f"block {b}")
+        alone = model.denoise(noisy[:, block], context, t[:, b] if per_block else t)
+        check(logits[:, block], alone, 1e-10, f"block {b}")
 
 
 def test_the_denoiser_sees_no_clean_token_of_its_own_or_later_blocks():
@@ -899,7 +899,7 @@ def test_ar_steps_are_reported():
 
 def test_passes_are_counted():
     model = random_model()
-    for n, mock in ((1, 3), (7, 4)):                    # mock-AR reads prompt[:-1]: nothing if n is 1
+    for n, mock in ((1, 3), (7, 4)):                # mock-AR reads prompt[:-1]: nothing if n is 1
         result = model.generate_mock_ar(ids(1, n), 4)
         assert (int(result.nfe), int(result.context_passes)) == (4, mock)
         result = model.generate_ar(ids(1, n), 4)
@@ -908,10 +908,10 @@ def test_passes_are_counted():
 
 def test_defaults_are_the_published_operating_point():
     parameters = inspect.signature(TwoTower.generate_mask_diffusion).parameters
-    assert {name: parameters[name].default for name in (
-        "block_size", "steps_per_block", "confidence_threshold", "temperature", "eos_token_id")} == {
+    expected = {
         "block_size": 16, "steps_per_block": 16, "confidence_threshold": 0.8, "temperature": 0.0,
         "eos_token_id": None}
+    assert {name: parameters[name].default for name in expected} == expected
 
 
 def test_another_mask_token():
@@ -1509,7 +1509,7 @@ def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "twotower_kernels", raising=False)
     with pytest.raises(ValueError, match="needs kernels.py beside twotower.py"):
         model.use("triton")
-    run = run_python("-c", "import torch, kernels; kernels.rms_norm(torch.ones(4), torch.ones(4), 0)",
+    run = run_python("-c", "import torch, kernels; x = torch.ones(4); kernels.rms_norm(x, x, 0)",
                      env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
     assert "ValueError: kernels.py needs a CUDA device, not cpu" in run.stderr
     x, weight = torch.ones(2, 4, device=DEVICE), torch.ones(4, device=DEVICE)
@@ -1517,6 +1517,19 @@ def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
         kernels.rms_norm(x, weight.requires_grad_(), 1e-5)
     with torch.no_grad(), pytest.raises(ValueError, match=r"weight has shape \(3,\), expected"):
         kernels.rms_norm(x, weight[:3], 1e-5)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_kernels_read_strided_weights_and_refuse_odd_head_sizes():
+    x, weights = torch.rand(2, 8, device=DEVICE), torch.rand(8, 2, device=DEVICE)
+    check(kernels.rms_norm(x, weights[:, 1], 1e-5), twotower.rms_norm(x, weights[:, 1], 1e-5), 1e-6)
+    with pytest.raises(ValueError, match="x is torch.float64, expected torch.float32 or"):
+        kernels.rms_norm(x.double(), weights[:, 1], 1e-5)
+    x, dt, A, B, state = (torch.rand(*shape, device=DEVICE) for shape in (
+        (1, 2, 24), (1, 2), (2,), (1, 1, 16), (1, 2, 24, 16)))
+    with pytest.raises(ValueError, match="P is 24, but the kernel needs a power of two from 16 up"):
+        kernels.ssd_step(x, dt, A, B, B, A, state)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -1536,7 +1549,7 @@ def test_initialisation():
             assert 0.006 < dt.median() < 0.016          # log-uniform: 0.01
         elif name.startswith("scale_shift"):
             assert tensor.std() == pytest.approx(32 ** -0.5, rel=0.3), name
-        elif name.endswith(("bias", "e_score_correction_bias")):
+        elif name.endswith("bias"):
             assert (tensor == 0).all(), name
         elif "conv1d" not in name:
             assert tensor.std() == pytest.approx(0.02, rel=0.3), name
@@ -1551,7 +1564,7 @@ def test_gradients_reach_the_denoiser_and_nothing_frozen():
         got = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert got != frozen, name
     model.zero_grad()
-    (model.ar_loss(ids(4, 64)) + model.ar_loss(ids(4, 2))).backward()       # also a scan of one token
+    (model.ar_loss(ids(4, 64)) + model.ar_loss(ids(4, 2))).backward()   # also a scan of one token
     for name, parameter in model.named_parameters():
         got = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert got == name.startswith("context_"), name
@@ -1657,7 +1670,7 @@ def test_save_and_load(tmp_path, odd, shard):
     assert torch.equal(loaded.context_logits(ids(1, 9)), model.context_logits(ids(1, 9)))
 
 
-def test_golden_checkpoint_round_trips_byte_for_byte(tmp_path):
+def test_golden_checkpoint_round_trips_tensor_for_tensor(tmp_path):
     golden("cfg1")[2].save_pretrained(tmp_path)
     ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path, GOLDEN / "cfg1"))
     assert ours.keys() == theirs.keys() and len(ours) == 282
@@ -1915,14 +1928,15 @@ BROKEN = {
     "negative size": (config(hidden_size=-64), "hidden_size is -64"),
     "size is text": (config(head_dim="16"), "head_dim is '16'"),
     "heads do not divide": (config(num_key_value_heads=3), "num_attention_heads is 4, but it must"),
-    "more experts a token than experts": (config(num_experts_per_tok=9), "num_experts_per_tok is 9"),
+    "more experts a token than there are": (config(num_experts_per_tok=9),
+                                            "num_experts_per_tok is 9"),
     "limits reversed": (config(time_step_limit=[0.3, 0.1]), "time_step_limit is"),
     "pattern is a number": (config(hybrid_override_pattern=5), "hybrid_override_pattern is 5"),
     "limits are a word": (config(time_step_limit="none"), "time_step_limit is"),
     "other activation": (config(mlp_hidden_act="gelu"), "only relu2 is supported"),
     "other activation of Mamba": (config(mamba_hidden_act="gelu"), "only silu is supported"),
     "one head for all": (config(tie_word_embeddings=True), "each tower has its own head"),
-    "a flag that is a number": (config(norm_topk_prob=1), "norm_topk_prob is 1, but it must be true"),
+    "a flag that is a number": (config(norm_topk_prob=1), "norm_topk_prob is 1, but it must be"),
     "more groups kept than there are": (config(topk_group=2), "topk_group is 2, but n_group is 1"),
     "groups of one expert": (config(n_group=8), "a router group needs two experts or more"),
     "time steps reversed": (config(time_step_min=0.2), "time_step_min is 0.2, but time_step_max"),
@@ -1932,13 +1946,15 @@ BROKEN = {
     "weights truncated": (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     "weights are text": (text("model.safetensors", "<html></html>"), "not a safetensors file"),
     "tensor missing": (weights(lambda t: t.pop(UP)), f"lacks 1 of 282 tensors, first {UP}"),
-    "time conditioning missing": (weights(lambda t: t.pop("t_block.1.bias")), "first t_block.1.bias"),
+    "time conditioning missing": (weights(lambda t: t.pop("t_block.1.bias")), "first t_block.1"),
     "tensor too many": (weights(lambda t: t.update(extra=torch.zeros(1))), "holds tensor extra"),
     "wrong shape": (weights(lambda t: t.update({UP: torch.zeros(24, 63)})),
                     f"tensor {UP} has shape [24, 63], expected [24, 64]"),
     "wrong dtype": (weights(lambda t: t.update({UP: torch.zeros(24, 64, dtype=torch.int8)})),
                     f"tensor {UP} has dtype I8"),
-    "mixed dtypes": (weights(lambda t: t.update({FIRST: t[FIRST].bfloat16()})), "mixes dtypes, such"),
+    "mixed dtypes": (weights(lambda t: t.update({FIRST: t[FIRST].bfloat16()})), "mixes dtypes"),
+    "one expert in another dtype": (weights(lambda t: t.update({UP: t[UP].bfloat16()})),
+                                    f"torch.bfloat16 of {UP}; give a dtype for all"),
     "shard missing": (gone(SHARD), f"{SHARD} is missing"),
     "shard truncated": (cut(SHARD, 10**5), f"{SHARD} is truncated"),
     "index is broken JSON": (cut(twotower.INDEX, 500), "index.json is not valid JSON"),
@@ -2193,7 +2209,7 @@ def endless(tmp_path: Path) -> Path:
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """Nothing is lost or doubled, whatever is left of the line being written."""
-    lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 60} for i in range(30)]
+    lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 30} for i in range(20)]
     flags = ["--prompt-file", prompts_file(tmp_path / "many.jsonl", lines), "--batch-size", 3]
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     assert sample(*flags, "--output", whole).returncode == 0
@@ -2209,6 +2225,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     one_line(sample(*flags, "--output", killed), "exists; give another name, or --resume")
     one_line(sample(*flags, "--output", killed, "--resume", "--max-new-tokens", 5, "--stop", "q"),
              "was made with stop [], not ['q']; --resume needs the same")
+    one_line(sample(*flags, "--output", killed, "--resume", "--dtype", "bfloat16"),
+             "was made with dtype 'float32', not 'bfloat16'; --resume needs the same")
     prompts, before_that = flags[1], flags[1].read_bytes()
     one_line(sample(*flags, "--output", prompts, "--resume"), "must be different files")
     (tmp_path / "notes.txt").write_bytes(b"somebody's own")
@@ -2219,9 +2237,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     resumed = sample(*flags, "--output", killed, "--resume")
     assert resumed.returncode == 0 and resumed.stdout == "", resumed.stderr
     assert killed.read_bytes() == whole.read_bytes()
-    assert f"{30 - before.count(10)} prompts" in resumed.stderr
+    assert f"{20 - before.count(10)} prompts" in resumed.stderr
     again = sample(*flags, "--output", killed, "--resume")
-    assert again.returncode == 0 and "is complete: 30 results" in again.stderr
+    assert again.returncode == 0 and "is complete: 20 results" in again.stderr
     assert killed.read_bytes() == whole.read_bytes()
 
 
@@ -2267,8 +2285,8 @@ def test_interrupting_keeps_what_was_written(tmp_path):
         assert result["text"] == tokenizer().decode(result["tokens"])
         assert result["ended"] == "interrupted" or result["tokens"] == first["tokens"]
 
-    many = prompts_file(tmp_path / "some.jsonl", [{"text": "Hello"}] * 30)
-    flags = ["--prompt-file", many, "--batch-size", 2, "--max-new-tokens", 50, "--output"]
+    many = prompts_file(tmp_path / "some.jsonl", [{"text": "Hello"}] * 20)
+    flags = ["--prompt-file", many, "--batch-size", 2, "--max-new-tokens", 30, "--output"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert sample(*flags, whole).returncode == 0
     process = start_sample(*flags, out)
@@ -2324,7 +2342,8 @@ def test_watch_shows_the_block_in_place(tmp_path):
     text = "Hello" + tokenizer().decode(written("mask_diffusion", "Hello", 30)) + "\n"
     assert plain.stdout == text and "\x1b" not in plain.stdout
     master, slave = pty.openpty()
-    process = start_sample(*flags, stdout=slave, env=os.environ | {"TERM": "xterm", "COLUMNS": "80"})
+    terminal = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    process = start_sample(*flags, stdout=slave, env=terminal)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):              # Linux ends a terminal with an error
@@ -2375,8 +2394,8 @@ def test_sample_fills_templates(tmp_path):
     flags = ["--max-new-tokens", 5, "--output", tmp_path / "one.jsonl", LETTER]
     assert sample("--template", "x____", *flags).returncode == 0
     one_line(sample("--resume", *flags), "was made with template 'x____', not None")
-    shown = run_python("sample.py", "--template", "class Point:\n    def __init__(self{{12}}").stdout
-    assert shown.startswith("class Point label") and "block 0  class Point:\u21b5" in shown
+    shown = run_python("sample.py", "--template", '{"city": "{{12}}').stdout
+    assert shown.startswith("json city=") and 'block 0  {"city": "\u2591' in shown
 
 
 def test_sample_scores(tmp_path):
@@ -2431,7 +2450,7 @@ def test_sample_scores(tmp_path):
     (["--graphs", "Hi"], "--graphs needs --backend triton"),
     (["--graphs", "--backend", "triton", "--mode", "speculative", "Hi"], "--graphs does nothing"),
     (["--plan", "--template", "___"], "--template does nothing with --plan but beside a prompt"),
-    (["--mode", "speculative", "--draft-length", "5000", "Hi"], "lower --max-new-tokens or --draft"),
+    (["--mode", "speculative", "--draft-length", "5000", "Hi"], "lower --max-new-tokens or --"),
     (["--template", "", "Hi"], "the template of the prompt holds no token and no hole"),
     (["--template", "{{9}}", "--max-new-tokens", "8", "Hi"], "has 9 tokens, more than the 8"),
     (["--draft-length", "8", "Hi"], "--draft-length does nothing with --mode mask_diffusion"),
@@ -2448,7 +2467,7 @@ def test_sample_scores(tmp_path):
     (["--mode", "ar", "--steps-per-block", "4", "Hi"], "does nothing with --mode ar"),
     (["--mode", "mock_ar", "--watch", "Hi"], "--watch does nothing with --mode mock_ar"),
     (["--mode", "ar", "--denoiser-device", "cpu", "Hi"], "--denoiser-device does nothing"),
-    (["--mask-token-id", "1024", "Hi"], "--mask-token-id is 1024, but it must be below vocab_size"),
+    (["--mask-token-id", "1280", "Hi"], "--mask-token-id is 1280, but it must be below vocab_size"),
     (["--top-k", "5", "Hi"], "--top-k does nothing without --temperature above 0"),
     (["--temperature", "-1", "Hi"], "--temperature: -1 must be a number of 0 or more"),
     (["--temperature", "1", "--seed", "-1", "Hi"], "--seed: -1 must be"),
@@ -2557,9 +2576,9 @@ def test_dtype():
     plans = [sample("--plan", *flags).stderr for flags in ((), ("--dtype", "bfloat16"))]
     wide, narrow = (float(re.search(r"weights ([\d.]+) MiB", plan)[1]) for plan in plans)
     assert 0.49 < narrow / wide < 0.52
-    run = sample("--dtype", "bfloat16", "--max-new-tokens", 16, "class Point label:str\n")
+    run = sample("--dtype", "bfloat16", "--max-new-tokens", 16, LETTER)
     assert run.returncode == 0 and ", dtype bfloat16, " in run.stderr
-    assert run.stdout.startswith("class Point label:str\nclass Point:\n")
+    assert run.stdout.startswith(f"{LETTER}Dear Dora,\n")
 
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
@@ -2606,10 +2625,13 @@ def test_answers_are_right():
     """Every task's answer, recomputed from its prompt alone in another way."""
     for prompt, answer in items("bill", 200):
         asked = re.findall(r"(\d) (\w+) at (\d)", prompt)
-        assert prompt == "bill " + ", ".join(f"{n} {item} at {p}" for n, item, p in asked) + "\n"
-        for (count, item, price), line in zip(asked, answer.split("\n"), strict=True):
-            left, right = line.split(" = ")
-            assert left == f"{count} {item} x {price}" and len(right) == 2
+        assert prompt == "bill " + ", ".join(
+            f"{i}: {n} {item} at {price}" for i, (n, item, price) in enumerate(asked, 1)) + "\n"
+        lines = answer.split("\n")
+        assert len(lines) == len(asked)
+        for i, line in enumerate(lines):
+            (count, item, price), (left, right) = asked[i], line.split(" = ")
+            assert left == f"{i + 1}: {count} {item} x {price}" and len(right) == 2
             assert int(right) == sum([int(price)] * int(count))
     for prompt, answer in items("sort", 200):
         lines = prompt.removeprefix("sort ").strip().split(", ")
@@ -2631,7 +2653,8 @@ def test_answers_are_right():
         namespace = {}
         exec(answer, namespace)
         signature = inspect.signature(namespace[name])
-        assert [f"{p.name}:{p.annotation.__name__}" for p in signature.parameters.values()] == fields
+        assert fields == [f"{parameter.name}:{parameter.annotation.__name__}"
+                          for parameter in signature.parameters.values()]
         instance = namespace[name](*fields)
         assert list(vars(instance).values()) == fields
 
@@ -2664,12 +2687,13 @@ def test_train_runs_end_to_end():
     for phase in (1, 2):
         log = torch.load(out / f"phase{phase}.pt")["log"]
         assert log[-1]["loss"] < log[0]["loss"] and f"phase {phase} step" in run.stdout
-        assert log[-1]["loss"] < 0.85 * math.log(1024)
+        assert log[-1]["loss"] < 0.85 * math.log(1280)
     left = [int(minutes) for minutes in re.findall(r"(\d+) min left", run.stdout)]
     assert len(left) == 4 and max(left) <= 5                    # not 60 times as much
     assert (out / "curves.png").stat().st_size > 10**4
     sampled = sample("--max-new-tokens", 20, "sort 1 red cups\n", directory=out)
-    assert sampled.returncode == 0 and sampled.stdout.startswith("sort 1 red cups\n"), sampled.stderr
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.startswith("sort 1 red cups\n")
     again = run_python("train.py", "--smoke", "--threads", 1, "--out", out)
     assert again.returncode == 0 and "step" not in again.stdout, again.stderr
 
@@ -2683,7 +2707,7 @@ def test_tokenizer_round_trips():
         assert tokenizer.decode(ids, skip_special_tokens=False) == text and 0 not in ids
     # every byte has a token, so that byte strings round-trip through latin-1 or surrogates alike
     vocabulary = tokenizer.get_vocab()
-    assert len(vocabulary) == 1024
+    assert len(vocabulary) == 1280
     assert all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
     assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
 
@@ -2720,10 +2744,28 @@ def test_batches_repeat_and_mix():
     assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(1, 6, 3)))
     assert not torch.equal(tokens, data.batch(1, 6, 4)[0])
     assert not torch.equal(tokens, data.batch(1, 6, 3, held_out=True)[0])
+    assert not torch.equal(data.batch(2, 6, 3)[0], tokens)
+    # library rows, and those without prompts, are learned whole
+    data.UNPROMPTED = {1: 0.0, 2: 0.0}
     for phase, period in ((1, 3), (2, 8)):
         targets = data.batch(phase, 8, 3)[1]
         assert [bool(row.all()) for row in targets] == [r % period == 0 for r in range(8)]
-    assert not torch.equal(data.batch(2, 6, 3)[0], tokens)
+    data.UNPROMPTED = {1: 0.0, 2: 1.0}
+    assert data.batch(2, 8, 3)[1].all() and not data.batch(2, 8, 3, held_out=True)[1].all()
+    assert not data.batch(1, 8, 3)[1].all()
+
+
+@pytest.mark.parametrize("phase, step", [(1, 0), (1, 4000), (2, 0), (2, 7000)])
+def test_every_task_has_its_turn(phase, step, monkeypatch):
+    """Whatever the number of rows a step: of 70 steps of 8 rows every task gets 35 rows or more."""
+    data, rows, task_items = training_data(row=32), [], train.task_items
+    monkeypatch.setattr(train, "task_items", lambda task, *args: rows.append(task)
+                        or task_items(task, *args))
+    for i in range(70):
+        data.batch(phase, 8, step + i)
+    counts = {task: rows.count(task) for task in train.TASKS}
+    assert min(counts.values()) >= 35, counts
+    assert (max(counts, key=counts.get) == "letter") == (step == 4000)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -2778,23 +2820,27 @@ def test_noise_follows_the_recipe():
 
 def test_the_denoiser_starts_as_the_ar_model():
     """With gate 1, shift 0 and scale 0 at every t the first denoiser is the unconditioned one."""
-    context = train.build(train.SMOKE, train.SMOKE_MODEL, "context")
-    model = train.build(train.Recipe(gate="copy"), train.SMOKE_MODEL, "both", context)
+    context = train.build(train.SMOKE, train.SMOKE_MODEL)
+    model = train.build(train.Recipe(gate="copy"), train.SMOKE_MODEL, context)
     given, block = model.prefill(ids(1, 20)), torch.full((1, 16), MASK)
     plain = model.denoise(block, given, None)
     for t in (0.1, 1.0):
         check(model.denoise(block, given, t), plain, 1e-6)
-    published = train.build(train.Recipe(gate="published"), train.SMOKE_MODEL, "both", context)
+    published = train.build(train.Recipe(gate="published"), train.SMOKE_MODEL, context)
     assert error(published.denoise(block, given, 1.0), plain) > 0.1
 
 
 def test_learning_rate_schedule():
-    recipe = train.Recipe(steps=(1000, 10), peak=(2.0, 1.0), warm_up=10, decay=(0.3, 1.0),
-                          floor=0.01)
+    recipe = train.Recipe(steps=(1000, 10), restart=0, peak=(2.0, 1.0), warm_up=10,
+                          decay=(0.3, 1.0), floor=0.01)
     rates = [recipe.learning_rate(1, step) for step in range(1000)]
     assert rates[0] == 0.2 and rates[9:700] == [2.0] * 691
     assert rates[700:] == sorted(rates[700:], reverse=True) and rates[-1] == 0.02
     assert rates[775] == 2 * (1 - math.sqrt(0.25))              # a quarter into the decay
+    twice = dataclasses.replace(recipe, steps=(1500, 10), restart=1000)
+    assert [twice.learning_rate(1, step) for step in range(1000)] == rates
+    assert twice.learning_rate(1, 1000) == 0.1 and twice.learning_rate(1, 1499) == 0.01
+    assert twice.learning_rate(2, 0) == recipe.learning_rate(2, 0)
 
 
 def test_balance_evens_out_the_experts():
@@ -2813,8 +2859,8 @@ def test_balance_evens_out_the_experts():
 def short_trainer(phase: int, path: Path | None, **choices) -> train.Trainer:
     torch.manual_seed(0)
     recipe = dataclasses.replace(train.SMOKE, steps=(12, 12), rows=4, **choices)
-    context = train.build(recipe, train.SMOKE_MODEL, "context")
-    model = context if phase == 1 else train.build(recipe, train.SMOKE_MODEL, "both", context)
+    context = train.build(recipe, train.SMOKE_MODEL)
+    model = context if phase == 1 else train.build(recipe, train.SMOKE_MODEL, context)
     return train.Trainer(phase, model, recipe, training_data(), path)
 
 
@@ -2877,7 +2923,7 @@ def test_two_processes_make_the_same_step(tmp_path):
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         "import torch, test_twotower as T, train\n"
         "if train.WORLD > 1: torch.distributed.init_process_group('gloo')\n"
-        f"T.smoke = lambda: ({str(smoke()[0])!r} and T.Path({str(smoke()[0])!r}), None)\n"
+        f"T.smoke = lambda: (T.Path({str(smoke()[0])!r}), None)\n"
         "for phase in (1, 2):\n"
         "    trainer = T.short_trainer(phase, None)\n"
         "    losses = [trainer.train_step()[0] for _ in range(3)]\n"
@@ -2915,7 +2961,8 @@ def test_train_refuses_checkpoints_of_another_kind(tmp_path):
     shutil.copytree(smoke()[0], tmp_path / "out")
     path = tmp_path / "out" / "phase1.pt"
     saved = torch.load(path)
-    for damage, message in ((lambda: torch.save(saved | {"made_with": "{}"}, path), "another recipe"),
+    for damage, message in ((lambda: torch.save({"step": 1}, path), "delete it"),
+                            (lambda: torch.save(saved | {"made_with": ""}, path), "another recipe"),
                             (lambda: path.write_bytes(path.read_bytes()[:5000]), "delete it")):
         damage()
         run = run_python("train.py", "--smoke", "--threads", 1, "--out", tmp_path / "out")
@@ -2924,9 +2971,9 @@ def test_train_refuses_checkpoints_of_another_kind(tmp_path):
 
 
 def test_bench_miniature_runs(tmp_path):
-    """Two items a task on the smoke model: every mode has its row and the counts add up."""
-    run = run_python("bench.py", "miniature", "--checkpoint", smoke()[0], "--items", 2, "--timed", 1,
-                     "--threads", 1, "--plot", tmp_path / "plot.png")
+    """One item a task on the smoke model: every mode has its row and the counts add up."""
+    run = run_python("bench.py", "miniature", "--checkpoint", smoke()[0], "--items", 1,
+                     "--timed", 1, "--threads", 1, "--plot", tmp_path / "plot.png")
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout.splitlines()[-1])["rows"]
     assert [row["mode"] for row in rows] == list(bench.MODES)
@@ -2951,8 +2998,8 @@ def test_bench_refuses_in_one_line(args):
 
 
 def test_bench_alterations_do_what_they_say():
-    model = train.build(train.SMOKE, train.SMOKE_MODEL, "both",
-                        train.build(train.SMOKE, train.SMOKE_MODEL, "context"))
+    model = train.build(train.SMOKE, train.SMOKE_MODEL,
+                        train.build(train.SMOKE, train.SMOKE_MODEL))
     with torch.no_grad():
         model.t_block[1].weight.normal_()
     context, block = model.prefill(ids(1, 30)), torch.full((1, 16), MASK)
@@ -2964,7 +3011,8 @@ def test_bench_alterations_do_what_they_say():
     with bench.altered(model, "no Mamba seeding"):
         unseeded = model.denoise(block, context, 1.0)
     context.states = empty
-    assert torch.equal(unseeded, model.denoise(block, context, 1.0)) and error(unseeded, plain) > 1e-3
+    assert torch.equal(unseeded, model.denoise(block, context, 1.0))
+    assert error(unseeded, plain) > 1e-3
 
 
 def test_the_miniature_is_small_and_of_the_released_layout():
@@ -2983,14 +3031,13 @@ def test_the_miniature_is_small_and_of_the_released_layout():
 
 @pytest.mark.parametrize("task", train.TASKS)
 def test_the_miniature_answers(task):
-    """40 held-out items a task: AR and diffusion at gamma 0.99 are right at least 9 times in 10, at
-    gamma 0.8 at least every other time in far fewer passes (measured rates: miniature/README.md)."""
+    """40 held-out items a task: AR and diffusion at gamma 0.8 are right at least 9 times in 10, the
+    latter in far fewer passes (measured rates: miniature/README.md)."""
     model, tokenizer = miniature()
     items = bench.task_prompts(tokenizer, task, 40)
-    ar, sure, fast = (bench.answer(model, tokenizer, items, name)
-                      for name in ("ar", "gamma 0.99", "gamma 0.8"))
-    assert ar.right >= 36 and sure.right >= 36 and fast.right >= 20
-    assert ar.tokens > 2 * sure.nfe and ar.tokens > 4 * fast.nfe
+    ar, fast = (bench.answer(model, tokenizer, items, name) for name in ("ar", "gamma 0.8"))
+    assert ar.right >= 36 and fast.right >= 36
+    assert ar.tokens > 8 * fast.nfe
 
 
 def test_the_miniature_needs_its_mamba_seeding():
@@ -3002,21 +3049,19 @@ def test_the_miniature_needs_its_mamba_seeding():
 def test_sample_without_arguments_shows_a_block_being_denoised():
     run = run_python("sample.py")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("class Point label:str") and "block 1" in run.stdout
-    steps = run.stdout[:run.stdout.rindex("class Point:")]
-    lines = [line for line in steps.splitlines() if line.startswith(("block ", "       "))]
+    prompt, *lines, answer = run.stdout.splitlines()
+    lines = [line for line in lines if line.startswith(("block ", "       "))]
     masks = [line.count("\u2591") for line in lines]
-    assert masks[0] == 16 and 0 in masks and max(masks) == 16
-    answer = run.stdout[run.stdout.rindex("class Point:"):]
-    namespace = {}
-    exec(answer, namespace)
-    assert list(inspect.signature(namespace["Point"]).parameters) == [
-        "label", "width", "height", "color"]
+    assert masks[0] == 16 and 0 in masks and any(0 < count < 16 for count in masks)
+    assert sum(line.startswith("block ") for line in lines) == masks.count(16) == 3
+    record = dict(pair.split("=") for pair in prompt.removeprefix("json ").split())
+    assert json.loads(answer) == record | {"age": 63} and len(record) == 6
 
 
 # ---------------------------------------------------------- the published code, where it is given
 
-# float32: the limit of golden/README.md. bfloat16: every layer rounds; not yet seen at full size
+# float32: ten times the limit of the golden data, through more layers; bfloat16: every layer
+# rounds. Neither has been seen at full size
 OFFICIAL_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -3093,7 +3138,8 @@ def test_official_generation(both, mode):
         assert same.index(False) >= len(same) // 2, f"token {same.index(False)} differs"
         return
     assert all(same), f"token {same.index(False)} differs"
-    assert mode == "ar" or int(result.nfe) == int(reference[f"{mode}/nfe"])
+    if mode == "mask_diffusion":            # in the others every token is a pass
+        assert int(result.nfe) == int(reference[f"{mode}/nfe"])
 
 
 # What the published code offers, played by ours. FAULT is put into a layer of its context tower.
@@ -3112,7 +3158,8 @@ class NemotronHTwoTowerForCausalLM:
             for layer in tower.layers:
                 layer.block_type = KINDS[layer.kind]
         FAULT
-        self.context_tower, self.denoiser_tower = self.model.context_tower, self.model.denoiser_tower
+        self.context_tower = self.model.context_tower
+        self.denoiser_tower = self.model.denoiser_tower
         return self
 
     def eval(self):
@@ -3225,7 +3272,8 @@ def test_tutorial():
     for link in re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", text):
         assert (HERE / link).is_file(), link
     quotes, checks = 0, []
-    for code, _, printed in re.findall(r"```python\n(.*?)```\n(```text\n(.*?)```)?", text, re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```\n(```text\n(.*?)```)?", text, re.DOTALL)
+    for code, _, printed in blocks:
         quoted = re.match(r"# (\w+)\.py: ([\w.]+)\n", code)
         if quoted is None:
             assert len(code.splitlines()) <= 10 and max(map(len, code.splitlines())) <= 130, code

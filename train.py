@@ -8,7 +8,7 @@
 
 1. corpus      the standard library of the running Python, and five tasks whose answers can be
                checked exactly (bills, sorting, records to JSON, letters, classes)
-2. tokenizer   byte-level BPE with 1,024 ids: any text round-trips
+2. tokenizer   byte-level BPE with 1,280 ids: any text round-trips
 3. phase 1     an autoregressive model, next-token loss
 4. phase 2     the model is copied into both towers, the context tower is frozen, and the denoiser
                learns to fill masked blocks of 16 (arXiv 2606.26493, training)
@@ -69,11 +69,12 @@ CLASSES = ("Account Block Book Box Client Color Event Field File Frame Group Ima
 
 
 def bill(rng: random.Random) -> tuple[str, str]:
-    lines = [(rng.randint(2, 9), item, rng.randint(2, 9))
-             for item in rng.sample(ITEMS, rng.randint(4, 6))]
-    return (", ".join(f"{count} {item} at {price}" for count, item, price in lines),
-            "\n".join(f"{count} {item} x {price} = {count * price:02}"
-                      for count, item, price in lines))
+    lines = [(number, rng.randint(2, 9), item, rng.randint(2, 9))
+             for number, item in enumerate(rng.sample(ITEMS, rng.randint(4, 6)), 1)]
+    return (", ".join(f"{number}: {count} {item} at {price}"
+                      for number, count, item, price in lines),
+            "\n".join(f"{number}: {count} {item} x {price} = {count * price:02}"
+                      for number, count, item, price in lines))
 
 
 def sort(rng: random.Random) -> tuple[str, str]:
@@ -85,8 +86,8 @@ def sort(rng: random.Random) -> tuple[str, str]:
 def to_json(rng: random.Random) -> tuple[str, str]:
     record = {"name": rng.choice(NAMES), "age": rng.randrange(10, 100), "city": rng.choice(CITIES),
               "color": rng.choice(COLORS), "job": rng.choice(JOBS), "day": rng.choice(DAYS),
-              "code": rng.randrange(1000, 10000), "item": rng.choice(ITEMS)}
-    fields = rng.sample(sorted(record), rng.randint(5, 7))
+              "count": rng.randrange(10, 100), "item": rng.choice(ITEMS)}
+    fields = rng.sample(sorted(record), rng.randint(4, 6))
     record = {field: record[field] for field in fields}
     return " ".join(f"{field}={value}" for field, value in record.items()), json.dumps(record)
 
@@ -125,9 +126,8 @@ def task_items(task: str, seed: str, held_out: bool = False):
 def library(held_out: bool = False, every: int = 1) -> list[str]:
     """The standard library's source files; one in 16, by the CRC of its name, is held out.
 
-    every: return only every so many-th file.
-
     Without tests, and without `encodings`, whose files are copies of each other.
+    every: return only every so many-th file.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
@@ -168,7 +168,7 @@ def prepare(path: Path, recipe: Recipe):
           f"{sum(map(len, texts))} characters, sha256 {digest[:16]}", flush=True)
     if not path.exists():
         items = [prompt + answer for task in TASKS
-                 for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 2000)]
+                 for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 20000)]
         train_tokenizer(texts[::4] + items, recipe.vocab_size).save(f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -181,17 +181,23 @@ class Data:
     """Rows of M tokens and which of them are targets: learned, and masked in phase 2.
 
     A library row is a window of source text, all of it targets. A task row holds items, each as
-    prompt, answer and </s>; fillers of </s> make every answer begin a block, as it does when
-    decoding, and fill its last block (but some rows begin with a prompt, as generation does,
-    wherever that puts the answer). Targets are answers and the </s> up to the end of the block.
-    By phase: which of the rows are library text, whose turn it is in the others (what is hard to
-    write in parallel comes twice), and how many of those begin with a prompt.
+    prompt, answer and </s>. Every answer begins a block, as it does when decoding: as much library
+    text as that takes is put before the prompt, random so that nothing can depend on it (but some
+    rows begin with a prompt, as generation does, wherever that puts the answer), and </s> fills
+    its last block. Targets are answers and the </s> after them. In phase 2 some rows leave out the
+    prompts, so that what stands to the right of a mask is worth reading.
+    By phase: which of the rows are library text; whose turn it is in the others (what is still hard
+    comes more often); how many of those begin with a prompt, and how many have none.
     """
 
     LIBRARY_EVERY = {1: 3, 2: 8}
-    TURNS = {1: tuple(TASKS),
-             2: ("json", "sort", "bill", "class", "json", "sort", "bill", "class", "letter")}
-    UNALIGNED = {1: 0.5, 2: 0.1}
+    TURNS = (                           # phase, from which step on, whose turns
+        (1, 0, tuple(TASKS)),
+        (1, 4000, ("letter", "json", "class", "letter", "sort", "json", "letter", "class", "bill")),
+        (2, 0, ("json", "sort", "bill", "class", "json", "sort", "bill", "class", "letter")),
+        (2, 7000, ("json", "bill", "json", "class", "bill", "json", "sort", "json", "letter")))
+    UNALIGNED = {1: 0.5, 2: 0.2}
+    UNPROMPTED = {1: 0.0, 2: 0.08}
 
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe, seed: int):
         self.tokenizer, self.seed = tokenizer, seed
@@ -211,15 +217,19 @@ class Data:
         start = rng.randrange(len(stream) - self.row)
         return stream[start:start + self.row], torch.ones(self.row, dtype=torch.bool)
 
-    def task_row(self, rng: random.Random, items, unaligned: float):
+    def task_row(self, rng: random.Random, items, phase: int, held_out: bool):
         tokens, targets = [], []
-        aligned = rng.random() >= unaligned
+        draw = rng.random()
+        aligned = draw >= self.UNALIGNED[phase]
+        prompted = held_out or draw < 1 - self.UNPROMPTED[phase]
         while True:
             prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
+            prompt = prompt if prompted else []
             fill = -(len(tokens) + len(prompt)) % self.block_size if tokens or aligned else 0
             end = len(tokens) + fill + len(prompt) + len(answer)
             rest = self.block_size - end % self.block_size
-            tokens += [self.eos] * fill + prompt + answer + [self.eos] * rest
+            before = self.library_row(rng, held_out)[0][:fill].tolist()
+            tokens += before + prompt + answer + [self.eos] * rest
             targets += [False] * (fill + len(prompt)) + [True] * (len(answer) + rest)
             if len(tokens) > self.row:
                 break
@@ -233,7 +243,8 @@ class Data:
         only: a task, or "library", for all rows.
         """
         rng = random.Random(f"{self.seed} {phase} {step} {held_out}")
-        turns, drawn = self.TURNS[phase], []
+        turns = [turns for of, first, turns in self.TURNS if of == phase and first <= step][-1]
+        drawn = []
         for r in range(rows):
             is_library = r % self.LIBRARY_EVERY[phase] == 0
             kind = only or ("library" if is_library else turns[(step * rows + r) % len(turns)])
@@ -241,7 +252,7 @@ class Data:
                 drawn.append(self.library_row(rng, held_out))
             else:
                 items = task_items(kind, str(rng.random()), held_out)
-                drawn.append(self.task_row(rng, items, self.UNALIGNED[phase]))
+                drawn.append(self.task_row(rng, items, phase, held_out))
         tokens, targets = zip(*drawn)
         return torch.stack(tokens), torch.stack(targets)
 
@@ -254,16 +265,17 @@ class Data:
 class Recipe:
     """What is trained and for how long; PUBLISHED changes phase 2 to what was published."""
 
-    steps: tuple[int, int] = (4000, 11000)      # of phase 1 and 2
+    steps: tuple[int, int] = (4800, 13000)      # of phase 1 and 2
+    restart: int = 4000                         # phase 1 starts its rates again, at half; or 0
     rows: int = 8                               # sequences a step
     row: int = 192                              # M, tokens a sequence
     block_size: int = 16
     peak: tuple[float, float] = (3e-3, 3e-3)    # learning rates of AdamW
     floor: float = 0.01                         # of the peak, at the end
     warm_up: int = 100                          # steps
-    decay: tuple[float, float] = (0.3, 0.6)     # shares of the steps
+    decay: tuple[float, float] = (0.3, 0.69)    # shares of the steps
     balance: float = 1e-3                       # step of e_score_correction_bias
-    vocab_size: int = 1024
+    vocab_size: int = 1280
     every_file: int = 1                         # every so many-th library file is read
     gate: str = "copy"                          # or "published": tables of randn / sqrt(D)
     t_per: str = "block"                        # or "sequence"
@@ -274,18 +286,24 @@ class Recipe:
     timeless: bool = False                      # t is 0 whatever it is
 
     def learning_rate(self, phase: int, step: int) -> float:
-        """Warm-up, stable, decay (square root), as a function of the step."""
-        steps, share = self.steps[phase - 1], self.decay[phase - 1]
+        """Warm-up, stable, decay (square root), as a function of the step; phase 1 does it twice,
+        the second time at half the rate, if there is a restart."""
+        steps, share, peak = (value[phase - 1] for value in (self.steps, self.decay, self.peak))
+        if phase == 1 and self.restart:
+            if step < self.restart:
+                steps = self.restart
+            else:
+                steps, step, peak = steps - self.restart, step - self.restart, peak / 2
         left = (steps - step) / (share * steps)
         decay = max(self.floor, 1 - math.sqrt(max(0.0, 1 - left)))
-        return self.peak[phase - 1] * min(1.0, (step + 1) / self.warm_up, decay)
+        return peak * min(1.0, (step + 1) / self.warm_up, decay)
 
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
                  tied=False, timeless=False)
 
 MODEL = dict(
-    hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1024,
+    hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
     conv_kernel=4, chunk_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
     intermediate_size=256, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
@@ -293,7 +311,7 @@ MODEL = dict(
     initializer_range=0.05, max_position_embeddings=4096)
 SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hidden_layers=3,
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
-SMOKE = Recipe(steps=(200, 100), rows=4, row=128, warm_up=10, every_file=16)
+SMOKE = Recipe(steps=(200, 100), restart=0, rows=4, row=128, warm_up=10, every_file=16)
 
 
 def add_noise(recipe: Recipe, targets: Tensor, generator: torch.Generator):
@@ -396,7 +414,9 @@ class Trainer:
         if phase == 1:                          # which the choices of phase 2 do not change
             recipe = replace(recipe, **PUBLISHED, steps=recipe.steps[:1], peak=recipe.peak[:1],
                              decay=recipe.decay[:1])
-        self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest])
+        schedule = data.LIBRARY_EVERY, data.TURNS, data.UNALIGNED, data.UNPROMPTED
+        self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest,
+                                     schedule, autocast])
         self.step, self.seconds, self.log = 0, 0.0, []
         if path is not None and path.exists():
             self.load()
@@ -404,9 +424,10 @@ class Trainer:
     def load(self):
         try:
             saved = torch.load(self.path, map_location=self.device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+            made_with = saved["made_with"]
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError):
             raise ValueError(f"{self.path} is not a checkpoint of train.py; delete it") from None
-        if saved["made_with"] != self.made_with:
+        if made_with != self.made_with:
             raise ValueError(f"{self.path} was made with another recipe, model, seed or corpus; "
                              "use another --out")
         self.model.load_state_dict(saved["model"])
@@ -440,8 +461,9 @@ class Trainer:
         # no cache of cast weights: one cast in the frozen context's pass would have no gradient
         with torch.autocast(self.device.type, torch.bfloat16, self.autocast, cache_enabled=False):
             losses = self.losses(tokens, targets, recipe, self.data.seed * 10**6 + step)
-        counts = [all_reduce(torch.tensor(len(loss))).clamp(min=1) for loss in losses]
-        return sum(loss.sum() / count.to(loss.device) for loss, count in zip(losses, counts))
+        counts = [all_reduce(torch.tensor(len(loss), device=loss.device)).clamp(min=1)
+                  for loss in losses]
+        return sum(loss.sum() / count for loss, count in zip(losses, counts))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -504,9 +526,9 @@ class Trainer:
 # 5. Command line
 
 
-def build(recipe: Recipe, fields: dict, towers: str, context: TwoTower | None = None) -> TwoTower:
-    """A model to train; for phase 2 both its towers start as the trained `context`."""
-    model = TwoTower(TwoTowerConfig(**fields), towers=towers)
+def build(recipe: Recipe, fields: dict, context: TwoTower | None = None) -> TwoTower:
+    """A context tower to train; or, given one that is trained, both towers starting as that."""
+    model = TwoTower(TwoTowerConfig(**fields), towers="context" if context is None else "both")
     if context is None:
         with torch.no_grad():           # so small a network learns to copy much sooner from these
             model.context_tower.embeddings.weight.normal_()
@@ -551,8 +573,9 @@ def parse_args() -> argparse.Namespace:
         fail(f"--threads is {args.threads}, but it must be 1 or more")
     if not 0 <= args.seed < 2**32:
         fail(f"--seed is {args.seed}, but it must be in [0, 2**32)")
-    if Recipe.rows % WORLD or SMOKE.rows % WORLD:
-        fail(f"{WORLD} processes cannot share {SMOKE.rows} or {Recipe.rows} sequences evenly")
+    rows = (SMOKE if args.smoke else Recipe).rows
+    if rows % WORLD:
+        fail(f"{WORLD} processes cannot share {rows} sequences evenly")
     if args.device == "cuda":
         args.device = f"cuda:{LOCAL_RANK}"
     try:
@@ -582,10 +605,10 @@ def run(args: argparse.Namespace):
         dist.barrier()
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     data = Data(tokenizer, recipe, args.seed)
-    context = build(recipe, fields, "context").to(args.device)
+    context = build(recipe, fields).to(args.device)
     first = Trainer(1, context, recipe, data, args.out / "phase1.pt", args.bf16)
     first.run()
-    model = build(recipe, fields, "both", context).to(args.device)
+    model = build(recipe, fields, context).to(args.device)
     second = Trainer(2, model, recipe, data, args.out / "phase2.pt", args.bf16)
     second.run()
     if RANK > 0:

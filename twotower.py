@@ -225,9 +225,9 @@ class Span(NamedTuple):
     mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible; None = all visible,
     is_causal: bool = False         # or, if is_causal, the new tokens up to each (cache was empty)
     counts: Tensor | None = None    # (B,) real tokens of each row, the rest is padding; None = L
-    keep_state: bool = True         # return the Mamba state after the pass
-    tentative: bool = False         # return a MambaScan instead
-    block_size: int | None = None   # return the states before every block of this size instead
+    keep_state: bool = True         # return the Mamba state after the pass; or instead,
+    tentative: bool = False         # a MambaScan, or
+    block_size: int | None = None   # the states before every block of this size
 
     @classmethod
     def make(cls, lengths: Tensor, L: int, device, *, for_context: bool, counts=None) -> Span:
@@ -239,7 +239,7 @@ class Span(NamedTuple):
         if uniform and (L == 1 or not for_context):
             return span                                     # every token sees every slot
         if longest == 0:
-            return span._replace(is_causal=for_context)
+            return span._replace(is_causal=True)
         fixed = cls.fixed(lengths[:1] if uniform else lengths, L, span.end, for_context=for_context)
         start = longest if uniform else lengths.to(device)
         return span._replace(start=start, mask=fixed.mask.to(device))
@@ -257,7 +257,8 @@ class Span(NamedTuple):
 class MambaState(NamedTuple):
     """What a Mamba-2 layer carries from call to call.
 
-    Extending a context by one token updates ssm_state in place; no other pass changes a state.
+    Extending a context by one token updates ssm_state in place, and recorded passes do so always;
+    no other pass changes a state.
     """
 
     conv_state: Tensor              # (B, conv_dim, W) model dtype: raw inputs, newest last
@@ -755,11 +756,6 @@ class Mamba2(Module):
         if span.counts is not None:                       # padding must not move the state
             dt = dt * (torch.arange(L, device=dt.device) < span.counts[:, None])[..., None]
         A, D = -wide(self.A_log).exp(), wide(self.D)
-        if span.tentative:
-            scan = MambaScan(history, x, dt, A, B, state.ssm_state)
-            y, _ = self.ops.ssd_scan(x, dt, A, B, C, D, state.ssm_state, c.chunk_size,
-                                     keep_state=False)
-            return self._output(y, z, u), scan
         if L == 1 and span.block_size is None:
             y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.ssm_state,
                                        in_place=span.keep_state)
@@ -767,10 +763,10 @@ class Mamba2(Module):
             y, ssm = self.ops.ssd_scan(x, dt, A, B, C, D, state.ssm_state,
                                        span.block_size or c.chunk_size, span.keep_state,
                                        keep_chunks=span.block_size is not None)
-        return self._output(y, z, u), self._state_after(history, ssm, span)
-
-    def _output(self, y: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        return self.out_proj(self.norm(y.to(u.dtype).reshape(z.shape), z)).reshape(u.shape)
+        new_state = (MambaScan(history, x, dt, A, B, state.ssm_state) if span.tentative else
+                     self._state_after(history, ssm, span))
+        y = self.norm(y.to(u.dtype).reshape(z.shape), z)
+        return self.out_proj(y).reshape(u.shape), new_state
 
     def _state_after(self, history: Tensor, ssm: Tensor, span: Span) -> MambaState | None:
         """The state after the pass. history (b, W+L, conv_dim) is the W old inputs, then the L new
@@ -1342,7 +1338,7 @@ class TwoTower(Module):
         """Read prompts with the context tower.
 
         Args:
-            prompts: (B, L) int64, or a list of 1-D int64 tensors of any lengths >= 1.
+            prompts: (B, L) int64, or a list of ids for each row, of any lengths >= 1.
             reserve: room to allocate in the caches for this many more tokens a row.
         Returns: a Context; its logits are those after each row's last token.
         Raises: ValueError for an empty prompt, an id out of range, too long a prompt.
@@ -1388,7 +1384,7 @@ class TwoTower(Module):
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
         span = Span.make(context.lengths, L, context.device, for_context=True, counts=counts)
-        span = span._replace(tentative=tentative)
+        span = span._replace(tentative=tentative, keep_state=not tentative)
         hidden, context.states = self.context_tower(tokens.to(context.device), context.states, span)
         if not tentative:
             context.lengths = context.lengths + (L if counts is None else counts)
@@ -1505,7 +1501,7 @@ class TwoTower(Module):
         t = self._check_t(t, B, M // block_size)
         context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
-            span = Span(0, M, is_causal=True, block_size=block_size)
+            span = Span(0, M, is_causal=True, keep_state=False, block_size=block_size)
             _, context.states = self.context_tower(clean.to(context.device), context.states, span)
         context.lengths = context.lengths + M
         device = self.denoiser_tower.device
@@ -1909,7 +1905,8 @@ class TwoTower(Module):
                 if name.endswith((".gate.weight", ".e_score_correction_bias")):
                     kind = torch.promote_types(kind, torch.float32)
                 elif not name.endswith((".A_log", ".D", ".dt_bias")):       # used in float32
-                    kinds.setdefault(kind, name)
+                    for key, _ in parts:
+                        kinds.setdefault(dtype or found[key][1], key)
                 _set_tensor(model, name, torch.empty_like(_tensor(model, name), dtype=kind))
         if len(kinds) > 1:
             raise ValueError(f"{directory} mixes dtypes, such as " + " and ".join(
@@ -1933,6 +1930,7 @@ class TwoTower(Module):
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
+        model.use(backend)              # what cannot be had is said before a tensor is read
         if context_device is None:
             context_device = torch.get_default_device()
         if denoiser_device is None:

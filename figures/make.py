@@ -7,7 +7,7 @@
     cost.png        experts read by a pass, and the speed-up that bytes allow
 
 Everything is computed here from the bundled miniature or the released sizes. The two others,
-miniature.png and training.png, are written by `python bench.py miniature --plot` and train.py.
+miniature.png and training.png, are from `bench.py miniature --plot` and train.py's curves.png.
 The line numbers in the tutorial's links to symbols are brought up to date as well.
 """
 
@@ -29,12 +29,12 @@ HERE = Path(__file__).resolve().parent
 OUT = HERE
 sys.path.insert(0, str(HERE.parent))
 from bench import RELEASED, bytes_of_pass  # noqa: E402
+from sample import DEFAULT_PROMPT as PROMPT  # noqa: E402
 from twotower import TwoTower, TwoTowerConfig  # noqa: E402
 
 MINIATURE = HERE.parent / "miniature"
 COLORS = {"M": "#8ecae6", "*": "#ffb703", "E": "#d8e2dc"}
 KINDS = {"M": "Mamba-2", "*": "attention", "E": "experts"}
-PROMPT = "class Point label:str width:int height:int color:str\n"
 
 
 def towers():
