@@ -35,6 +35,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -706,7 +707,6 @@ def bench_templates(checkpoint: str, count: int) -> dict:
     model, tokenizer = load(checkpoint)
     rng, rows = random.Random("templates"), []
     mask, source = model.config.mask_token_id, library(held_out=True)
-    eos = [model.config.eos_token_id]
 
     def ids(text: str) -> Tensor:
         return torch.tensor(tokenizer.encode(text).ids)
@@ -716,7 +716,7 @@ def bench_templates(checkpoint: str, count: int) -> dict:
              for task in TASKS}
     records = [record for _, record in texts["json"]]
     texts["json, no prompt"] = [
-        (torch.cat([other, torch.tensor(eos * (16 - len(other) % 16))]), record)
+        (F.pad(other, (0, 16 - len(other) % 16), value=model.config.eos_token_id), record)
         for other, record in zip(records[-1:] + records, records)]
     texts["library"] = []
     while len(texts["library"]) < count:

@@ -272,8 +272,10 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """As twotower.ssd_scan, in float32; P and N powers of two of 16 or more. The chunks of the
     kernel are its own, unless keep_chunks asks for the states before those of chunk_size."""
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    for name, size in (("P", P), ("N", N), ("chunk_size", chunk_size if keep_chunks else 16)):
-        check_power_of_2(name, size)
+    check_power_of_2("P", P)
+    check_power_of_2("N", N)
+    if keep_chunks:
+        check_power_of_2("chunk_size", chunk_size)
     f32 = (torch.float32,)
     check("x", x, (b, L, H, P), x.device, f32)
     check("dt", dt, (b, L, H), x.device, f32)

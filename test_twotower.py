@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -1533,6 +1534,17 @@ def test_kernels_read_strided_weights_and_refuse_odd_head_sizes():
         kernels.ssd_step(x, dt, A, B, B, A, state)
 
 
+@needs_kernels
+@torch.no_grad()
+def test_the_router_kernel_scales_in_float64():
+    config = types.SimpleNamespace(num_experts_per_tok=2, n_group=1, topk_group=1,
+                                   norm_topk_prob=True, routed_scaling_factor=1.3)
+    args = torch.rand(3, 8, device=DEVICE), torch.rand(4, 8, device=DEVICE), torch.rand(
+        4, device=DEVICE), config
+    for ours, theirs in zip(kernels.route(*args), twotower.route(*args)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+
+
 # -------------------------------------------------------------------------------------- training
 
 def test_initialisation():
@@ -1937,7 +1949,8 @@ BROKEN = {
     "other activation": (config(mlp_hidden_act="gelu"), "only relu2 is supported"),
     "other activation of Mamba": (config(mamba_hidden_act="gelu"), "only silu is supported"),
     "one head for all": (config(tie_word_embeddings=True), "each tower has its own head"),
-    "a flag that is a number": (config(norm_topk_prob=1), "norm_topk_prob is 1, but it must be"),
+    "a flag that is a number": (config(norm_topk_prob=1),
+                                "norm_topk_prob is 1, but it must be true"),
     "more groups kept than there are": (config(topk_group=2), "topk_group is 2, but n_group is 1"),
     "groups of one expert": (config(n_group=8), "a router group needs two experts or more"),
     "time steps reversed": (config(time_step_min=0.2), "time_step_min is 0.2, but time_step_max"),
@@ -1947,13 +1960,15 @@ BROKEN = {
     "weights truncated": (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     "weights are text": (text("model.safetensors", "<html></html>"), "not a safetensors file"),
     "tensor missing": (weights(lambda t: t.pop(UP)), f"lacks 1 of 282 tensors, first {UP}"),
-    "time conditioning missing": (weights(lambda t: t.pop("t_block.1.bias")), "first t_block.1"),
+    "time conditioning missing": (weights(lambda t: t.pop("t_block.1.bias")),
+                                  "first t_block.1.bias"),
     "tensor too many": (weights(lambda t: t.update(extra=torch.zeros(1))), "holds tensor extra"),
     "wrong shape": (weights(lambda t: t.update({UP: torch.zeros(24, 63)})),
                     f"tensor {UP} has shape [24, 63], expected [24, 64]"),
     "wrong dtype": (weights(lambda t: t.update({UP: torch.zeros(24, 64, dtype=torch.int8)})),
                     f"tensor {UP} has dtype I8"),
-    "mixed dtypes": (weights(lambda t: t.update({FIRST: t[FIRST].bfloat16()})), "mixes dtypes"),
+    "mixed dtypes": (weights(lambda t: t.update({FIRST: t[FIRST].bfloat16()})),
+                     "mixes dtypes, such"),
     "one expert in another dtype": (weights(lambda t: t.update({UP: t[UP].bfloat16()})),
                                     f"torch.bfloat16 of {UP}; give a dtype for all"),
     "shard missing": (gone(SHARD), f"{SHARD} is missing"),
@@ -2114,7 +2129,8 @@ def test_sample_prints_what_the_model_writes(mode):
         assert fact in facts
     decode, speed = (float(re.search(pattern, facts)[1]) for pattern in (
         r"decode ([\d.]+) s", r" ([\d.]+) tokens/s"))
-    assert decode < 0.2 or abs(speed - len(new) / decode) < 0.1 * speed + 0.06     # as rounded
+    slow, fast = len(new) / (decode + 0.01) - 0.05, len(new) / (decode - 0.01) + 0.05   # rounded
+    assert decode < 0.2 or slow < speed < fast
 
 
 def test_sample_stops_at_eos(tmp_path):
@@ -2451,7 +2467,8 @@ def test_sample_scores(tmp_path):
     (["--graphs", "Hi"], "--graphs needs --backend triton"),
     (["--graphs", "--backend", "triton", "--mode", "speculative", "Hi"], "--graphs does nothing"),
     (["--plan", "--template", "___"], "--template does nothing with --plan but beside a prompt"),
-    (["--mode", "speculative", "--draft-length", "5000", "Hi"], "lower --max-new-tokens or --"),
+    (["--mode", "speculative", "--draft-length", "5000", "Hi"],
+     "lower --max-new-tokens or --draft"),
     (["--template", "", "Hi"], "the template of the prompt holds no token and no hole"),
     (["--template", "{{9}}", "--max-new-tokens", "8", "Hi"], "has 9 tokens, more than the 8"),
     (["--draft-length", "8", "Hi"], "--draft-length does nothing with --mode mask_diffusion"),
@@ -3139,8 +3156,7 @@ def test_official_generation(both, mode):
         assert same.index(False) >= len(same) // 2, f"token {same.index(False)} differs"
         return
     assert all(same), f"token {same.index(False)} differs"
-    if mode == "mask_diffusion":            # in the others every token is a pass
-        assert int(result.nfe) == int(reference[f"{mode}/nfe"])
+    assert mode == "ar" or int(result.nfe) == int(reference[f"{mode}/nfe"])
 
 
 # What the published code offers, played by ours. FAULT is put into a layer of its context tower.

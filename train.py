@@ -434,8 +434,8 @@ class Trainer:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError):
             raise ValueError(f"{self.path} is not a checkpoint of train.py; delete it") from None
         if made_with != self.made_with:
-            raise ValueError(f"{self.path} was made with another recipe, model, seed or corpus; "
-                             "use another --out")
+            raise ValueError(f"{self.path} was made with another recipe, model, seed, corpus or "
+                             "precision; use another --out")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
