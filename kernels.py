@@ -91,12 +91,41 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # 16 tokens hits dozens of them, and each expert hit must be read once: 2 F D numbers. At batch 1
 # that reading is the whole cost; the products (4 F D FLOPs a token and expert) are small beside it.
 #
-# How: the T*A (token, expert) pairs, called slots, are sorted by expert on the device; every
-# expert's run of slots is padded to whole tiles of BLOCK_M rows, so that one tile has one expert. A
-# first grouped product makes relu(x up^T)^2 for every slot, a second one multiplies by down^T and
-# the routing weight. Slots of a token are then summed in a fixed order: the result does not depend
-# on timing. The number of tiles is known on the device only; programs past it return at once, so
-# the host never waits and the launch can be recorded in a CUDA graph.
+# How: the T*A (token, expert) pairs, called slots, are put in order of their experts on the device;
+# every expert's run of slots is padded to whole tiles of BLOCK_M rows, so that one tile has one
+# expert. A first grouped product makes relu(x up^T)^2 for every slot, a second one multiplies by
+# down^T and the routing weight. Slots of a token are then summed in a fixed order: the result does
+# not depend on timing. The number of tiles is known on the device only; programs past it return at
+# once, so the host never waits and the launch can be recorded in a CUDA graph.
+
+
+@triton.jit
+def _group_kernel(
+        ids_ptr,            # (n,) int64: the expert of each slot
+        slots_ptr,          # (tiles * TILE,) int64: slots in order of their experts, or n
+        tile_expert_ptr,    # (tiles,) int64
+        n_tiles_ptr,        # (1,) int64: how many tiles there are in truth
+        n, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)                   # a program for each, which counts all of them
+    e, i = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, n, BLOCK):
+        ids = tl.load(ids_ptr + start + i, start + i < n, other=-1)
+        counts += tl.sum((ids[:, None] == e[None, :]).to(tl.int32), 0)
+    tiles = (counts + TILE - 1) // TILE
+    if expert == 0:
+        tl.store(n_tiles_ptr, tl.sum(tiles, 0))
+    first = tl.sum(tl.where(e < expert, tiles, 0), 0)
+    end = first * TILE
+    for start in range(0, n, BLOCK):
+        own = tl.load(ids_ptr + start + i, start + i < n, other=-1) == expert
+        tl.store(slots_ptr + end + tl.cumsum(own.to(tl.int32), 0) - 1, start + i, own)
+        end += tl.sum(own.to(tl.int32), 0)
+    last = (end + TILE - 1) // TILE
+    padding = end + tl.arange(0, TILE)
+    tl.store(slots_ptr + padding, n, padding < last * TILE)
+    for tile in range(first, last):
+        tl.store(tile_expert_ptr + tile, expert)
 
 
 @triton.jit
@@ -105,10 +134,8 @@ def _grouped_product_kernel(
         w_ptr,              # (E, outputs, inputs)
         bias_ptr,           # (E, outputs), if HAS_BIAS
         out_ptr,            # (T*A, outputs)
-        scale_ptr,          # (T*A,) f32 routing weights, in the second product
-        slots_ptr,          # (tiles * BLOCK_M,) int64: slots in order of their experts, or n_slots
-        tile_expert_ptr,    # (tiles,) int64
-        n_tiles_ptr,        # (1,) int64: how many tiles there are in truth
+        scale_ptr,          # (T*A,) routing weights, in the second product
+        slots_ptr, tile_expert_ptr, n_tiles_ptr,        # as _group_kernel writes them
         n_slots, outputs, inputs, A,
         FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
@@ -134,43 +161,43 @@ def _grouped_product_kernel(
         acc = tl.maximum(acc, 0.0)
         acc = acc * acc
     else:
-        acc *= tl.load(scale_ptr + slots, real, other=0.0)[:, None]
+        acc *= tl.load(scale_ptr + slots, real, other=0.0).to(tl.float32)[:, None]
     tl.store(out_ptr + slots[:, None] * outputs + columns, acc.to(out_ptr.dtype.element_ty),
              real[:, None] & inside)
+
+
+@triton.jit
+def _sum_slots_kernel(
+        slots_ptr,          # (T, A, D) f32
+        out_ptr,            # (T, D)
+        D, A, BLOCK_D: tl.constexpr):
+    token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for a in range(A):
+        acc += tl.load(slots_ptr + (token * A + a) * D + d, d < D, other=0.0)
+    tl.store(out_ptr + token * D + d, acc.to(out_ptr.dtype.element_ty), d < D)
 
 
 def group_by_expert(topk_ids: Tensor, E: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Slots in order of their experts, each expert's run padded to whole tiles.
 
     topk_ids (T, A) int64. Returns: slots (tiles * tile,) int64 with T*A where there is none, the
-    expert of each tile (tiles,), and how many of the tiles hold slots (1,). `tiles` is the most
-    there can be, known without asking the device.
+    expert of each tile (tiles,), and how many of the tiles hold slots (1,); what is after those is
+    not written. `tiles` is the most there can be, known without asking the device.
     """
-    experts = topk_ids.flatten()
-    n, device = len(experts), experts.device
-    if len(topk_ids) == 1:          # the experts of one token are distinct: a tile for each
-        slots = torch.full((n, tile), n, dtype=torch.long, device=device)
-        slots[:, 0] = torch.arange(n, device=device)
-        return slots.flatten(), experts, torch.full((1,), n, dtype=torch.long, device=device)
+    n, device = topk_ids.numel(), topk_ids.device
     tiles = n if n < E else (n + E * (tile - 1)) // tile
-    order = experts.argsort(stable=True)
-    counts = torch.zeros(E, dtype=torch.long, device=device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts))
-    padded = (counts + tile - 1) // tile * tile
-    ends = padded.cumsum(0)
-    ordered = experts[order]
-    place = torch.arange(n, device=device) + (ends - padded - counts.cumsum(0) + counts)[ordered]
-    slots = torch.full((tiles * tile,), n, dtype=torch.long, device=device)
-    slots[place] = order
-    starts = torch.arange(tiles, device=device) * tile
-    tile_expert = torch.searchsorted(ends, starts, right=True).clamp(max=E - 1)
-    return slots, tile_expert, ends[-1:] // tile
+    slots, tile_expert, n_tiles = (torch.empty(size, dtype=torch.long, device=device)
+                                   for size in (tiles * tile, tiles, 1))
+    _group_kernel[E,](topk_ids.contiguous(), slots, tile_expert, n_tiles, n, TILE=tile,
+                      BLOCK_E=triton.next_power_of_2(E), BLOCK=min(64, triton.next_power_of_2(n)))
+    return slots, tile_expert, n_tiles
 
 
 @launcher
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
                 up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
-    """As twotower.moe_experts; x, up and down share a dtype. Returns (T, D) float32."""
+    """As twotower.moe_experts; x, up and down share a dtype."""
     (T, D), (E, F, _), A = x.shape, up.shape, topk_ids.shape[1]
     check("x", x, (T, D), x.device, FLOATS)
     check("topk_ids", topk_ids, (T, A), x.device, (torch.long,))
@@ -182,21 +209,26 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
             check(name, bias, (E, outputs), x.device, FLOATS)
     x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
     # tiles of 16 rows while experts get few tokens each; taller ones read the weights less often
-    BLOCK_M = 16 if T * A <= 16 * E else 64
+    BLOCK_M = 16 if T * A <= 16 * E else 64 if T * A <= 96 * E else 128
     slots, tile_expert, n_tiles = group_by_expert(topk_ids, E, BLOCK_M)
-    scale = topk_weights.flatten().float()
+    scale, tiles = topk_weights.contiguous(), len(tile_expert)
     hidden = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
-    out = torch.empty(T * A, D, dtype=torch.float32, device=x.device)
+    weighted = torch.empty(T * A, D, dtype=torch.float32, device=x.device)
     for first, source, w, bias, to in ((True, x, up, up_bias, hidden),
-                                       (False, hidden, down, down_bias, out)):
+                                       (False, hidden, down, down_bias, weighted)):
         outputs, inputs = w.shape[1:]
-        BLOCK_OUT = max(16, min(128, triton.next_power_of_2(outputs)))
-        BLOCK_IN = max(16, min(64, triton.next_power_of_2(inputs)))
-        _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), len(tile_expert)](
+        # 16 KB of weights a step in bfloat16; narrow where few tiles would leave the GPU idle
+        few = tiles * triton.cdiv(outputs, 128) < 2 * multiprocessors(x.device)
+        BLOCK_OUT = max(16, min(32 if few else 128, triton.next_power_of_2(outputs)))
+        BLOCK_IN = max(16, min(8192 // BLOCK_OUT, triton.next_power_of_2(inputs)))
+        _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), tiles](
             source, w, w if bias is None else bias.contiguous(), to, scale, slots, tile_expert,
             n_tiles, T * A, outputs, inputs, A, FIRST=first, HAS_BIAS=bias is not None,
-            PRECISION=precision(x.dtype), BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN)
-    return out.view(T, A, D).sum(1)
+            PRECISION=precision(x.dtype), BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN,
+            num_warps=8 if BLOCK_M == 128 else 4)
+    out = torch.empty_like(x)
+    _sum_slots_kernel[T, triton.cdiv(D, 1024)](weighted, out, D, A, BLOCK_D=1024)
+    return out
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -213,105 +245,198 @@ def precision(dtype: torch.dtype) -> str:
 # cost c (2 c (N + P) + 4 P N) FLOPs a head. Made of separate matrix products, the state and the
 # c x c weights travel through memory several times.
 #
-# How: one program owns a head (or a slice of its P channels) of one row, holds the state in
-# registers and walks over the chunks: the state is read once and written once, whatever L.
+# How: a program owns a chunk of a head (or a slice of its P channels) and walks over the N columns
+# of the state, a few at a time: what the tokens read of the old state, what they add to it, and
+# C B^T all come from that one walk. A block is one chunk: its state is read once and written once.
+# A long prompt takes three launches, as in arXiv 2405.21060, section 6: what every chunk adds to a
+# state, all at the same time; the state before every chunk, one after the other, which is a few
+# operations a number; then the outputs, all at the same time.
 
 
 @triton.jit
-def _scan_kernel(
-        x_ptr,              # (b, L, H, P) f32
+def _rates_kernel(
+        dt_ptr,             # (b, L, H)
+        dt_bias_ptr,        # (H,)
+        A_log_ptr,          # (H,)
+        counts_ptr,         # (b,) int64, if HAS_COUNTS
+        out_ptr,            # (b, L, H) f32
+        A_ptr,              # (H,) f32
+        dt_row, dt_token, L, H, least, most, HAS_COUNTS: tl.constexpr, BLOCK_H: tl.constexpr):
+    token, h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
+    row, l, inside = token // L, token % L, h < H
+    dt = tl.load(dt_ptr + row * dt_row + l * dt_token + h, inside, other=0.0).to(tl.float32)
+    dt += tl.load(dt_bias_ptr + h, inside, other=0.0).to(tl.float32)
+    # softplus is max(dt, 0) + log(1 + small); what is lost of small in the sum is made good
+    small = tl.exp(-tl.abs(dt))
+    u = 1 + small
+    dt = tl.maximum(dt, 0.0) + tl.where(u == 1, small, tl.log(u) * small / (u - 1))
+    dt = tl.minimum(tl.maximum(dt, least), most)
+    if HAS_COUNTS:
+        dt = tl.where(l < tl.load(counts_ptr + row), dt, 0.0)
+    tl.store(out_ptr + token * H + h, dt, inside)
+    if token == 0:
+        A_log = tl.load(A_log_ptr + h, inside, other=0.0).to(tl.float32)
+        tl.store(A_ptr + h, -tl.exp(A_log), inside)
+
+
+@launcher
+def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, float],
+              counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As twotower.ssd_rates: dt (b, L, H) and A (H), float32, in one launch."""
+    b, L, H = dt.shape
+    check("dt", dt, (b, L, H), dt.device, FLOATS)
+    check("dt_bias", dt_bias, (H,), dt.device, FLOATS)
+    check("A_log", A_log, (H,), dt.device, FLOATS)
+    if counts is not None:
+        check("counts", counts, (b,), dt.device, (torch.long,))
+    dt = dt if dt.stride(2) == 1 else dt.contiguous()           # a slice of what in_proj made
+    out = torch.empty(b, L, H, dtype=torch.float32, device=dt.device)
+    A = torch.empty(H, dtype=torch.float32, device=dt.device)
+    _rates_kernel[b * L,](dt, dt_bias.contiguous(), A_log.contiguous(),
+                          dt if counts is None else counts, out, A, dt.stride(0), dt.stride(1),
+                          L, H, *map(float, limit), HAS_COUNTS=counts is not None,
+                          BLOCK_H=triton.next_power_of_2(H))
+    return out, A
+
+
+@triton.jit
+def _chunk_kernel(
+        x_ptr,              # (b, L, H, P)
         dt_ptr,             # (b, L, H) f32
         A_ptr,              # (H,) f32, negative
-        B_ptr, C_ptr,       # (b, L, G, N) f32
-        D_ptr,              # (H,) f32
-        state_ptr,          # (b, H, P, N) f32
-        y_ptr,              # (b, L, H, P) f32
-        out_ptr,            # (b, H, P, N) f32, or (b, chunks, H, P, N) if KEEP_CHUNKS
+        B_ptr, C_ptr,       # (b, L, G, N)
+        D_ptr,              # (H,)
+        state_ptr,          # (b, chunks, H, P, N) f32: before each chunk, if READ_STATE
+        y_ptr,              # (b, L, H, P), if READ_STATE
+        out_ptr,            # (b, chunks, H, P, N) f32: after it, or what it adds, if WRITE_STATE
         x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token,        # strides
-        L, chunks, H, G,
-        KEEP_STATE: tl.constexpr, KEEP_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-        P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr):
+        L, H, G,
+        READ_STATE: tl.constexpr, WRITE_STATE: tl.constexpr, CHUNK: tl.constexpr,
+        P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
-    group = head // (H // G)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.arange(0, N)
+    group, chunk = head // (H // G), tl.program_id(1).to(tl.int64)
+    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     l = tl.arange(0, CHUNK)
-    cell = p[:, None] * N + n[None, :]
-    state = tl.load(state_ptr + (row * H + head) * P * N + cell)                 # (BLOCK_P, N)
-    A, D = tl.load(A_ptr + head), tl.load(D_ptr + head)
-    for chunk in range(chunks):
-        if KEEP_CHUNKS:
-            tl.store(out_ptr + ((row * chunks + chunk) * H + head) * P * N + cell, state)
-        t = (chunk * CHUNK + l).to(tl.int64)
-        real = t < L
-        dt = tl.load(dt_ptr + row * dt_row + t * dt_token + head, real, other=0.0)
-        x = tl.load(x_ptr + row * x_row + t[:, None] * x_token + head * P + p[None, :],
-                    real[:, None], other=0.0)                                    # (CHUNK, BLOCK_P)
+    t = chunk * CHUNK + l
+    real = t < L
+    dt = tl.load(dt_ptr + row * dt_row + t * dt_token + head, real, other=0.0)
+    steps = dt * tl.load(A_ptr + head)          # tails have dt 0: they decay nothing, add nothing
+    decay, total = tl.cumsum(steps, 0), tl.sum(steps, 0)
+    x = tl.load(x_ptr + row * x_row + t[:, None] * x_token + head * P + p[None, :],
+                real[:, None], other=0.0).to(tl.float32)                         # (CHUNK, BLOCK_P)
+    driven = tl.trans(x * (dt * tl.exp(total - decay))[:, None])
+    weight = tl.zeros((CHUNK, CHUNK), tl.float32)
+    y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+    cells = ((row * tl.num_programs(1) + chunk) * H + head) * P * N + p[:, None] * N
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
         B = tl.load(B_ptr + row * B_row + t[:, None] * B_token + group * N + n[None, :],
-                    real[:, None], other=0.0)                                    # (CHUNK, N)
-        C = tl.load(C_ptr + row * C_row + t[:, None] * C_token + group * N + n[None, :],
-                    real[:, None], other=0.0)
-        decay = tl.cumsum(dt * A, 0)            # tails have dt 0: they decay nothing, add nothing
-        total = tl.sum(dt * A, 0)
-        weight = tl.dot(C, tl.trans(B), input_precision="tf32x3")                  # (CHUNK, CHUNK)
+                    real[:, None], other=0.0)                                    # (CHUNK, BLOCK_N)
+        if READ_STATE:
+            state = tl.load(state_ptr + cells + n[None, :])                      # (BLOCK_P, BLOCK_N)
+            C = tl.load(C_ptr + row * C_row + t[:, None] * C_token + group * N + n[None, :],
+                        real[:, None], other=0.0)
+            weight = tl.dot(C, tl.trans(B), weight, input_precision="tf32x3")
+            y = tl.dot(C.to(tl.float32), tl.trans(state), y, input_precision="tf32x3")
+        if WRITE_STATE:
+            after = tl.dot(driven, B.to(tl.float32), input_precision="tf32x3")
+            if READ_STATE:
+                after += state * tl.exp(total)
+            tl.store(out_ptr + cells + n[None, :], after)
+    if READ_STATE:
         weight *= tl.exp(tl.minimum(decay[:, None] - decay[None, :], 0.0)) * dt[None, :]
         weight = tl.where(l[:, None] >= l[None, :], weight, 0.0)
-        y = tl.dot(weight, x, input_precision="tf32x3")
-        y += tl.exp(decay)[:, None] * tl.dot(C, tl.trans(state), input_precision="tf32x3")
-        tl.store(y_ptr + ((row * L + t[:, None]) * H + head) * P + p[None, :], y + D * x,
-                 real[:, None])
-        driven = x * (dt * tl.exp(total - decay))[:, None]
-        state = state * tl.exp(total) + tl.dot(tl.trans(driven), B, input_precision="tf32x3")
-    if KEEP_STATE and not KEEP_CHUNKS:
-        tl.store(out_ptr + (row * H + head) * P * N + cell, state)
+        y = y * tl.exp(decay)[:, None] + tl.load(D_ptr + head).to(tl.float32) * x
+        y = tl.dot(weight, x, y, input_precision="tf32x3")
+        tl.store(y_ptr + ((row * L + t[:, None]) * H + head) * P + p[None, :],
+                 y.to(y_ptr.dtype.element_ty), real[:, None])
+
+
+@triton.jit
+def _pass_states_kernel(
+        dt_ptr,             # (b, L, H) f32
+        A_ptr,              # (H,) f32
+        first_ptr,          # (b, H, P*N) f32: the state before the first chunk
+        states_ptr,         # (b, chunks, H, P*N) f32: what chunks add -> the states before them
+        last_ptr,           # (b, H, P*N) f32: the state after the last chunk, if KEEP_STATE
+        dt_row, dt_token, L, chunks, H, cells,
+        KEEP_STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    cell = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside, A = cell < cells, tl.load(A_ptr + head)
+    state = tl.load(first_ptr + (row * H + head) * cells + cell, inside, other=0.0)
+    at = states_ptr + (row * chunks * H + head) * cells + cell
+    added = tl.load(at, inside, other=0.0)
+    for chunk in range(chunks):
+        # before the store, behind which the compiler cannot move it
+        next_added = tl.load(at + H * cells, inside & (chunk + 1 < chunks), other=0.0)
+        tl.store(at, state, inside)
+        t = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
+        dt = tl.load(dt_ptr + row * dt_row + t * dt_token + head, t < L, other=0.0)
+        state = state * tl.exp(tl.sum(dt * A, 0)) + added
+        added = next_added
+        at += H * cells
+    if KEEP_STATE:
+        tl.store(last_ptr + (row * H + head) * cells + cell, state, inside)
 
 
 @launcher
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
              chunk_size: int, keep_state: bool = True, keep_chunks: bool = False):
-    """As twotower.ssd_scan, in float32; P and N powers of two of 16 or more. The chunks of the
-    kernel are its own, unless keep_chunks asks for the states before those of chunk_size."""
-    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    """As twotower.ssd_scan; P and N powers of two of 16 or more. The chunks of the kernel are its
+    own, unless keep_chunks asks for the states before those of chunk_size."""
+    (b, L, H, P), (G, N), f32 = x.shape, B.shape[2:], (torch.float32,)
     check_power_of_2("P", P)
     check_power_of_2("N", N)
     if keep_chunks:
         check_power_of_2("chunk_size", chunk_size)
-    f32 = (torch.float32,)
-    check("x", x, (b, L, H, P), x.device, f32)
+    check("x", x, (b, L, H, P), x.device, FLOATS)
     check("dt", dt, (b, L, H), x.device, f32)
     check("A", A, (H,), x.device, f32)
-    check("B", B, (b, L, G, N), x.device, f32)
-    check("C", C, (b, L, G, N), x.device, f32)
-    check("D", D, (H,), x.device, f32)
+    check("B", B, (b, L, G, N), x.device, (x.dtype,))
+    check("C", C, (b, L, G, N), x.device, (x.dtype,))
+    check("D", D, (H,), x.device, FLOATS)
     check("state", state, (b, H, P, N), x.device, f32)
     # the last two axes as one stretch of memory; rows and tokens may be strided, as slices are
     x, B, C = (v if v.stride()[2:] == (v.shape[3], 1) else v.contiguous() for v in (x, B, C))
     dt = dt if dt.stride(2) == 1 else dt.contiguous()
     state, A, D = state.contiguous(), A.contiguous(), D.contiguous()
-    CHUNK = chunk_size if keep_chunks else 16           # larger ones spill registers
+    CHUNK = chunk_size if keep_chunks else 16 if L <= 16 else 64
     chunks = triton.cdiv(L, CHUNK)
     y = torch.empty(b, L, H, P, dtype=x.dtype, device=x.device)
-    shape = (b, chunks, H, P, N) if keep_chunks else (b, H, P, N) if keep_state else (0,)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    BLOCK_P = min(P, 32)                        # two programs a head fill the GPU at batch 1
-    _scan_kernel[b * H, P // BLOCK_P](
-        x, dt, A, B, C, D, state, y, out, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
-        B.stride(0), B.stride(1), C.stride(0), C.stride(1), L, chunks, H, G,
-        KEEP_STATE=keep_state, KEEP_CHUNKS=keep_chunks, CHUNK=CHUNK, P=P, N=N, BLOCK_P=BLOCK_P,
-        num_warps=8, num_stages=1)
-    return y, out if keep_chunks or keep_state else None
+    last = torch.empty_like(state) if keep_state else None
+    # slices of a head fill the GPU at batch 1
+    BLOCK_P = P if b * H * chunks >= 4 * multiprocessors(x.device) else 16
+    strides = (*x.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2])
+
+    def over_chunks(states, out, **what):
+        _chunk_kernel[b * H, chunks, P // BLOCK_P](
+            x, dt, A, B, C, D, states, y, out, *strides, L, H, G, **what, CHUNK=CHUNK, P=P, N=N,
+            BLOCK_P=BLOCK_P, BLOCK_N=min(N, 32))
+
+    if chunks == 1 and not keep_chunks:
+        over_chunks(state, last if keep_state else y, READ_STATE=True, WRITE_STATE=keep_state)
+        return y, last
+    states = torch.empty(b, chunks, H, P, N, dtype=torch.float32, device=x.device)
+    over_chunks(state, states, READ_STATE=False, WRITE_STATE=True)
+    _pass_states_kernel[b * H, triton.cdiv(P * N, 1024)](
+        dt, A, state, states, last if keep_state else y, *dt.stride()[:2], L, chunks, H, P * N,
+        KEEP_STATE=keep_state, CHUNK=CHUNK, BLOCK=1024)
+    over_chunks(states, y, READ_STATE=True, WRITE_STATE=False)
+    return y, states if keep_chunks else last
 
 
 @triton.jit
 def _step_kernel(
-        x_ptr,              # (b, H, P) f32
+        x_ptr,              # (b, H, P)
         dt_ptr,             # (b, H) f32
-        A_ptr, D_ptr,       # (H,) f32
-        B_ptr, C_ptr,       # (b, G, N) f32
+        A_ptr,              # (H,) f32
+        D_ptr,              # (H,)
+        B_ptr, C_ptr,       # (b, G, N)
         state_ptr,          # (b, H, P, N) f32
-        y_ptr,              # (b, H, P) f32
+        y_ptr,              # (b, H, P)
         out_ptr,            # (b, H, P, N) f32, may be state_ptr: every cell is read before written
-        x_row, dt_row, B_row, C_row, H, G,
+        x_row, dt_row, B_row, C_row, H, G,      # strides; heads; groups
         P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     group = head // (H // G)
@@ -319,37 +444,40 @@ def _step_kernel(
     n = tl.arange(0, N)
     cell = (row * H + head) * P * N + p[:, None] * N + n[None, :]
     dt = tl.load(dt_ptr + row * dt_row + head)
-    x = tl.load(x_ptr + row * x_row + head * P + p)
-    B = tl.load(B_ptr + row * B_row + group * N + n)
-    C = tl.load(C_ptr + row * C_row + group * N + n)
+    x = tl.load(x_ptr + row * x_row + head * P + p).to(tl.float32)
+    B = tl.load(B_ptr + row * B_row + group * N + n).to(tl.float32)
+    C = tl.load(C_ptr + row * C_row + group * N + n).to(tl.float32)
     state = tl.load(state_ptr + cell) * tl.exp(dt * tl.load(A_ptr + head))
     state += (dt * x)[:, None] * B[None, :]
     tl.store(out_ptr + cell, state)
-    y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + head) * x
-    tl.store(y_ptr + (row * H + head) * P + p, y)
+    y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + head).to(tl.float32) * x
+    tl.store(y_ptr + (row * H + head) * P + p, y.to(y_ptr.dtype.element_ty))
 
 
 @launcher
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """As twotower.ssd_step, in float32; P and N as for ssd_scan. The state is read once and written
-    once, 8 H P N bytes a row."""
+    """As twotower.ssd_step; P and N as for ssd_scan. The state is read once and written once, 8 H P N
+    bytes a row."""
     (b, H, P), (G, N), f32 = x.shape, B.shape[1:], (torch.float32,)
     check_power_of_2("P", P)
     check_power_of_2("N", N)
-    check("x", x, (b, H, P), x.device, f32)
+    check("x", x, (b, H, P), x.device, FLOATS)
     check("dt", dt, (b, H), x.device, f32)
     check("A", A, (H,), x.device, f32)
-    check("B", B, (b, G, N), x.device, f32)
-    check("C", C, (b, G, N), x.device, f32)
-    check("D", D, (H,), x.device, f32)
+    check("B", B, (b, G, N), x.device, FLOATS)
+    check("C", C, (b, G, N), x.device, FLOATS)
+    check("D", D, (H,), x.device, FLOATS)
     check("state", state, (b, H, P, N), x.device, f32)
     if in_place and not state.is_contiguous():
         raise ValueError("state must be contiguous to be updated in place")
-    x, B, C, dt, state = (v.contiguous() for v in (x, B, C, dt, state))
-    y, out = torch.empty_like(x), state if in_place else torch.empty_like(state)
-    _step_kernel[b * H, P // 16](x, dt, A.contiguous(), D.contiguous(), B, C, state, y, out,
-                                      H * P, H, G * N, G * N, H, G, P=P, N=N, BLOCK_P=16)
+    # rows may be strided, as slices are
+    x, B, C = (v if v.stride()[1:] == (v.shape[2], 1) else v.contiguous() for v in (x, B, C))
+    dt, state, A, D = dt.contiguous(), state.contiguous(), A.contiguous(), D.contiguous()
+    y = torch.empty(b, H, P, dtype=x.dtype, device=x.device)
+    out = state if in_place else torch.empty_like(state)
+    _step_kernel[b * H, P // 16](x, dt, A, D, B, C, state, y, out, x.stride(0), H, B.stride(0),
+                                 C.stride(0), H, G, P=P, N=N, BLOCK_P=16)
     return y, out
 
 
@@ -553,8 +681,8 @@ def _attention_kernel(
         q_ptr,              # (B, H, L, K)
         k_ptr, v_ptr,       # (B, G, S, K)
         mask_ptr,           # (B or 1, 1, L, S) bool, if HAS_MASK
-        out_ptr,            # (B, H, L, K) if there is one share, else (shares, B, H, L, K) f32
-        best_ptr, sum_ptr,  # (shares, B, H, L) f32
+        out_ptr,            # (B, L, H, K) if there is one share, else (shares, B, L, H, K) f32
+        best_ptr, sum_ptr,  # (shares, B, L, H) f32
         q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,  # strides
         mask_row, mask_token,
         H, G, L, S, share, scale,
@@ -598,7 +726,7 @@ def _attention_kernel(
         total = total * faded + tl.sum(p, 1)
         acc = acc * faded[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         best = higher
-    at = (row * H + head) * L + query
+    at = (row * L + query) * H + head
     inside = real[:, None] & (d < K)[None, :]
     if ONE_SHARE:
         out = acc / total[:, None]
@@ -651,11 +779,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     shares = max(1, min(wanted, triton.cdiv(S, 4 * BLOCK_S)))
     share = triton.cdiv(triton.cdiv(S, shares), BLOCK_S) * BLOCK_S
     shares = triton.cdiv(S, share)
-    out = torch.empty(B, H, L, K, dtype=q.dtype, device=q.device)
+    out = torch.empty(B, L, H, K, dtype=q.dtype, device=q.device)   # as o_proj reads it
     acc, best, total = out, out, out
     if shares > 1:
-        acc = torch.empty(shares, B, H, L, K, dtype=torch.float32, device=q.device)
-        best, total = (torch.empty(shares, B, H, L, dtype=torch.float32, device=q.device)
+        acc = torch.empty(shares, B, L, H, K, dtype=torch.float32, device=q.device)
+        best, total = (torch.empty(shares, B, L, H, dtype=torch.float32, device=q.device)
                        for _ in range(2))
     mask_strides = (0, 0) if mask is None else (mask.expand(B, 1, L, S).stride(0), mask.stride(2))
     _attention_kernel[tiles, B * G, shares](
@@ -668,12 +796,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
         _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K,
                                         BLOCK_K=BLOCK_K,
                                         BLOCK_SHARES=triton.next_power_of_2(shares))
-    return out
+    return out.transpose(1, 2)
 
 
 def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8                            # the interpreter: enough that keys are split there too
+    if device.type != "cuda":               # so few that the interpreter takes every path too, or
+        return 132 if device.type == "meta" else 8                      # those of an H100 or H200
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -1028,22 +1156,28 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
             randn(9, D), rand(9, E).topk(A).indices, rand(9, A), randn(E, F_, D) / D**0.5,
             randn(E, D, F_), randn(E, F_), randn(E, D)), 0, 0)
     H, P, G, N = (64, 64, 8, 128) if full_size else (4, 16, 2, 32)
+    for b, L, limit, counts in ((1, 16, (0.0, math.inf), None), (64, 16, (0.0, math.inf), None)
+                                ) if full_size else (
+                                (1, 5, (0.0, math.inf), None), (3, 9, (0.1, 2.0), (9, 1, 4))):
+        counts = None if counts is None else torch.tensor(counts, device=device)
+        dt = 4 * randn(b, L, 3 * H)[..., -H:]               # a slice, as in_proj gives it
+        yield Case("ssd_rates", f"{b} x {L} tokens" + ", padding" * (counts is not None),
+                   (dt, randn(H, dtype=f32), rand(H), limit, counts), b * L * H * (size + 4), 0)
     for b, L, chunks in ((1, 16, False), (64, 16, False), (1, 2048, False), (1, 8192, False),
                          (1, 2048, True)) if full_size else (
                          (2, 1, False), (1, 15, False), (2, 16, False), (1, 17, False),
                          (1, 129, False), (2, 40, True)):
-        args = (randn(b, L, H, P, dtype=f32), rand(b, L, H), -rand(H),
-                randn(b, L, G, N, dtype=f32) / N**0.5, randn(b, L, G, N, dtype=f32), rand(H),
-                randn(b, H, P, N, dtype=f32) / N**0.5, 16, True, chunks)
+        args = (randn(b, L, H, P), rand(b, L, H), -rand(H), randn(b, L, G, N) / N**0.5,
+                randn(b, L, G, N), rand(H), randn(b, H, P, N, dtype=f32) / N**0.5, 16, True, chunks)
         c = min(L, 16)
         states = 1 + (-(-L // 16) if chunks else 1)
         yield Case("ssd_scan", f"{b} x {L} tokens" + ", every state kept" * chunks, args,
-                   4 * b * (2 * L * (H * P + G * N) + H * P * N * states),
+                   b * (2 * L * (H * P + G * N) * size + 4 * (L * H + H * P * N * states)),
                    b * L * H * (2 * c * (N + P) + 4 * P * N))
     for b in (1, 64) if full_size else (1, 3):
-        args = (randn(b, H, P, dtype=f32), rand(b, H), -rand(H), randn(b, G, N, dtype=f32) / N**0.5,
-                randn(b, G, N, dtype=f32), rand(H), randn(b, H, P, N, dtype=f32) / N**0.5)
-        yield Case("ssd_step", f"{b} rows", args, 4 * b * (2 * H * P * N + 2 * (H * P + G * N)),
+        args = (randn(b, H, P), rand(b, H), -rand(H), randn(b, G, N) / N**0.5, randn(b, G, N),
+                rand(H), randn(b, H, P, N, dtype=f32) / N**0.5)
+        yield Case("ssd_step", f"{b} rows", args, b * (8 * H * P * N + 2 * (H * P + G * N) * size),
                    b * H * P * N * 5)
     channels = H * P + 2 * G * N
     for b, L in ((1, 16), (64, 16), (1, 8192)) if full_size else ((2, 1), (1, 15), (2, 17)):

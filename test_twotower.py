@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
@@ -277,7 +278,8 @@ def module_outputs(model: TwoTower, data: dict, dtype) -> dict[str, torch.Tensor
         if not suffix:
             out |= {"mamba/conv": state.conv_state, "mamba/ssm": state.ssm_state}
             out["mamba/out2"], state = mamba(get("mamba/x2"), state, Span(11, 20))
-            out |= {"mamba/conv2": state.conv_state, "mamba/ssm2": state.ssm_state.clone()}
+            state2 = state.map(torch.clone)         # a single token changes the state in place
+            out |= {"mamba/conv2": state2.conv_state, "mamba/ssm2": state2.ssm_state}
         y, state = mamba(get("mamba/x3"), state, Span(20, 21))
         if suffix:
             out["mamba/tsl_step"] = y
@@ -549,21 +551,33 @@ def test_bfloat16_is_rounded_once():
         assert error(out, exact) <= 1.02 * error(exact.bfloat16(), exact)
 
 
-def test_scan_inputs_are_float32_in_a_bfloat16_model(monkeypatch):
-    model, seen, scan = golden("cfg1_bf16")[2], {}, twotower.ssd_scan
-    names = ("x", "dt", "A", "B", "C", "D", "state")
-    def watching(*args, **kwargs):
-        seen.update(zip(names, args))
-        return scan(*args, **kwargs)
+def test_scan_of_bfloat16_is_float32_inside():
+    """One rounding, of y at the end; none of the state."""
+    exact = {name: tensor.bfloat16().double() if name in "xBCD" else tensor.float().double()
+             for name, tensor in scan_inputs(40).items()}
+    given = {name: tensor.bfloat16() if name in "xBCD" else tensor.float()
+             for name, tensor in exact.items()}
+    first = lambda inputs: {name: tensor[:, 0] if name in ("x", "dt", "B", "C") else tensor
+                            for name, tensor in inputs.items()}
+    runs = [[twotower.ssd_scan(**inputs, chunk_size=16), twotower.ssd_step(**first(inputs))]
+            for inputs in (given, exact)]
+    for (out, state), (y, h) in zip(*runs, strict=True):
+        assert (out.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+        assert error(out, y) <= 1.02 * error(y.bfloat16(), y)
+        check(state, h, 1e-6)
 
-    monkeypatch.setattr(model.ops, "ssd_scan", watching)
-    mixer, u = model.context_tower.layers[0].mixer, torch.randn(2, 9, 64).bfloat16()
-    with torch.no_grad():
-        mixer(u, mixer.empty_state(2, 0), Span(0, 9))
-        dt = mixer.in_proj(u)[..., -8:].double() + mixer.dt_bias.double()
-    assert all(tensor.dtype == torch.float32 for tensor in seen.values())
-    check(seen["dt"], F.softplus(dt), 1e-6)
-    check(seen["A"], -mixer.A_log.double().exp(), 1e-6)
+
+def test_ssd_rates():
+    dt, dt_bias, A_log = torch.randn(2, 5, 3).bfloat16() * 9, torch.randn(3), torch.rand(3)
+    exact = (1 + (dt.double() + dt_bias.double()).exp()).log()
+    out, A = twotower.ssd_rates(dt, dt_bias, A_log, (0.0, math.inf))
+    assert out.dtype == A.dtype == torch.float32
+    check(out, exact, 1e-6)
+    check(A, -A_log.double().exp(), 1e-6)
+    out, _ = twotower.ssd_rates(dt, dt_bias, A_log, (0.5, 2.0), torch.tensor([5, 2]))
+    exact = exact.clamp(0.5, 2.0)
+    exact[1, 2:] = 0
+    check(out, exact, 1e-6)
 
 
 @pytest.mark.parametrize("kind", "M*E-")
@@ -855,17 +869,17 @@ def test_prompt_is_read_once_and_cache_is_used(monkeypatch):
     assert seen == {"context": 50 + 31, "denoiser": 0}
 
 
-def test_the_kv_cache_is_not_copied_when_room_was_reserved():
+def test_neither_cache_nor_state_is_copied_when_room_was_reserved():
     model = random_model()
     context = model.prefill(ids(1, 30), reserve=40)
     caches = [state for state in context.states if isinstance(state, KVCache)]
     places = [cache.key_cache.data_ptr() for cache in caches]
-    ssm = context.states[0].ssm_state.data_ptr()
+    places += [tensor.data_ptr() for tensor in context.states[0]]
     for _ in range(20):
         model.extend(context, ids(1, 1))
         model.denoise(ids(1, 16), context, 0.5)
-    assert [cache.key_cache.data_ptr() for cache in caches] == places
-    assert context.states[0].ssm_state.data_ptr() == ssm
+    assert places == [cache.key_cache.data_ptr() for cache in caches] + [
+        tensor.data_ptr() for tensor in context.states[0]]
     model.extend(context, ids(1, 21))                   # 71 tokens in 70 slots: it doubles
     assert caches[0].key_cache.shape[2] == 140
     # nor does a state keep the whole prompt's activations alive
@@ -1409,16 +1423,114 @@ def test_most_likely_sees_what_is_not_finite_and_takes_the_first_of_equals():
 
 @needs_kernels
 def test_groups_of_slots_are_a_permutation():
-    """Every (token, expert) pair once, in a tile of its expert; nothing after the last tile."""
+    """Every (token, expert) pair once and in order, in a tile of its expert."""
     for T, E, A, tile in ((1, 128, 6, 16), (40, 8, 2, 16), (3, 4, 4, 64), (200, 3, 2, 16)):
-        ids = torch.rand(T, E, generator=seeded(T)).topk(A).indices
+        ids = torch.rand(T, E, generator=seeded(T)).topk(A).indices.to(DEVICE)
         slots, tile_expert, n_tiles = kernels.group_by_expert(ids, E, tile)
-        tiles = slots.view(-1, tile)
-        assert len(tiles) == len(tile_expert) and (tiles[n_tiles:] == T * A).all()
-        assert sorted(slots[slots < T * A].tolist()) == list(range(T * A))
-        for one, expert in zip(tiles[:n_tiles], tile_expert):
+        tiles = slots.view(-1, tile)[:n_tiles]
+        real = tiles[tiles < T * A]
+        assert len(tiles) == n_tiles and sorted(real.tolist()) == list(range(T * A))
+        for one, expert in zip(tiles, tile_expert):
             real = one[one < T * A]
-            assert len(real) and (ids.flatten()[real] == expert).all()
+            assert len(real) and (one[len(real):] == T * A).all()
+            assert (ids.flatten()[real] == expert).all() and real.tolist() == sorted(real.tolist())
+
+
+def far(x: torch.Tensor) -> torch.Tensor:
+    """The same three rows 2^30 elements apart, of which only they are touched: a stride of 32 bits,
+    and an offset of more."""
+    far_apart = 2**30 + 64
+    room = torch.empty(2 * far_apart + x[0].numel(), dtype=x.dtype, device=x.device)
+    return room.as_strided(x.shape, (far_apart, *x[0].contiguous().stride())).copy_(x)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("operation", ["causal_conv1d", "gated_rms_norm", "ssd_rates", "ssd_scan",
+                                       "ssd_step", "attention", "most_likely"])
+@torch.no_grad()
+def test_kernels_reach_beyond_32_bit_offsets(operation):
+    """Every argument that may be strided has its last row where 32 bits do not reach."""
+    randn = lambda *shape, dtype=torch.float16: torch.randn(
+        shape, generator=seeded(sum(shape))).to(DEVICE, dtype)
+    f32 = torch.float32
+    x, B, C, state = randn(3, 20, 2, 16), randn(3, 20, 1, 16), randn(3, 20, 1, 16), randn(
+        3, 2, 16, 16, dtype=f32)
+    dt, A, D = randn(3, 20, 2, dtype=f32).abs(), -randn(2, dtype=f32).abs(), randn(2)
+    args, strided = {
+        "causal_conv1d": ((randn(3, 8, 24), randn(24, 1, 4), None), [0]),
+        "gated_rms_norm": ((randn(3, 24), randn(3, 24), randn(24), 2, 1e-5), [1]),
+        "ssd_rates": ((dt.half(), D, D, (0.0, math.inf)), [0]),
+        "ssd_scan": ((x, dt, A, B, C, D, state, 16), [0, 1, 3, 4]),
+        "ssd_step": ((x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state), [0, 3, 4]),
+        "attention": ((randn(3, 2, 5, 16), randn(3, 1, 40, 16), randn(3, 1, 40, 16),
+                       randn(3, 1, 5, 40) > -1), [0, 1, 2, 3]),
+        "most_likely": ((randn(3, 300, dtype=f32), 3), [0])}[operation]
+    run = getattr(kernels, operation)
+    outputs = lambda result: [result] if isinstance(result, torch.Tensor) else result
+    near = outputs(run(*args))
+    for i in strided:                       # one at a time: each takes 4 to 9 GB of addresses
+        there = outputs(run(*args[:i], far(args[i]), *args[i + 1:]))
+        for ours, theirs in zip(there, near, strict=True):
+            assert torch.equal(ours, theirs), i
+
+
+@needs_kernels
+@torch.no_grad()
+def test_experts_beyond_32_bit_offsets():
+    E, F_, D = 512, 1024, 4224                                              # 2.2e9 numbers
+    x, weights = torch.randn(1, D, device=DEVICE).half(), torch.tensor([[0.7]], device=DEVICE)
+    ids = torch.tensor([[E - 1]], device=DEVICE)
+    few = [torch.randn(2, *shape, device=DEVICE).half() / 40 for shape in ((F_, D), (D, F_))]
+    many = [torch.empty(E, *w.shape[1:], dtype=w.dtype, device=DEVICE) for w in few]
+    for w, all_ in zip(few, many):
+        all_[-1] = w[1]
+    near = twotower.moe_experts(x, ids.clamp(max=1), weights, *few)
+    check(kernels.moe_experts(x, ids, weights, *many), near, 5e-3)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_launches_of_a_pass(monkeypatch):
+    """A launch costs a small kernel more than its work, and a full-size pass has hundreds: Triton's
+    and those of torch's operations that are no views, of the layers of each kind."""
+    launches = 0
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):            # its output stays as it was: nobody looks
+                nonlocal launches
+                launches += 1
+            return launch
+
+    class Torch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal launches
+            launches += not (operation.is_view or operation.__name__.startswith(
+                ("_unsafe_view", "empty", "detach")))
+            return operation(*args, **(kwargs or {}))
+
+    for name in re.findall(r"@triton\.jit\ndef (\w+)", (HERE / "kernels.py").read_text()):
+        monkeypatch.setattr(kernels, name, Kernel())
+    monkeypatch.setattr(twotower, "kernels", lambda: kernels)
+    passes = {"denoiser step": lambda passes: passes._denoise(ids(1, 16), torch.tensor([0.5])),
+              "AR token": lambda passes: passes._extend(ids(1, 1), "last")}
+    found = {}
+    for pattern in ("-", "--", "-M", "-E", "-*"):
+        model = TwoTower(TwoTowerConfig(**TINY | dict(
+            num_hidden_layers=len(pattern), hybrid_override_pattern=pattern, mamba_head_dim=16,
+            ssm_state_size=16))).half().use("triton", graphs=True)
+        context = model._prefill([ids(5)], reserve=60, repeats=True)
+        context.passes.capacity = 65
+        for name, run in passes.items():
+            with Torch():
+                launches = 0
+                run(context.passes)
+            found[name, pattern] = launches
+    for name, base, layers in (("denoiser step", 34, {"-": 6, "M": 9, "E": 13, "*": 12}),
+                               ("AR token", 14, {"-": 6, "M": 10, "E": 13, "*": 12})):
+        assert found[name, "-"] == base
+        assert {kind: found[name, "-" + kind] - base for kind in layers} == layers
 
 
 @needs_kernels
@@ -1430,9 +1542,9 @@ def test_kernels_compile_for_an_h100():
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     written = re.findall(r"@triton\.jit\ndef (\w+)", (HERE / "kernels.py").read_text())
-    assert {line[0] for line in lines} == set(written) and len(written) == 13
+    assert {line[0] for line in lines} == set(written) and len(written) == 17
     for name, registers, _, spilled, _, _, shared, *_ in lines:
-        assert int(registers) <= 255 and int(spilled) < 500 and int(shared) <= 227 * 1024, name
+        assert int(registers) <= 255 and spilled == "0" and int(shared) <= 227 * 1024, name
 
 
 @needs_kernels

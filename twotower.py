@@ -257,8 +257,8 @@ class Span(NamedTuple):
 class MambaState(NamedTuple):
     """What a Mamba-2 layer carries from call to call.
 
-    Extending a context by one token updates ssm_state in place, and recorded passes do so always;
-    no other pass changes a state.
+    Extending a context by one token updates it in place, and recorded passes do so always; no other
+    pass changes a state.
     """
 
     conv_state: Tensor              # (B, conv_dim, W) model dtype: raw inputs, newest last
@@ -272,10 +272,10 @@ class MambaScan(NamedTuple):
     """What went into a pass of a Mamba-2 layer: the state after any of its tokens follows."""
 
     history: Tensor                 # (B, W+L, conv_dim): the W old inputs of the convolution, L new
-    x: Tensor                       # (B, L, H, P) f32, as are dt, A, B: the inputs of the scan
-    dt: Tensor                      # (B, L, H)
-    A: Tensor                       # (H)
-    B: Tensor                       # (B, L, G, N)
+    x: Tensor                       # (B, L, H, P) model dtype: the inputs of the scan
+    dt: Tensor                      # (B, L, H) f32
+    A: Tensor                       # (H) f32
+    B: Tensor                       # (B, L, G, N) model dtype
     ssm_state: Tensor               # (B, H, P, N) before the pass
 
     def after(self, counts: Tensor) -> MambaState:
@@ -283,7 +283,8 @@ class MambaScan(NamedTuple):
         counts = counts.to(self.dt.device)
         kept = torch.arange(self.dt.shape[1], device=counts.device) < counts[:, None]
         with torch.autocast(self.x.device.type, enabled=False):     # as in ssd_scan
-            ssm = ssd_state(self.x, self.dt * kept[..., None], self.A, self.B, self.ssm_state)
+            ssm = ssd_state(wide(self.x), self.dt * kept[..., None], self.A, wide(self.B),
+                            self.ssm_state)
         W = self.history.shape[1] - self.dt.shape[1]
         return MambaState(conv_state_after(self.history, counts, W), ssm)
 
@@ -480,21 +481,35 @@ def conv_state_after(history: Tensor, counts: Tensor, W: int) -> Tensor:
     return history[torch.arange(len(newest), device=history.device)[:, None], newest].mT
 
 
+def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, float],
+              counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The step sizes dt = softplus(dt + dt_bias), kept within `limit`, and A = -exp(A_log).
+
+    Args: dt (b,L,H), dt_bias (H), A_log (H), counts (b) int64: the real tokens of each row.
+    Returns: dt (b,L,H) f32, 0 from counts on, and A (H) f32.
+    """
+    dt = F.softplus(wide(dt) + dt_bias).clamp(*limit)
+    if counts is not None:                                  # padding must not move the state
+        dt = dt * (torch.arange(dt.shape[1], device=dt.device) < counts[:, None])[..., None]
+    return dt, -wide(A_log).exp()
+
+
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """One token of the Mamba-2 recurrence: h = exp(dt A) h + dt x (x) B; y = h C + D x.
 
-    Args: x (b,H,P), dt (b,H), A (H), B and C (b,G,N), D (H), state (b,H,P,N); all f32.
-    Returns: y (b,H,P) and the new state, which is `state` itself if in_place.
+    Args: x (b,H,P), B and C (b,G,N), D (H); f32: dt (b,H), A (H), state (b,H,P,N).
+    Returns: y (b,H,P) in x's dtype and the new state, which is `state` itself if in_place.
     """
     b, H, P, N = state.shape
+    dtype, x, B, C = x.dtype, wide(x), wide(B), wide(C)
     grouped = (b, B.shape[1], -1, P, N)
     decay = torch.exp(dt * A)[..., None, None]                                   # (b, H, 1, 1)
     h = (state.mul_(decay) if in_place else state * decay).view(grouped)         # (b, G, H/G, P, N)
     drive = (dt[..., None] * x).view(grouped[:4])
     h = h.addcmul_(drive[..., None], B[:, :, None, None])
     y = torch.einsum("bgrpn,bgn->bgrp", h, C).view(b, H, P)
-    return torch.addcmul(y, D[:, None], x), h.view(b, H, P, N)
+    return torch.addcmul(y, wide(D)[:, None], x).to(dtype), h.view(b, H, P, N)
 
 
 def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
@@ -543,13 +558,14 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """The recurrence of `ssd_step` over L tokens, chunk by chunk; chunk_size changes only the cost.
 
     Args:
-        x (b,L,H,P), dt (b,L,H), A (H), B and C (b,L,G,N), D (H), state (b,H,P,N); all f32.
+        x (b,L,H,P), B and C (b,L,G,N), D (H); f32: dt (b,L,H), A (H), state (b,H,P,N).
         A dt of 0 makes a token invisible: the state passes it unchanged.
         keep_state: return the state after the last token; keep_chunks: return instead the states
         before each chunk, (b, chunks, H, P, N).
-    Returns: y (b,L,H,P); the state(s), or None.
+    Returns: y (b,L,H,P) in x's dtype; the state(s), or None.
     """
     L, y, before = x.shape[1], [], []
+    dtype, x, B, C = x.dtype, wide(x), wide(B), wide(C)
     with torch.autocast(x.device.type, enabled=False):          # the scan is never in bfloat16
         for start in range(0, L, chunk_size):
             if keep_chunks:
@@ -558,7 +574,7 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
             needed = keep_state or start + chunk_size < L
             yc, state = ssd_chunk(xc, dtc, A, Bc, Cc, state, needed)
             y.append(yc)
-    y = torch.addcmul(torch.cat(y, dim=1), D[:, None], x)
+    y = torch.addcmul(torch.cat(y, dim=1), wide(D)[:, None], x).to(dtype)
     return y, torch.stack(before, dim=1) if keep_chunks else state
 
 
@@ -610,7 +626,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     Args:
         x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
         up_bias (E, F) and down_bias (E, D) or None.
-    Returns: (T, D) f32, summed in the order of the experts.
+    Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
     experts, order = topk_ids.flatten().sort(stable=True)       # (T*A,) pairs grouped by expert
     hit = [(expert, len(list(pairs))) for expert, pairs in groupby(experts.tolist())]
@@ -625,7 +641,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
         h = F.linear(x[token], up[e], None if up_bias is None else up_bias[e]).relu_().square()
         h = F.linear(h, down[e], None if down_bias is None else down_bias[e])
         out.index_add_(0, token, wide(h) * weight)
-    return out
+    return out.to(x.dtype)
 
 
 def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
@@ -648,7 +664,7 @@ def without(logits: Tensor, mask_token_id: int | None) -> Tensor:
 
 # what modules call by name, so that a model can be given those of kernels.py instead
 OPERATIONS = ("rms_norm", "modulated_rms_norm", "gated_rms_norm", "add_gated", "causal_conv1d",
-              "ssd_scan", "ssd_step", "attention", "route", "moe_experts", "most_likely")
+              "ssd_rates", "ssd_scan", "ssd_step", "attention", "route", "moe_experts", "most_likely")
 KERNELS = Path(__file__).with_name("kernels.py")
 
 
@@ -744,31 +760,27 @@ class Mamba2(Module):
             [c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
         L = xBC.shape[1]
         history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (b, W+L, conv_dim)
-        xBC = wide(self.ops.causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias))
+        xBC = self.ops.causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias)
         groups = c.n_groups * c.ssm_state_size
-        x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
-        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (b, L, H, P) f32
-        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (b, L, G, N) f32
+        x, B, C = xBC.to(u.dtype).split([c.d_inner, groups, groups], dim=-1)
+        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (b, L, H, P)
+        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (b, L, G, N)
         C = C.unflatten(-1, (c.n_groups, c.ssm_state_size))
-        dt = F.softplus(wide(dt) + self.dt_bias)                                 # (b, L, H) f32
-        if c.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*c.time_step_limit)
-        if span.counts is not None:                       # padding must not move the state
-            dt = dt * (torch.arange(L, device=dt.device) < span.counts[:, None])[..., None]
-        A, D = -wide(self.A_log).exp(), wide(self.D)
+        dt, A = self.ops.ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit, span.counts)
         if L == 1 and span.block_size is None:
-            y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.ssm_state,
-                                       in_place=span.keep_state)
+            y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D,
+                                       state.ssm_state, in_place=span.keep_state)
         else:
-            y, ssm = self.ops.ssd_scan(x, dt, A, B, C, D, state.ssm_state,
+            y, ssm = self.ops.ssd_scan(x, dt, A, B, C, self.D, state.ssm_state,
                                        span.block_size or c.chunk_size, span.keep_state,
                                        keep_chunks=span.block_size is not None)
         new_state = (MambaScan(history, x, dt, A, B, state.ssm_state) if span.tentative else
-                     self._state_after(history, ssm, span))
-        y = self.norm(y.to(u.dtype).reshape(z.shape), z)
+                     self._state_after(state, history, ssm, span))
+        y = self.norm(y.reshape(z.shape), z)
         return self.out_proj(y).reshape(u.shape), new_state
 
-    def _state_after(self, history: Tensor, ssm: Tensor, span: Span) -> MambaState | None:
+    def _state_after(self, state: MambaState, history: Tensor, ssm: Tensor,
+                     span: Span) -> MambaState | None:
         """The state after the pass. history (b, W+L, conv_dim) is the W old inputs, then the L new
         ones, so that the convolution's state after n tokens is history[n : n+W]."""
         W = self.config.conv_kernel
@@ -778,8 +790,10 @@ class Mamba2(Module):
         if not span.keep_state:
             return None
         if span.counts is None:
-            # a view would keep all of history alive
-            return MambaState(history[:, -W:].clone().mT, ssm)
+            newest = history[:, -W:]
+            if history.shape[1] == W + 1:                   # one token: in place, as ssd_step does
+                return MambaState(state.conv_state.copy_(newest.mT), ssm)
+            return MambaState(newest.clone().mT, ssm)       # a view would keep all of history alive
         return MambaState(conv_state_after(history, span.counts, W), ssm)
 
 
@@ -871,7 +885,7 @@ class MoE(Module):
         up, down = self.experts["up_proj"], self.experts["down_proj"]
         routed = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
                                       up.bias, down.bias)
-        return routed.to(x.dtype).view(x.shape) + self.shared_experts(x)
+        return routed.view(x.shape) + self.shared_experts(x)
 
 
 class Layer(Module):
