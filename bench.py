@@ -267,11 +267,15 @@ def check_replays(model: TwoTower, rows: int, length: int):
         torch.manual_seed(0)
         runs = passes_over(model, random_context(model, rows, length, room=64), graphs)
         # the denoiser after each change of the context sees whether its states are right
-        results.append([runs[name][1]().clone() for name in (
-            "denoiser step", "AR token", "denoiser step", "AR token", "denoiser step")])
+        found = (runs[name][1]() for name in (
+            "denoiser step", "AR token", "denoiser step", "block extension", "denoiser step",
+            "AR token", "denoiser step", "block extension", "denoiser step"))
+        results.append([logits.clone() for logits in found if logits is not None])
     for plain, recorded in zip(*results):
         gap = float((plain - recorded).square().mean().sqrt() / plain.square().mean().sqrt())
-        if not gap < 2e-2:
+        # other shares of the keys round otherwise, and 52 random layers make 0.02 of that; a state
+        # that was not written back makes 0.5
+        if not gap < 0.1:
             raise ValueError(f"recorded passes differ from plain ones by {gap:.1e}")
 
 

@@ -1,6 +1,6 @@
 """What twotower.py, sample.py and README.md promise, checked.
 
-    python -m pytest -q -rs test_twotower.py
+    python -m pytest -q -rs -n 2 test_twotower.py
 
 Errors are relative: rms(out - reference) / rms(reference), so that an answer of zeros scores 1.
 Limits: float64 1e-12 for one operation and 1e-10 through a whole model; float32 1e-5 (floors
@@ -3359,7 +3359,7 @@ def test_readme():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
                 for line in block.splitlines()]
-    test = "python -m pytest -q -rs test_twotower.py"
+    test = "python -m pytest -q -rs -n 2 test_twotower.py"
     assert test in commands and (HERE / ".ci" / "run").read_text().splitlines()[-1] == test
     for program, *args in map(shlex.split, (line for line in commands if "sample.py" in line)):
         run = run_python(*args)
