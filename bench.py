@@ -261,11 +261,13 @@ def passes_over(model: TwoTower, context: Context, graphs: bool) -> dict:
 
 
 def check_replays(model: TwoTower, rows: int, length: int):
-    """Recorded passes must give what plain ones give, replayed too; no speed is reported else."""
+    """Replays of recorded passes must give what the passes give; no speed is reported else."""
     results = []
-    for graphs in (False, True):
+    for recording in (False, True):
         torch.manual_seed(0)
-        runs = passes_over(model, random_context(model, rows, length, room=64), graphs)
+        context = random_context(model, rows, length, room=64)
+        runs = passes_over(model, context, graphs=True)
+        context.passes.recording = recording
         # the denoiser after each change of the context sees whether its states are right
         found = (runs[name][1]() for name in (
             "denoiser step", "AR token", "denoiser step", "block extension", "denoiser step",
@@ -273,8 +275,8 @@ def check_replays(model: TwoTower, rows: int, length: int):
         results.append([logits.clone() for logits in found if logits is not None])
     for plain, recorded in zip(*results):
         gap = float((plain - recorded).square().mean().sqrt() / plain.square().mean().sqrt())
-        # other shares of the keys round otherwise, and 52 random layers make 0.02 of that; a state
-        # that was not written back makes 0.5
+        # the same kernels, unless a library chooses otherwise while it is recorded; a rounding that
+        # changes the choice of an expert makes some 0.02, a state not written back 0.5
         if not gap < 0.1:
             raise ValueError(f"recorded passes differ from plain ones by {gap:.1e}")
 
@@ -357,7 +359,7 @@ def bench_gpu(plot: str) -> dict:
     def seconds_of(run) -> float:
         return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
 
-    bandwidth, rate = kernels().ceilings(seconds_of)
+    bandwidth, rate, _ = kernels().ceilings(seconds_of)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = TwoTower(TwoTowerConfig(**RELEASED)).eval().use("triton")
@@ -385,7 +387,7 @@ def bench_gpu(plot: str) -> dict:
     result["decoding"] = time_decoding(model)
     try:
         result["transformers_ar_token"] = time_transformers(model, seconds_of)
-    except (RuntimeError, ValueError, ImportError) as error:    # the rest is worth keeping
+    except Exception as error:          # whatever another library does, the rest is worth keeping
         result["transformers_ar_token"] = str(error)
     print("\nseconds of an AR token after 2,048 by transformers' NemotronH: "
           f"{result['transformers_ar_token']}; ours, without and with graphs: "
@@ -395,7 +397,7 @@ def bench_gpu(plot: str) -> dict:
     return result
 
 
-def time_decoding(model: TwoTower, new: int = 256) -> dict[str, float]:
+def time_decoding(model: TwoTower, new: int = 512) -> dict[str, float]:
     """Tokens a second of whole generations at batch 1 after 2,048, prefill taken off: AR, and
     diffusion made to take so many passes a block by a threshold that nothing reaches."""
     model.use("triton", graphs=True)

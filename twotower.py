@@ -222,8 +222,10 @@ class Span(NamedTuple):
 
     start: int | Tensor             # first cache slot of the new tokens; (B,) when rows differ
     end: int                        # cache slots in use with the new tokens, longest row
-    mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible; None = all visible,
-    is_causal: bool = False         # or, if is_causal, the new tokens up to each (cache was empty)
+    # new tokens see every slot in use, unless it is said which:
+    last_seen: Tensor | None = None # (B or 1, L) int64: those up to this one
+    is_causal: bool = False         # those up to each token's own (the cache was empty)
+    mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible: any others
     counts: Tensor | None = None    # (B,) real tokens of each row, the rest is padding; None = L
     keep_state: bool = True         # return the Mamba state after the pass; or instead,
     tentative: bool = False         # a MambaScan, or
@@ -242,16 +244,15 @@ class Span(NamedTuple):
             return span._replace(is_causal=True)
         fixed = cls.fixed(lengths[:1] if uniform else lengths, L, span.end, for_context=for_context)
         start = longest if uniform else lengths.to(device)
-        return span._replace(start=start, mask=fixed.mask.to(device))
+        return span._replace(start=start, last_seen=fixed.last_seen.to(device))
 
     @classmethod
     def fixed(cls, lengths: Tensor, L: int, capacity: int, *, for_context: bool) -> Span:
-        """The same with all `capacity` slots in use and a mask over those past each row: nothing
-        but the contents of tensors depends on lengths (B,), which may be on any device."""
-        i = torch.arange(capacity, device=lengths.device)
-        last_seen = lengths[:, None] + (i[:L] if for_context else L - 1)             # (B, L or 1)
-        visible = i <= last_seen[:, None, :, None].expand(-1, -1, L, -1)
-        return cls(lengths, capacity, visible, keep_state=for_context)
+        """The same with all `capacity` slots in use: nothing but the contents of tensors depends on
+        lengths (B,), which may be on any device."""
+        i = torch.arange(L, device=lengths.device)
+        last_seen = lengths[:, None] + (i if for_context else i.new_full((L,), L - 1))
+        return cls(lengths, capacity, last_seen, keep_state=for_context)
 
 
 class MambaState(NamedTuple):
@@ -578,15 +579,18 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     return y, torch.stack(before, dim=1) if keep_chunks else state
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
-              is_causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
+              is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Grouped-query attention, softmax(q k / sqrt(K)) v; query head h reads KV head h // (H/G).
 
     Args:
-        q (B,H,L,K); k, v (B,G,keys,K); mask (B or 1, 1, L, keys) bool, True = visible, None = all.
-        is_causal: query l sees keys 0..l.
+        q (B,H,L,K); k, v (B,G,keys,K).
+        last_seen (B or 1, L) int64: the last key a query sees; is_causal: query l sees keys 0..l;
+            mask (B or 1, 1, L, keys) bool, True = visible. With none of these: all keys.
     Returns: (B,H,L,K).
     """
+    if last_seen is not None:
+        mask = torch.arange(k.shape[2], device=k.device) <= last_seen[:, None, :, None]
     if is_causal or mask is not None and q.shape[2] > 64:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
     # without positions the H/G query heads of a KV head are just more queries to the same keys,
@@ -821,7 +825,7 @@ class Attention(Module):
         q, k, v = (proj(x).unflatten(-1, (-1, K)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))     # (B, H or G, L, K)
         k, v = cache.write(k, v, span)
-        out = self.ops.attention(q, k, v, span.mask, span.is_causal)
+        out = self.ops.attention(q, k, v, span.last_seen, span.is_causal, span.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -1522,7 +1526,8 @@ class TwoTower(Module):
         block = torch.arange(M, device=device) // block_size
         clean_seen, noisy_seen = block < block[:, None], block == block[:, None]     # (M, M)
         mask = torch.cat([clean_seen, noisy_seen], dim=1)[None, None]
-        return self._denoiser_logits(noisy, context, Span(M, 2 * M, mask, keep_state=False), t)
+        span = Span(M, 2 * M, mask=mask, keep_state=False)
+        return self._denoiser_logits(noisy, context, span, t)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
                        generator: torch.Generator | None = None) -> Tensor:
