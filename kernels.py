@@ -11,7 +11,7 @@ twotower.py. `model.use("triton")` takes these; nothing is patched, and twotower
 this file.
 
     1  moe_experts        grouped matrix products over the experts that were hit
-    2  ssd_scan, ssd_step the Mamba-2 recurrence, chunk by chunk or one token
+    2  ssd_scan, ssd_step the Mamba-2 recurrence, chunk by chunk or one token; ssd_rates, its dt, A
     3  causal_conv1d      depthwise convolution and SiLU
     4  norms              rms_norm, gated_rms_norm, modulated_rms_norm, add_gated
     5  attention          few queries over many keys, split over the keys
@@ -338,7 +338,7 @@ def _chunk_kernel(
         B = tl.load(B_ptr + row * B_row + t[:, None] * B_token + group * N + n[None, :],
                     real[:, None], other=0.0)                                    # (CHUNK, BLOCK_N)
         if READ_STATE:
-            state = tl.load(state_ptr + cells + n[None, :])                      # (BLOCK_P, BLOCK_N)
+            state = tl.load(state_ptr + cells + n[None, :])                     # (BLOCK_P, BLOCK_N)
             C = tl.load(C_ptr + row * C_row + t[:, None] * C_token + group * N + n[None, :],
                         real[:, None], other=0.0)
             weight = tl.dot(C, tl.trans(B), weight, input_precision="tf32x3")
@@ -412,22 +412,23 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     BLOCK_P = P if b * H * chunks >= 4 * multiprocessors(x.device) else 16
     strides = (*x.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2])
 
-    def over_chunks(states, out, **what):
+    def over_chunks(before=None, after=None, totals=None):
+        # a pointer that is not used still needs a tensor
         _chunk_kernel[b * H, chunks, P // BLOCK_P](
-            x, dt, A, B, C, D, states, y, out, totals, *strides, L, H, G, **what, CHUNK=CHUNK, P=P, N=N,
-            BLOCK_P=BLOCK_P, BLOCK_N=min(N, 64 if BLOCK_P == 16 else 32))
+            x, dt, A, B, C, D, *(y if v is None else v for v in (before, y, after, totals)),
+            *strides, L, H, G, READ_STATE=before is not None, WRITE_STATE=after is not None,
+            CHUNK=CHUNK, P=P, N=N, BLOCK_P=BLOCK_P, BLOCK_N=min(N, 64 if BLOCK_P == 16 else 32))
 
     if chunks == 1 and not keep_chunks:
-        totals = y                          # not touched
-        over_chunks(state, last if keep_state else y, READ_STATE=True, WRITE_STATE=keep_state)
+        over_chunks(before=state, after=last)
         return y, last
     totals = torch.empty(b, chunks, H, dtype=torch.float32, device=x.device)
     states = torch.empty(b, chunks, H, P, N, dtype=torch.float32, device=x.device)
-    over_chunks(state, states, READ_STATE=False, WRITE_STATE=True)
+    over_chunks(after=states, totals=totals)
     _pass_states_kernel[b * H, triton.cdiv(P * N, 1024)](
         totals, state, states, last if keep_state else y, chunks, H, P * N, KEEP_STATE=keep_state,
         BLOCK=1024)
-    over_chunks(states, y, READ_STATE=True, WRITE_STATE=False)
+    over_chunks(before=states)
     return y, states if keep_chunks else last
 
 
@@ -462,8 +463,8 @@ def _step_kernel(
 @launcher
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """As twotower.ssd_step; P and N as for ssd_scan. The state is read once and written once, 8 H P N
-    bytes a row."""
+    """As twotower.ssd_step; P and N as for ssd_scan. The state is read once and written once,
+    8 H P N bytes a row."""
     (b, H, P), (G, N), f32 = x.shape, B.shape[1:], (torch.float32,)
     check_power_of_2("P", P)
     check_power_of_2("N", N)
@@ -1001,11 +1002,11 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 # ---------------------------------------------------------------------------------------------
 # 8. Passes recorded as CUDA graphs
 #
-# Why: a full-size pass launches many hundreds of kernels of a few microseconds each; at batch 1 the
-# host cannot launch them as fast as the GPU runs them. Recorded once, a pass is replayed by one
-# call. Whatever it reads and writes must then stay where it is: inputs are copied into buffers,
-# Mamba states are written back into theirs, and the rows' lengths are on the device, where a mask
-# over the whole cache is made from them.
+# Why: a pass makes about a dozen launches a layer (a denoiser step 9 in a Mamba-2 layer, 13 in an
+# MoE layer, 12 in an attention layer, as test_launches_of_a_pass counts), most of them small; at
+# batch 1 the host cannot launch them as fast as the GPU runs them. Recorded once, a pass is
+# replayed by one call. Whatever it reads and writes must then stay where it is: inputs are copied
+# into buffers, Mamba states are written back into theirs, the rows' lengths are on the device.
 
 
 class Passes:
@@ -1249,7 +1250,8 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
         best = math.log(1.65 * V) + randn(rows, dtype=f32)
         logits[torch.arange(rows), (5 + torch.arange(rows) * 7) % V] = best
         yield Case("most_likely", f"{rows} rows of {V}", (logits, 3), 4 * rows * V, 0)
-    for T, n_group in ((16, 1), (4096, 1), (16, 8)) if full_size else ((1, 1), (9, 1), (9, 4), (67, 1)):
+    for T, n_group in ((16, 1), (4096, 1), (16, 8)) if full_size else (
+                      (1, 1), (9, 1), (9, 4), (67, 1)):
         config = SimpleNamespace(num_experts_per_tok=A, n_group=n_group, topk_group=2,
                                  norm_topk_prob=True, routed_scaling_factor=2.5)
         args = (randn(T, D), randn(E, D, dtype=f32) / D**0.5, randn(E, dtype=f32) / 10, config)

@@ -668,7 +668,8 @@ def without(logits: Tensor, mask_token_id: int | None) -> Tensor:
 
 # what modules call by name, so that a model can be given those of kernels.py instead
 OPERATIONS = ("rms_norm", "modulated_rms_norm", "gated_rms_norm", "add_gated", "causal_conv1d",
-              "ssd_rates", "ssd_scan", "ssd_step", "attention", "route", "moe_experts", "most_likely")
+              "ssd_rates", "ssd_scan", "ssd_step", "attention", "route", "moe_experts",
+              "most_likely")
 KERNELS = Path(__file__).with_name("kernels.py")
 
 
