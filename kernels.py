@@ -538,7 +538,7 @@ def _conv_kernel(
     acc = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
-    for w in tl.static_range(W):
+    for w in tl.static_range(W):                # input t + w is W-1-w tokens before token t
         tap = tl.load(weight_ptr + c * W + w, c < channels, other=0.0).to(tl.float32)
         x = tl.load(inputs_ptr + row * row_stride + (t[:, None] + w) * token_stride + c[None, :],
                     real, other=0.0)
@@ -586,7 +586,7 @@ def _norm_kernel(
         scale_ptr,          # (B*n, D)
         out_ptr,            # (tokens, D)
         D, eps, segment,    # the length of a block: its tokens share a shift and a scale
-        MODULATE: tl.constexpr,         # 0 not, 1 before the norm, 2 after it
+        MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
         BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
