@@ -823,8 +823,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask_row, mask_token = mask.expand(B, 1, L, S).stride(0), mask.stride(2)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    queries, BLOCK_S = H // G * L, 64
-    BLOCK_M = 16 if queries <= 16 else 64 if queries <= 64 else 128
+    queries = H // G * L
+    BLOCK_M, BLOCK_S, num_warps = (
+        (16, 64, 4) if queries <= 16 else
+        (64, 32, 8) if q.dtype == torch.float32 else            # larger ones spill registers
+        (64, 64, 4) if queries <= 64 else (128, 64, 8))
     BLOCK_K = max(16, triton.next_power_of_2(K))
     tiles = triton.cdiv(queries, BLOCK_M)
     # two programs for each multiprocessor, but shares of at least two tiles of keys
@@ -844,7 +847,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
         *k.stride()[:3], *v.stride()[:3], last_row, mask_row, mask_token, H, G, L, S,
         share_size, K**-0.5, HAS_LAST=last_seen is not None, IS_CAUSAL=is_causal,
         HAS_MASK=mask is not None, ONE_SHARE=shares == 1, PRECISION=precision(q.dtype), K=K,
-        BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=8 if BLOCK_M == 128 else 4)
+        BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=num_warps)
     if shares > 1:
         _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K,
                                         BLOCK_K=BLOCK_K,
