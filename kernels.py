@@ -1209,8 +1209,8 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
         return torch.rand(shape, generator=generator, device=device)
 
     f32, size = torch.float32, dtype.itemsize
-    D, E, A, F_ = (2688, 128, 6, 1856) if full_size else (48, 8, 3, 40)
-    for T in (1, 16, 256, 4096) if full_size else (1, 16, 57):
+    D, E, A, F_ = (2688, 128, 6, 1856) if full_size else (600, 8, 3, 40)
+    for T in (1, 16, 256, 4096) if full_size else (1, 16, 57, 260):
         for routing in ("random", "one expert") if T in (16, 57) else ("random",):
             ids = rand(T, E).topk(A).indices
             if routing != "random":
@@ -1218,12 +1218,12 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
             hit = E if device == "meta" else len(ids.unique())
             args = (randn(T, D), ids, rand(T, A), randn(E, F_, D) / D**0.5, randn(E, D, F_) / F_)
             yield Case("moe_experts", f"{T} tokens, {hit} of {E} experts", args,
-                       hit * 2 * F_ * D * size + T * D * (size + 4), T * A * 4 * F_ * D)
+                       (hit * F_ + T) * 2 * D * size, T * A * 4 * F_ * D)
     if not full_size:
         yield Case("moe_experts", "with biases", (
             randn(9, D), rand(9, E).topk(A).indices, rand(9, A), randn(E, F_, D) / D**0.5,
             randn(E, D, F_), randn(E, F_), randn(E, D)), 0, 0)
-    H, P, G, N = (64, 64, 8, 128) if full_size else (4, 16, 2, 32)
+    H, P, G, N = (64, 64, 8, 128) if full_size else (4, 32, 2, 64)
     for b, L, limit, counts in ((1, 16, (0.0, math.inf), None), (64, 16, (0.0, math.inf), None)
                                 ) if full_size else (
                                 (1, 5, (0.0, math.inf), None), (3, 9, (0.1, 2.0), (9, 1, 4))):
@@ -1237,7 +1237,7 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
     for b, L, chunks in ((1, 16, False), (64, 16, False), (1, 2048, False), (1, 8192, False),
                          (1, 2048, True)) if full_size else (
                          (2, 1, False), (1, 15, False), (2, 16, False), (1, 17, False),
-                         (1, 129, False), (2, 40, True)):
+                         (9, 16, False), (3, 129, False), (2, 40, True)):
         args = (randn(b, L, H, P), rand(b, L, H), -rand(H), randn(b, L, G, N) / N**0.5,
                 randn(b, L, G, N), rand(H), randn(b, H, P, N, dtype=f32) / N**0.5, 16, True, chunks)
         c = min(L, 16)
