@@ -214,9 +214,11 @@ def group_by_expert(topk_ids: Tensor, E: int, tile: int) -> tuple[Tensor, Tensor
     tiles = n if n < E else (n + E * (tile - 1)) // tile
     slots, tile_expert, n_tiles = (torch.empty(size, dtype=torch.long, device=device)
                                    for size in (tiles * tile, tiles, 1))
+    # a slot for each of the 128 threads at least: of fewer, threads hold copies, which a histogram
+    # with a mask counts as well (seen in the code that Triton 3.6 and 3.7 compile)
+    BLOCK = min(1024, max(128, triton.next_power_of_2(n)))
     _group_kernel[E,](topk_ids.contiguous(), slots, tile_expert, n_tiles, n, TILE=tile,
-                      BLOCK_E=triton.next_power_of_2(E),
-                      BLOCK=min(1024, triton.next_power_of_2(n)))
+                      BLOCK_E=triton.next_power_of_2(E), BLOCK=BLOCK)
     return slots, tile_expert, n_tiles
 
 
