@@ -33,6 +33,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +81,23 @@ def bytes_of_pass(config: TwoTowerConfig, experts: float, cached: int = 0, rows:
     return weights + rows * (cached * bytes_per_cached_token(states) + mamba)
 
 
+@contextlib.contextmanager
+def without_this_folder():
+    """transformers imports the package `kernels` where it is installed, and would find the file of
+    that name beside this one."""
+    path, here = sys.path[:], Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != here]
+    sys.modules.pop("kernels", None)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+
+
 def as_transformers(model: TwoTower):
     """transformers' NemotronHForCausalLM holding our context tower's weights."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
+    with without_this_folder():
+        from transformers import NemotronHConfig, NemotronHForCausalLM
 
     c = model.config
     same = ("hidden_size vocab_size layer_norm_epsilon mamba_num_heads mamba_head_dim n_groups "

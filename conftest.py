@@ -74,7 +74,8 @@ def run_official(directory: Path, file: Path):
 
     import torch
     from safetensors.torch import save_file
-    sys.path.insert(0, str(directory))
+    # instead of this folder, whose kernels.py transformers would take for the package of that name
+    sys.path[0] = str(directory)
     from modeling_nemotron_twotower import NemotronHTwoTowerForCausalLM
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -1379,8 +1379,8 @@ def test_rows_with_templates_equal_single_rows():
 # ------------------------------------------------------------------------------------ the kernels
 
 try:
-    import kernels
-except ImportError:
+    kernels = twotower.kernels()
+except ValueError:
     kernels = None
 needs_kernels = pytest.mark.skipif(kernels is None, reason="triton is not installed")
 DEVICE = "cuda" if kernels and not kernels.INTERPRETED else "cpu"
@@ -3494,6 +3494,20 @@ def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
     if not torch.cuda.is_available():
         run = run_python("bench.py", "gpu")
         assert run.returncode == 2 and "needs a CUDA device" in run.stderr.splitlines()[-1]
+
+
+def test_transformers_does_not_find_our_kernels():
+    """Where the package `kernels` is installed, transformers imports it by a name that is ours."""
+    import_it = ("import sys, bench, importlib.util as u\n"
+                 "assert u.find_spec('kernels').origin.endswith('kernels.py')\n"
+                 "with bench.without_this_folder():\n    print(u.find_spec('kernels').origin)\n"
+                 "assert u.find_spec('kernels').origin.endswith('kernels.py')")
+    with tempfile.TemporaryDirectory() as site:
+        (Path(site) / "kernels").mkdir()
+        theirs = Path(site) / "kernels" / "__init__.py"
+        theirs.touch()
+        run = run_python("-c", import_it, env=os.environ | {"PYTHONPATH": site})
+    assert run.returncode == 0 and Path(run.stdout.strip()) == theirs, run.stderr
 
 
 def test_bench_runs():
