@@ -87,7 +87,6 @@ def without_this_folder():
     that name beside this one."""
     path, here = sys.path[:], Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in path if Path(entry).resolve() != here]
-    sys.modules.pop("kernels", None)
     try:
         yield
     finally:
@@ -291,7 +290,8 @@ def check_replays(model: TwoTower, rows: int, length: int):
     for plain, recorded in zip(*results):
         gap = float((plain - recorded).square().mean().sqrt() / plain.square().mean().sqrt())
         # the same kernels, unless a library chooses otherwise while it is recorded; a rounding that
-        # changes the choice of an expert makes some 0.02, a state not written back 0.5
+        # changes the choice of an expert makes some 0.02, a state not written back 0.5 (both seen
+        # on a narrow bfloat16 model of the release's 52 layers)
         if not gap < 0.1:
             raise ValueError(f"recorded passes differ from plain ones by {gap:.1e}")
 

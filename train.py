@@ -522,7 +522,8 @@ class Trainer:
                     bar.console.print(
                         f"{name} step {self.step}/{total} loss {self.log[-1]['loss']:.3f} valid "
                         + " ".join(f"{kind} {value:.3f}" for kind, value in valid.items())
-                        + f" {speed:.0f} tokens/s {left:.0f} min left", soft_wrap=True)
+                        + f" {speed:.0f} tokens/s {self.seconds / 60:.0f} min, {left:.0f} min left",
+                        soft_wrap=True)
                     sys.stdout.flush()
                     self.save()
                 losses, start = [], time.perf_counter()

@@ -767,7 +767,8 @@ class Mamba2(Module):
         history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (b, W+L, conv_dim)
         xBC = self.ops.causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias)
         groups = c.n_groups * c.ssm_state_size
-        x, B, C = xBC.to(u.dtype).split([c.d_inner, groups, groups], dim=-1)
+        xBC = xBC.to(u.dtype)           # other only under autocast, which must not round the scan
+        x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
         x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (b, L, H, P)
         B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (b, L, G, N)
         C = C.unflatten(-1, (c.n_groups, c.ssm_state_size))
