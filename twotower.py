@@ -6,22 +6,10 @@ key/value cache or a Mamba-2 state. The **denoiser tower** fills a block of mask
 parallel over a few steps: its layer i reads the context tower's cache or state of layer i, and
 adaLN tells it how much of the block is still masked.
 
-Map, top down (the file runs bottom up; numbers are its sections):
-
-    8  TwoTower.generate_mask_diffusion   blocks -> steps -> commits, perhaps in a template
-         .generate_speculative            drafts by the denoiser, verified by the context tower
-         .score                           log-probabilities of given text
-         .prefill / .extend               context tower over clean tokens -> Context
-         .denoise                         denoiser tower over one noisy block, given a Context
-         .diffusion_loss                  training: all blocks of a sequence in one pass
-         .from_pretrained                 checkpoint -> model
-    7  reading checkpoints
-    6  choosing tokens: Sampler, predict, select_commits
-    5  time conditioning (adaLN)
-    4  modules: Tower -> Layer -> Mamba2 | Attention | MoE | MLP
-    3  functions: causal_conv1d, ssd_scan, ssd_step, attention, route, moe_experts, norms
-    2  state: Context of KVCache and MambaState; Span, where a pass reads and writes
-    1  TwoTowerConfig
+In this order: configuration; the formulas; what passes carry; layers and towers; the model, with
+training and four ways of decoding; then what these lean on: a running generation, checks of
+arguments, checkpoint files, kernels. A denoiser step from the top: `generate_mask_diffusion`,
+`Decoding.fill`, `TwoTower._denoise`, `Tower`, `Layer`, `Attention`, `attention`.
 
 Needs torch, einops and safetensors; works when copied alone. Parameter names are those of the
 checkpoint; the one exception is that the experts of a layer are stacked, so that
@@ -59,12 +47,10 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count, groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -78,41 +64,39 @@ from torch import Tensor, nn
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. Configuration
+# Configuration
 
 
-@dataclass(init=False)
+@dataclass
 class TwoTowerConfig:
-    """The fields of config.json that the model uses, spelled as there; others are ignored.
+    """The fields of config.json that the model uses, spelled as there; the defaults are the
+    released model's. Raises: ValueError naming a field that is impossible (see `check_config`)."""
 
-    Fields without a default must be given.
-    Raises: ValueError naming the field that is missing or impossible.
-    """
-
-    hidden_size: int                            # D
-    num_hidden_layers: int
-    hybrid_override_pattern: str                # M Mamba-2, * attention, E MoE, - MLP
-    vocab_size: int                             # V
-    layer_norm_epsilon: float
-    mamba_num_heads: int                        # H of a Mamba layer
-    mamba_head_dim: int                         # P
-    n_groups: int                               # G of a Mamba layer; not n_group below
-    ssm_state_size: int                         # N
-    conv_kernel: int                            # W
-    chunk_size: int                             # tokens per chunk of the scan
-    num_attention_heads: int                    # H of an attention layer
-    num_key_value_heads: int                    # G of an attention layer
-    head_dim: int                               # K
-    intermediate_size: int                      # width of a dense MLP
-    n_routed_experts: int                       # E
-    num_experts_per_tok: int                    # A
-    moe_intermediate_size: int                  # F
-    moe_shared_expert_intermediate_size: int    # width of the one shared expert
-    norm_topk_prob: bool
-    routed_scaling_factor: float
-    n_group: int = 1                            # router groups
-    topk_group: int = 1
-    use_bias: bool = False                      # Mamba in_proj and out_proj
+    hidden_size: int = 2688                             # D
+    num_hidden_layers: int = 52
+    hybrid_override_pattern: str = (                    # M Mamba-2, * attention, E MoE, - MLP
+        "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME")
+    vocab_size: int = 131072                            # V
+    layer_norm_epsilon: float = 1e-5
+    mamba_num_heads: int = 64                           # H of a Mamba layer
+    mamba_head_dim: int = 64                            # P
+    n_groups: int = 8                                   # G of a Mamba layer; not n_group below
+    ssm_state_size: int = 128                           # N
+    conv_kernel: int = 4                                # W
+    chunk_size: int = 128                               # tokens per chunk of the scan
+    num_attention_heads: int = 32                       # H of an attention layer
+    num_key_value_heads: int = 2                        # G of an attention layer
+    head_dim: int = 128                                 # K
+    intermediate_size: int = 1856                       # width of a dense MLP
+    n_routed_experts: int = 128                         # E
+    num_experts_per_tok: int = 6                        # A
+    moe_intermediate_size: int = 1856                   # F
+    moe_shared_expert_intermediate_size: int = 3712     # width of the one shared expert
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    n_group: int = 1                                    # router groups; files may lack this and
+    topk_group: int = 1                                 # all that follow
+    use_bias: bool = False                              # Mamba in_proj and out_proj
     use_conv_bias: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -121,35 +105,41 @@ class TwoTowerConfig:
     tie_word_embeddings: bool = False
     residual_in_fp32: bool = False
     time_step_limit: tuple[float, float] = (0.0, math.inf)
-    time_step_min: float = 0.001                # this and the next three: initialisation only
+    time_step_min: float = 0.001                        # this and the next three: initialisation
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
-    max_position_embeddings: int = 262144       # longest sequence; there are no positions
+    max_position_embeddings: int = 262144               # longest sequence; there are no positions
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = 0
-    mask_token_id: int | None = 3               # a convention of the release, not in its file
+    mask_token_id: int | None = 3                       # a convention, not in the released file
 
-    def __init__(self, **fields):
-        for field in dataclasses.fields(self):
-            value = fields.get(field.name, field.default)
-            if value is dataclasses.MISSING:
-                raise ValueError(f"config: field {field.name!r} is missing")
-            if field.name == "time_step_limit":
-                value = field.default if value is None else value
-                value = tuple(value) if isinstance(value, list | tuple) else (value,)
-            setattr(self, field.name, value)
-        self._validate()
+    def __post_init__(self):
+        if self.time_step_limit is None:
+            self.time_step_limit = (0.0, math.inf)
+        elif isinstance(self.time_step_limit, list):
+            self.time_step_limit = tuple(self.time_step_limit)
+        check_config(self)
+
+    @classmethod
+    def from_dict(cls, given: dict) -> TwoTowerConfig:
+        """What config.json holds; fields that the model does not use are ignored.
+
+        Raises: ValueError naming the field that is missing or impossible.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in names[:names.index("n_group")]:
+            require(name in given, f"config: field {name!r} is missing")
+        return cls(**{name: given[name] for name in names if name in given})
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
-        """Read config.json. Raises: ValueError naming the file and what is wrong with it."""
-        fields = _read_json(Path(path))
+        """`from_dict` of a file. Raises: ValueError naming the file and what is wrong with it."""
         try:
-            return cls(**fields)
+            return cls.from_dict(read_json(Path(path)))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path} ')}") from None
 
     @property
     def d_inner(self) -> int:
@@ -161,260 +151,14 @@ class TwoTowerConfig:
         """Channels under the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.ssm_state_size
 
-    def _validate(self):
-        def require(ok: bool, name: str, rule: str):
-            if not ok:
-                raise ValueError(f"config: {name} is {getattr(self, name)!r}, but {rule}")
-
-        kinds = {
-            "int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
-            "float": (lambda v: type(v) in (int, float) and 0 < v < math.inf,
-                      "it must be a positive number"),
-            "bool": (lambda v: type(v) is bool, "it must be true or false"),
-            "int | None": (lambda v: v is None or type(v) is int and 0 <= v < self.vocab_size,
-                           f"it must be an id below vocab_size {self.vocab_size}")}
-        for field in dataclasses.fields(self):
-            if field.type in kinds:
-                holds, rule = kinds[field.type]
-                require(holds(getattr(self, field.name)), field.name, rule)
-        pattern, limit = self.hybrid_override_pattern, self.time_step_limit
-        require(isinstance(pattern, str), "hybrid_override_pattern", "it must be text")
-        for letter in pattern:
-            require(letter in "M*E-", "hybrid_override_pattern",
-                    f"{letter!r} is no layer kind (M Mamba-2, * attention, E MoE, - MLP)")
-        require(len(pattern) == self.num_hidden_layers, "num_hidden_layers",
-                f"hybrid_override_pattern {pattern!r} has {len(pattern)} letters")
-        for name, parts in (("num_attention_heads", "num_key_value_heads"),
-                            ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group")):
-            require(getattr(self, name) % getattr(self, parts) == 0, name,
-                    f"it must be a multiple of {parts} {getattr(self, parts)}")
-        require(self.n_group == 1 or self.n_routed_experts >= 2 * self.n_group, "n_group",
-                "a router group needs two experts or more")
-        require(self.topk_group <= self.n_group, "topk_group", f"n_group is {self.n_group}")
-        require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok",
-                f"there are {self.n_routed_experts} experts")
-        numbers = all(type(v) in (int, float) for v in limit)
-        require(numbers and len(limit) == 2 and 0 <= limit[0] <= limit[1], "time_step_limit",
-                "it must be [low, high] with 0 <= low <= high")
-        require(self.time_step_min <= self.time_step_max, "time_step_min",
-                f"time_step_max is {self.time_step_max}")
-        require(self.mask_token_id is not None, "mask_token_id", "decoding needs one")
-        require(self.mlp_hidden_act == "relu2", "mlp_hidden_act", "only relu2 is supported")
-        require(self.mamba_hidden_act == "silu", "mamba_hidden_act", "only silu is supported")
-        require(not self.tie_word_embeddings, "tie_word_embeddings", "each tower has its own head")
-
 
 # ---------------------------------------------------------------------------------------------
-# 2. State: what the context tower remembers, and where a pass reads and writes it
-
-
-class Span(NamedTuple):
-    """One pass of L new tokens per row over cached ones: where they go and what they may see.
-
-    pass               new tokens see                       Mamba states returned
-    prefill            the new ones before them (causal)    after the last token
-    extend             all cached, the new ones before      after the last token, or (tentative)
-                                                            a MambaScan: after any token
-    denoise            all cached and all new ones          none
-    train, clean       the new ones before them (causal)    before every block
-    train, noisy       earlier clean blocks, own block      none
-    """
-
-    start: int | Tensor             # first cache slot of the new tokens; (B,) when rows differ
-    end: int                        # cache slots in use with the new tokens, longest row
-    # new tokens see every slot in use, unless it is said which:
-    last_seen: Tensor | None = None # (B or 1, L) int64: those up to this one
-    is_causal: bool = False         # those up to each token's own (the cache was empty)
-    mask: Tensor | None = None      # (B or 1, 1, L, end) bool, True = visible: any others
-    counts: Tensor | None = None    # (B,) real tokens of each row, the rest is padding; None = L
-    keep_state: bool = True         # return the Mamba state after the pass; or instead,
-    tentative: bool = False         # a MambaScan, or
-    block_size: int | None = None   # the states before every block of this size
-
-    @classmethod
-    def make(cls, lengths: Tensor, L: int, device, *, for_context: bool, counts=None) -> Span:
-        """L tokens appended to rows of `lengths` (B,) tokens (on the host, like counts)."""
-        longest = int(lengths.max())
-        uniform = bool((lengths == longest).all())
-        counts = None if counts is None or bool((counts == L).all()) else counts.to(device)
-        span = cls(longest, longest + L, counts=counts, keep_state=for_context)
-        if uniform and (L == 1 or not for_context):
-            return span                                     # every token sees every slot
-        if longest == 0:
-            return span._replace(is_causal=True)
-        fixed = cls.fixed(lengths[:1] if uniform else lengths, L, span.end, for_context=for_context)
-        start = longest if uniform else lengths.to(device)
-        return span._replace(start=start, last_seen=fixed.last_seen.to(device))
-
-    @classmethod
-    def fixed(cls, lengths: Tensor, L: int, capacity: int, *, for_context: bool) -> Span:
-        """The same with all `capacity` slots in use: nothing but the contents of tensors depends on
-        lengths (B,), which may be on any device."""
-        i = torch.arange(L, device=lengths.device)
-        last_seen = lengths[:, None] + (i if for_context else i.new_full((L,), L - 1))
-        return cls(lengths, capacity, last_seen, keep_state=for_context)
-
-
-class MambaState(NamedTuple):
-    """What a Mamba-2 layer carries from call to call.
-
-    Extending a context by one token updates it in place, and recorded passes do so always; no other
-    pass changes a state.
-    """
-
-    conv_state: Tensor              # (B, conv_dim, W) model dtype: raw inputs, newest last
-    ssm_state: Tensor               # (B, H, P, N) float32 (float64 in a float64 model)
-
-    def map(self, f) -> MambaState:
-        return MambaState(f(self.conv_state), f(self.ssm_state))
-
-
-class MambaScan(NamedTuple):
-    """What went into a pass of a Mamba-2 layer: the state after any of its tokens follows."""
-
-    history: Tensor                 # (B, W+L, conv_dim): the W old inputs of the convolution, L new
-    x: Tensor                       # (B, L, H, P) model dtype: the inputs of the scan
-    dt: Tensor                      # (B, L, H) f32
-    A: Tensor                       # (H) f32
-    B: Tensor                       # (B, L, G, N) model dtype
-    ssm_state: Tensor               # (B, H, P, N) before the pass
-
-    def after(self, counts: Tensor) -> MambaState:
-        """The state after the first counts (B,) tokens of each row."""
-        counts = counts.to(self.dt.device)
-        kept = torch.arange(self.dt.shape[1], device=counts.device) < counts[:, None]
-        with torch.autocast(self.x.device.type, enabled=False):     # as in ssd_scan
-            ssm = ssd_state(wide(self.x), self.dt * kept[..., None], self.A, wide(self.B),
-                            self.ssm_state)
-        W = self.history.shape[1] - self.dt.shape[1]
-        return MambaState(conv_state_after(self.history, counts, W), ssm)
-
-
-class KVCache:
-    """Keys and values of an attention layer in buffers with room to grow.
-
-    Slots past a row's length are scratch: a denoiser writes its block there, reads context and
-    block as one piece without copying the cache, and leaves the context as it was.
-    """
-
-    def __init__(self, key_cache: Tensor, value_cache: Tensor):
-        self.key_cache = key_cache          # (B, G, capacity, K)
-        self.value_cache = value_cache      # (B, G, capacity, K)
-
-    def map(self, f) -> KVCache:
-        return KVCache(f(self.key_cache), f(self.value_cache))
-
-    def reserve(self, capacity: int):
-        """Make room for `capacity` tokens a row, at least doubling, so that growth is amortised."""
-        B, G, have, K = self.key_cache.shape
-        if capacity > have:
-            # zeros, not empty: a stray NaN in a masked slot would reach the output
-            room = self.key_cache.new_zeros(B, G, max(capacity, 2 * have) - have, K)
-            self.key_cache = torch.cat([self.key_cache, room], dim=2)
-            self.value_cache = torch.cat([self.value_cache, room], dim=2)
-
-    def write(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, G, L, K) where span says; return all slots in use, (B, G, end, K) views."""
-        self.reserve(span.end)
-        if isinstance(span.start, int):
-            slots = (slice(None), slice(None), slice(span.start, span.start + k.shape[2]))
-        else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            new = span.start[:, None] + torch.arange(k.shape[2], device=k.device)
-            slots = (rows, slice(None), new)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)             # indexing gives (B, L, G, K)
-        self.key_cache[slots], self.value_cache[slots] = k, v
-        return self.key_cache[:, :, :span.end], self.value_cache[:, :, :span.end]
-
-
-class Context:
-    """What the context tower knows of a batch of rows: `prefill` makes it, `extend` grows it.
-
-    lengths (B,) int64 on the host: tokens read so far, per row.
-    logits (B, V) float32: the context head after each row's last token; None where not computed.
-    states: per layer a KVCache (attention), a MambaState (Mamba-2) or None (MoE, MLP).
-    """
-
-    def __init__(self, tower: Tower, rows: int, capacity: int):
-        self.device = tower.device
-        self.states = tower.empty_states(rows, capacity)
-        self.lengths = torch.zeros(rows, dtype=torch.long)
-        self.logits: Tensor | None = None
-        self.passes = None                              # kernels.Passes over this context, if any
-        self._replica: list | None = None               # the states on another device
-        self._sent = self.lengths                       # tokens of each row that the replica holds
-
-    def select(self, rows: list[int]):
-        """Keep only these rows, in this order."""
-        if rows == list(range(len(self.lengths))):
-            return
-        self.states = [state and state.map(lambda x: x[rows]) for state in self.states]
-        self._replica = self._replica and [state and state.map(lambda x: x[rows])
-                                           for state in self._replica]
-        self.lengths, self._sent = self.lengths[rows], self._sent[rows]
-        self.logits = None if self.logits is None else self.logits[rows]
-        self.passes = self.passes and self.passes.anew(self)
-
-    def settle(self, counts: Tensor):
-        """Keep only the first counts (B,) tokens of each row of the last, tentative pass.
-
-        Keys and values past a row's length are scratch anyway; Mamba states are computed from the
-        scan's inputs. No layer runs again.
-        """
-        self.states = [state.after(counts) if isinstance(state, MambaScan) else state
-                       for state in self.states]
-        self.lengths = self.lengths + counts
-        self.logits = None
-
-    def states_for(self, tower: Tower) -> list:
-        """The states on the device of a denoiser tower.
-
-        On the context's own device these are the states themselves. Elsewhere they are a replica,
-        to which only what is new since the last call crosses: new KV rows and the Mamba states.
-        """
-        if tower.device == self.device:
-            return self.states
-        if self._replica is None:
-            self._replica = tower.empty_states(len(self.lengths), 0)
-        if not torch.equal(self._sent, self.lengths):
-            slots = torch.arange(int(self.lengths.max()))
-            new = (slots >= self._sent[:, None]) & (slots < self.lengths[:, None])
-            row, slot = new.nonzero(as_tuple=True)
-            for i, state in enumerate(self.states):
-                if isinstance(state, MambaState):
-                    self._replica[i] = state.map(lambda x: x.to(tower.device))
-                elif isinstance(state, KVCache):
-                    k, v = state.key_cache[row, :, slot], state.value_cache[row, :, slot]
-                    copy = self._replica[i]
-                    copy.reserve(state.key_cache.shape[2])
-                    copy.key_cache[row, :, slot] = k.to(tower.device)
-                    copy.value_cache[row, :, slot] = v.to(tower.device)
-            self._sent = self.lengths
-        return self._replica
-
-
-# ---------------------------------------------------------------------------------------------
-# 3. Pure functions
+# The formulas
 
 
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least, where norms, scans, softmaxes and sums are computed."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-# On x86 torch's float32 product goes to MKL, which leaves AVX-512 unused on AMD; oneDNN, in the
-# same build, uses it. Its float32 entry is an operator meant for torch.compile: hence the checks.
-ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-          and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., inputs) weight^T (outputs, inputs) + bias (outputs)."""
-    if ONEDNN and x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-        large = x.numel() * weight.shape[0] >= 2**20    # smaller products do not repay its overhead
-        if large and x.dtype == weight.dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -423,6 +167,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returned in the weight's dtype, the model's: x may be a float32 residual stream.
     """
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(weight.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x * (1 + scale) + shift, for x (B, L, D), shift and scale (B, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def modulate_then_norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
+                       eps: float) -> Tensor:
+    """Before the denoiser's Mamba and attention layers."""
+    return rms_norm(modulate(x, shift, scale), weight, eps)
+
+
+def norm_then_modulate(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
+                       eps: float) -> Tensor:
+    """Before the denoiser's MoE and MLP layers."""
+    return modulate(rms_norm(x, weight, eps), shift, scale)
+
+
+def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + gate * h, for x and h (B, L, D), gate (B, 1, D)."""
+    return torch.addcmul(x, gate, h)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -435,51 +201,23 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     return (v * weight).to(y.dtype)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x * (1 + scale) + shift, for x (B, L, D) in n equal blocks with a (B, n, D) each."""
-    blocks = x.unflatten(1, (shift.shape[1], -1))                                # (B, n, L/n, D)
-    return torch.addcmul(shift[:, :, None], blocks, 1 + scale[:, :, None]).flatten(1, 2)
-
-
-def modulated_rms_norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor,
-                       norm_first: bool) -> Tensor:
-    """`modulate` after `rms_norm`, or before it."""
-    if norm_first:
-        return modulate(rms_norm(x, weight, eps), shift, scale)
-    return rms_norm(modulate(x, shift, scale), weight, eps)
-
-
-def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    """x + gate * h, for x and h (B, L, D) in n equal blocks with a gate (B, n, D) each."""
-    x, h = (v.unflatten(1, (gate.shape[1], -1)) for v in (x, h))
-    return torch.addcmul(x, gate[:, :, None], h).flatten(1, 2)
-
-
 def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise causal convolution, then SiLU, in float32.
 
     Args:
-        inputs (B, W-1+L, channels): the L new inputs behind the W-1 before them.
+        inputs (b, W-1+L, channels): the L new inputs behind the W-1 before them.
         weight (channels, 1, W), bias (channels) or None.
-    Returns: (B, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
+    Returns: (b, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
     """
-    W = weight.shape[-1]
-    L = inputs.shape[1] - W + 1
     x, taps = wide(inputs), wide(weight[:, 0]).mT.contiguous()                  # (W, channels)
+    L = inputs.shape[1] - len(taps) + 1
     if L == 1:
         out = (x * taps).sum(1, keepdim=True)
     else:
         out = x[:, :L] * taps[0]
-        for w in range(1, W):                   # W shifted products beat a depthwise conv1d on CPU
+        for w in range(1, len(taps)):       # W shifted products beat a depthwise conv1d on CPU
             out.addcmul_(x[:, w:w + L], taps[w])
     return F.silu(out if bias is None else out + wide(bias)).to(inputs.dtype)
-
-
-def conv_state_after(history: Tensor, counts: Tensor, W: int) -> Tensor:
-    """history (B, W+L, channels): W old inputs, then L new ones -> the convolution's state
-    (B, channels, W) after the first counts (B,) of the new."""
-    newest = counts[:, None] + torch.arange(W, device=history.device)
-    return history[torch.arange(len(newest), device=history.device)[:, None], newest].mT
 
 
 def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, float],
@@ -487,10 +225,10 @@ def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, fl
     """The step sizes dt = softplus(dt + dt_bias), kept within `limit`, and A = -exp(A_log).
 
     Args: dt (b,L,H), dt_bias (H), A_log (H), counts (b) int64: the real tokens of each row.
-    Returns: dt (b,L,H) f32, 0 from counts on, and A (H) f32.
+    Returns: dt (b,L,H) f32, 0 from counts on (padding must not move the state), and A (H) f32.
     """
     dt = F.softplus(wide(dt) + dt_bias).clamp(*limit)
-    if counts is not None:                                  # padding must not move the state
+    if counts is not None:
         dt = dt * (torch.arange(dt.shape[1], device=dt.device) < counts[:, None])[..., None]
     return dt, -wide(A_log).exp()
 
@@ -502,44 +240,36 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     Args: x (b,H,P), B and C (b,G,N), D (H); f32: dt (b,H), A (H), state (b,H,P,N).
     Returns: y (b,H,P) in x's dtype and the new state, which is `state` itself if in_place.
     """
-    b, H, P, N = state.shape
     dtype, x, B, C = x.dtype, wide(x), wide(B), wide(C)
-    grouped = (b, B.shape[1], -1, P, N)
     decay = torch.exp(dt * A)[..., None, None]                                   # (b, H, 1, 1)
-    h = (state.mul_(decay) if in_place else state * decay).view(grouped)         # (b, G, H/G, P, N)
-    drive = (dt[..., None] * x).view(grouped[:4])
-    h = h.addcmul_(drive[..., None], B[:, :, None, None])
-    y = torch.einsum("bgrpn,bgn->bgrp", h, C).view(b, H, P)
-    return torch.addcmul(y, wide(D)[:, None], x).to(dtype), h.view(b, H, P, N)
+    h = state.mul_(decay) if in_place else state * decay
+    by_group = h.unflatten(1, (B.shape[1], -1))                                  # (b, G, H/G, P, N)
+    drive = (dt[..., None] * x).view(by_group.shape[:-1])                        # (b, G, H/G, P)
+    by_group.addcmul_(drive[..., None], B[:, :, None, None])
+    y = torch.einsum("bgrpn,bgn->bgrp", by_group, C).view(x.shape)
+    return torch.addcmul(y, wide(D)[:, None], x).to(dtype), h
 
 
-def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-              keep_state: bool = True) -> tuple[Tensor, Tensor | None]:
-    """c tokens of the recurrence of `ssd_step` (without D) at once, as matrix products.
+def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """The y of c tokens of the recurrence (without D) at once, as matrix products.
 
     Token l reads token s <= l with weight exp(sum of dt A over s+1..l) dt_s (C_l . B_s), and
     everything older through the state.
 
     Args: x (b,c,H,P), dt (b,c,H), A (H), B and C (b,c,G,N), state (b,H,P,N); all f32.
-    Returns: y (b,c,H,P); the state after the chunk, or None if not keep_state.
-    Source: arXiv 2405.21060, section 6.
+    Returns: (b,c,H,P). Source: arXiv 2405.21060, section 6.
     """
-    b, c, H, P = x.shape
-    G, N = B.shape[2:]
-    u = x * dt[..., None]
+    G = B.shape[2]
     B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (b, G, c, N)
     log_decay = (dt * A).mT.contiguous().cumsum(-1)     # (b, H, c): sums of dt A up to each token
     # from token s to token l >= s: exp(sum over s+1..l); the rest is clamped, then cut by tril
     weight = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
     weight = weight.unflatten(1, (G, -1)) * (C @ B.mT).tril()[:, :, None]        # (b, G, H/G, c, c)
-    within = weight.flatten(1, 2) @ u.transpose(1, 2)                            # (b, H, c, P)
+    within = weight.flatten(1, 2) @ (x * dt[..., None]).transpose(1, 2)          # (b, H, c, P)
     # from the state to token l: exp(sum over 1..l)
-    before = C @ state.view(b, G, -1, N).mT                                      # (b, G, c, H/G*P)
-    before = rearrange(before, "b g c (r p) -> b (g r) c p", p=P)
-    y = torch.addcmul(within, log_decay.exp()[..., None], before).transpose(1, 2)
-    if not keep_state:
-        return y, None
-    return y, ssd_state(x, dt, A, B.transpose(1, 2), state)
+    before = C @ rearrange(state, "b (g r) p n -> b g n (r p)", g=G)
+    before = rearrange(before, "b g c (r p) -> b (g r) c p", p=x.shape[-1])
+    return torch.addcmul(within, log_decay.exp()[..., None], before).transpose(1, 2)
 
 
 def ssd_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor) -> Tensor:
@@ -549,34 +279,30 @@ def ssd_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor) -> Ten
     """
     log_decay = (dt * A).cumsum(1)                                               # (b, c, H)
     u = x * (dt * (log_decay[:, -1:] - log_decay).exp())[..., None]
-    added = u.unflatten(2, (B.shape[2], -1)).flatten(3).permute(0, 2, 3, 1) @ B.transpose(1, 2)
-    total = log_decay[:, -1].exp()[..., None, None]                              # (b, H, 1, 1)
-    return torch.addcmul(added.view(state.shape), state, total)
+    added = rearrange(u, "b c (g r) p -> b g (r p) c", g=B.shape[2]) @ B.transpose(1, 2)
+    return torch.addcmul(added.view(state.shape), state, log_decay[:, -1].exp()[..., None, None])
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
-             chunk_size: int, keep_state: bool = True, keep_chunks: bool = False):
+             chunk_size: int, keep: str = "end") -> tuple[Tensor, Tensor | None]:
     """The recurrence of `ssd_step` over L tokens, chunk by chunk; chunk_size changes only the cost.
 
     Args:
         x (b,L,H,P), B and C (b,L,G,N), D (H); f32: dt (b,L,H), A (H), state (b,H,P,N).
         A dt of 0 makes a token invisible: the state passes it unchanged.
-        keep_state: return the state after the last token; keep_chunks: return instead the states
-        before each chunk, (b, chunks, H, P, N).
-    Returns: y (b,L,H,P) in x's dtype; the state(s), or None.
+    Returns: y (b,L,H,P) in x's dtype; and if keep is "end" the state after the last token, if it
+        is "blocks" the states before each chunk (b,chunks,H,P,N), else None.
     """
-    L, y, before = x.shape[1], [], []
-    dtype, x, B, C = x.dtype, wide(x), wide(B), wide(C)
+    dtype, x, B, C, y, before = x.dtype, wide(x), wide(B), wide(C), [], []
     with torch.autocast(x.device.type, enabled=False):          # the scan is never in bfloat16
-        for start in range(0, L, chunk_size):
-            if keep_chunks:
-                before.append(state)
-            xc, dtc, Bc, Cc = (v[:, start:start + chunk_size] for v in (x, dt, B, C))
-            needed = keep_state or start + chunk_size < L
-            yc, state = ssd_chunk(xc, dtc, A, Bc, Cc, state, needed)
-            y.append(yc)
+        chunks = list(zip(*(v.split(chunk_size, dim=1) for v in (x, dt, B, C))))
+        for i, (x_c, dt_c, B_c, C_c) in enumerate(chunks):
+            before.append(state)
+            y.append(ssd_chunk(x_c, dt_c, A, B_c, C_c, state))
+            if keep == "end" or i + 1 < len(chunks):
+                state = ssd_state(x_c, dt_c, A, B_c, state)
     y = torch.addcmul(torch.cat(y, dim=1), wide(D)[:, None], x).to(dtype)
-    return y, torch.stack(before, dim=1) if keep_chunks else state
+    return y, torch.stack(before, dim=1) if keep == "blocks" else state if keep == "end" else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
@@ -586,15 +312,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     Args:
         q (B,H,L,K); k, v (B,G,keys,K).
         last_seen (B or 1, L) int64: the last key a query sees; is_causal: query l sees keys 0..l;
-            mask (B or 1, 1, L, keys) bool, True = visible. With none of these: all keys.
+            mask (1, 1, L, keys) bool, True = visible. With none of these: all keys.
     Returns: (B,H,L,K).
     """
     if last_seen is not None:
         mask = torch.arange(k.shape[2], device=k.device) <= last_seen[:, None, :, None]
-    if is_causal or mask is not None and q.shape[2] > 64:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    if is_causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # without positions the H/G query heads of a KV head are just more queries to the same keys,
-    # which is faster for few queries; the mask must be repeated for them
+    # which fused kernels take with a mask too; the mask must be repeated for them
     mask = None if mask is None else mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                  # (B, G, H/G*L, K)
     return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
@@ -625,27 +351,40 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tu
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
                 up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
-    """Sum over each token's experts of weight * down(relu(up(x))^2); only experts hit are read.
+    """Sum over each token's experts of weight * down(relu(up(x))^2).
 
     Args:
         x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
         up_bias (E, F) and down_bias (E, D) or None.
     Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
-    experts, order = topk_ids.flatten().sort(stable=True)       # (T*A,) pairs grouped by expert
-    hit = [(expert, len(list(pairs))) for expert, pairs in groupby(experts.tolist())]
-    counts = [count for _, count in hit]
-    tokens = (order // topk_ids.shape[1]).split(counts)
-    out = wide(torch.zeros_like(x))                                             # (T, D) f32
-    weights = topk_weights.flatten()[order].to(out.dtype)[:, None].split(counts)
-    if torch.is_grad_enabled():         # indexing would give each expert a gradient of full size
-        up, down = up.unbind(), down.unbind()
-    # plain F.linear: expert batches come in every size, and oneDNN compiles a kernel for each
-    for (e, _), token, weight in zip(hit, tokens, weights):
-        h = F.linear(x[token], up[e], None if up_bias is None else up_bias[e]).relu_().square()
-        h = F.linear(h, down[e], None if down_bias is None else down_bias[e])
-        out.index_add_(0, token, wide(h) * weight)
-    return out.to(x.dtype)
+    experts, order = topk_ids.flatten().sort(stable=True)       # (T*A) slots grouped by expert
+    token = order // topk_ids.shape[1]
+    h = grouped_linear(x[token], experts, up, up_bias).relu_().square()
+    h = wide(grouped_linear(h, experts, down, down_bias))
+    h = h * topk_weights.flatten()[order, None].to(h.dtype)
+    return torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
+
+
+def grouped_linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (n, in) through weight (E, out, in) and bias (E, out) of each row's expert, experts (n)
+    ascending. Returns: (n, out)."""
+    aligned = x.shape[1] * x.element_size() % 16 == weight.shape[1] * x.element_size() % 16 == 0
+    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(x) < len(weight):
+        # a loop over the experts hit: grouped_mm lacks these cases, and on a CPU visits all experts
+        hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
+        out = torch.cat([F.linear(rows, weight[e]) for e, rows in zip(hit, x.split(sizes))])
+    else:
+        ends = torch.searchsorted(experts, torch.arange(len(weight), device=x.device), right=True)
+        out = F.grouped_mm(x, weight.mT, offs=ends.int())       # never waits for the host
+    return out if bias is None else out + bias[experts]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Of logits (B, L, V) and labels (B, L) where targets (B, L) bool holds: the mean, or "none"."""
+    logits, labels = logits[targets.to(logits.device)], labels[targets].to(logits.device)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses if reduction == "none" else losses.sum() / max(1, len(losses))
 
 
 def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
@@ -654,83 +393,205 @@ def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tenso
     Args: logits (..., V) f32.
     Returns: ids (...) int64; probabilities (...) f32, NaN where a logit is not finite.
     """
+    ids = without(logits, mask_token_id).argmax(-1)
+    return ids, probability(logits, ids, mask_token_id)
+
+
+def probability(logits: Tensor, ids: Tensor, mask_token_id: int | None) -> Tensor:
+    """Of ids (...) under the softmax of logits (..., V) without the mask token; NaN where a logit
+    is not finite."""
     finite = logits.isfinite().all(-1)
     logits = without(logits, mask_token_id)
-    best, ids = logits.max(-1)
-    return ids, (best - logits.logsumexp(-1)).exp().where(finite, math.nan)
+    chosen = logits.gather(-1, ids[..., None])[..., 0]
+    return (chosen - logits.logsumexp(-1)).exp().where(finite, math.nan)
 
 
 def without(logits: Tensor, mask_token_id: int | None) -> Tensor:
+    """The logits (..., V) with -inf for the mask token, if one is given."""
     if mask_token_id is None:
         return logits
     return logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -math.inf)
 
 
-# what modules call by name, so that a model can be given those of kernels.py instead
-OPERATIONS = ("rms_norm", "modulated_rms_norm", "gated_rms_norm", "add_gated", "causal_conv1d",
-              "ssd_rates", "ssd_scan", "ssd_step", "attention", "route", "moe_experts",
-              "most_likely")
-KERNELS = Path(__file__).with_name("kernels.py")
+# ---------------------------------------------------------------------------------------------
+# What passes carry
 
 
-def operations(backend: str) -> SimpleNamespace:
-    """The functions of this file ("torch") or of kernels.py beside it ("triton")."""
-    functions = globals() if backend == "torch" else vars(kernels())
-    return SimpleNamespace(**{name: functions[name] for name in OPERATIONS})
+class Pass(NamedTuple):
+    """One pass of a tower over L new tokens a row: where they go, what they see, what is kept.
+
+    pass               new tokens see                             keep: of Mamba layers
+    prefill, extend    what is cached, the new ones before them   "end": the state after them
+    verify a draft     the same                                   "inputs": the state after any
+    denoise            all cached and all new ones                "none"
+    train, clean       the new ones before them                   "blocks": before every block
+    train, noisy       earlier clean blocks, their own block      "none"
+    """
+
+    slots: Tensor                       # (B, L) int64: where their keys and values are cached
+    end: int                            # slots in use then, in the longest row
+    last_seen: Tensor | None = None     # new tokens see, as for `attention`: slots up to these,
+    is_causal: bool = False             # or slots 0..l for token l,
+    mask: Tensor | None = None          # or these; else every slot in use
+    counts: Tensor | None = None        # (B,) int64: real tokens of each row, then padding
+    keep: str = "none"
+    block_size: int | None = None       # of keep "blocks"
+
+    @classmethod
+    def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, keep: str = "none") -> Pass:
+        """L tokens behind rows of `lengths` (B,) tokens. Only the contents of tensors depend on
+        lengths, on whatever device it is, so that a pass can be recorded."""
+        slots = lengths[:, None] + torch.arange(L, device=lengths.device)
+        return cls(slots, end, slots if causal else slots[:, -1:].expand(-1, L), keep=keep)
 
 
-def kernels():
-    """The module kernels.py. Raises: ValueError where it, or triton, cannot be had."""
-    try:
-        spec = importlib.util.spec_from_file_location("twotower_kernels", KERNELS)
-        module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-        if not hasattr(module, OPERATIONS[0]):
-            spec.loader.exec_module(module)
-        return module
-    except (ImportError, OSError) as error:
-        sys.modules.pop("twotower_kernels", None)
-        raise ValueError(f"backend 'triton' needs kernels.py beside twotower.py, and the package "
-                         f"triton: {error}") from None
+@dataclass
+class MambaState:
+    """What a Mamba-2 layer carries from call to call; extending a context updates it in place."""
+
+    conv_state: Tensor              # (b, W-1, conv_dim) model dtype: raw inputs, newest last
+    ssm_state: Tensor               # (b, H, P, N) f32
+    inputs: tuple | None = None     # of a pass that kept them: those of convolution and scan
+
+    def map(self, f) -> MambaState:
+        return MambaState(f(self.conv_state), f(self.ssm_state))
+
+    def settle(self, counts: Tensor):
+        """Become the state after only the first counts (b,) tokens of a pass that kept inputs."""
+        xBC, x, dt, A, B = self.inputs
+        counts, self.inputs = counts.to(dt.device), None
+        kept = torch.arange(dt.shape[1], device=dt.device) < counts[:, None]
+        with torch.autocast(x.device.type, enabled=False):          # as in ssd_scan
+            self.ssm_state = ssd_state(wide(x), dt * kept[..., None], A, wide(B), self.ssm_state)
+        self.conv_state = window(xBC, counts, self.conv_state.shape[1])
+
+
+def window(x: Tensor, starts: Tensor, width: int) -> Tensor:
+    """x (b, l, channels) -> (b, width, channels), row by row from starts (b,)."""
+    rows = torch.arange(len(starts), device=x.device)[:, None]
+    return x[rows, starts[:, None] + torch.arange(width, device=x.device)]
+
+
+@dataclass
+class KVCache:
+    """Keys and values of an attention layer in buffers with room to grow.
+
+    Slots past a row's length are scratch: a denoiser writes its block there, reads context and
+    block as one piece without copying the cache, and leaves the context as it was.
+    """
+
+    key_cache: Tensor               # (B, G, capacity, K)
+    value_cache: Tensor             # (B, G, capacity, K)
+
+    def map(self, f) -> KVCache:
+        return KVCache(f(self.key_cache), f(self.value_cache))
+
+    def reserve(self, capacity: int):
+        """Make room for `capacity` tokens a row, at least doubling, so that growth is amortised."""
+        B, G, have, K = self.key_cache.shape
+        if capacity > have:
+            # zeros, not empty: a stray NaN in a masked slot would reach the output
+            room = self.key_cache.new_zeros(B, G, max(capacity, 2 * have) - have, K)
+            self.key_cache = torch.cat([self.key_cache, room], dim=2)
+            self.value_cache = torch.cat([self.value_cache, room], dim=2)
+
+    def write(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor, end: int):
+        """Put k, v (..., G, K) at rows and slots (...) int64; return the first `end` slots of all
+        rows, two views (B, G, end, K)."""
+        self.reserve(end)
+        self.key_cache[rows, :, slots], self.value_cache[rows, :, slots] = k, v
+        return self.key_cache[:, :, :end], self.value_cache[:, :, :end]
+
+
+class Context:
+    """What the context tower knows of a batch of rows: `prefill` makes it, `extend` grows it.
+
+    lengths (B,) int64 on the host: tokens read so far, per row.
+    logits (B, V) float32: the context head after each row's last token; None where not computed.
+    states: per layer a KVCache (attention), a MambaState (Mamba-2) or None (MoE, MLP).
+    """
+
+    def __init__(self, tower: Tower, rows: int, capacity: int):
+        self.device = tower.device
+        self.states = [layer.mixer.empty_state(rows, capacity) if layer.kind in "M*" else None
+                       for layer in tower.layers]
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+        self.logits: Tensor | None = None
+        self.passes = None                              # kernels.Passes over this context, if any
+        self._replica: list | None = None               # the states on another device
+        self._sent = self.lengths - 1                   # tokens of each row that the replica holds
+
+    def select(self, rows: list[int]):
+        """Keep only these rows, in this order."""
+        if rows == list(range(len(self.lengths))):
+            return
+        self.states, self._replica = (states and [state and state.map(lambda x: x[rows])
+                                                  for state in states]
+                                      for states in (self.states, self._replica))
+        self.lengths, self._sent = self.lengths[rows], self._sent[rows]
+        self.logits = None if self.logits is None else self.logits[rows]
+        self.passes = self.passes and self.passes.anew(self)
+
+    def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
+                  keep: str = "none") -> Pass:
+        """Of L tokens behind the rows; counts (B,) of them are real. Says less where it can."""
+        longest = int(self.lengths.max())
+        uniform = bool((self.lengths == longest).all())
+        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal, keep=keep)
+        if counts is not None and bool((counts < L).any()):
+            at = at._replace(counts=counts.to(device))
+        if uniform and (L == 1 or not causal):
+            return at._replace(last_seen=None)
+        if longest == 0 and causal:
+            return at._replace(last_seen=None, is_causal=True)
+        return at._replace(last_seen=at.last_seen[:1]) if uniform else at
+
+    def settle(self, counts: Tensor):
+        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs.
+
+        Keys and values past a row's length are scratch anyway; no layer runs again.
+        """
+        for state in self.states:
+            if isinstance(state, MambaState):
+                state.settle(counts)
+        self.lengths, self.logits = self.lengths + counts, None
+
+    def states_on(self, device: torch.device) -> list:
+        """The states for a denoiser: themselves, or on another device a replica, to which only
+        what is new since the last call crosses: KV rows and the Mamba states."""
+        if device == self.device:
+            return self.states
+        if self._replica is None:
+            self._replica = [state.map(lambda x: x[:, :, :0].to(device))
+                             if isinstance(state, KVCache) else None for state in self.states]
+        if not torch.equal(self._sent, self.lengths):
+            slots = torch.arange(int(self.lengths.max()))
+            new = (slots >= self._sent[:, None]) & (slots < self.lengths[:, None])
+            row, slot = new.nonzero(as_tuple=True)
+            for i, state in enumerate(self.states):
+                if isinstance(state, MambaState):
+                    self._replica[i] = state.map(lambda x: x.to(device))
+                elif isinstance(state, KVCache):
+                    k, v = state.key_cache[row, :, slot], state.value_cache[row, :, slot]
+                    self._replica[i].write(row, slot, k.to(device), v.to(device), len(slots))
+            self._sent = self.lengths
+        return self._replica
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Modules; attribute names are the checkpoint's
+# Layers and towers; attribute names are the checkpoint's
+
+# what layers call by name, so that a model can be given those of kernels.py instead (see `use`)
+OPERATIONS = ("rms_norm", "modulate_then_norm", "norm_then_modulate", "add_gated",
+              "gated_rms_norm", "causal_conv1d", "ssd_rates", "ssd_scan", "ssd_step", "attention",
+              "route", "moe_experts", "most_likely")
 
 
 class Module(nn.Module):
-    """A module that calls OPERATIONS as self.ops; `TwoTower.use` chooses whose they are."""
+    """A module that calls OPERATIONS as self.ops: those above, unless `TwoTower.use` chose others.
+    """
 
-    ops = operations("torch")
-
-
-class Linear(nn.Linear):
-    """nn.Linear by way of `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class RMSNorm(Module):
-    """RMS norm with a weight (D)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-
-class GatedRMSNorm(RMSNorm):
-    """`gated_rms_norm` with a weight (d_inner)."""
-
-    def __init__(self, size: int, groups: int, eps: float):
-        super().__init__(size, eps)
-        self.groups = groups
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.ops.gated_rms_norm(y, z, self.weight, self.groups, self.eps)
+    ops = SimpleNamespace(**{name: globals()[name] for name in OPERATIONS})
 
 
 class Mamba2(Module):
@@ -739,68 +600,54 @@ class Mamba2(Module):
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
         self.config = c = config
-        width = c.d_inner + c.conv_dim + c.mamba_num_heads
-        self.in_proj = Linear(c.hidden_size, width, bias=c.use_bias)
+        self.split = [c.d_inner, c.conv_dim, c.mamba_num_heads]     # of in_proj: z, xBC, dt
+        self.in_proj = nn.Linear(c.hidden_size, sum(self.split), bias=c.use_bias)
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
                                 bias=c.use_conv_bias)               # holds the weights only
         self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
         self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
-        self.norm = GatedRMSNorm(c.d_inner, c.n_groups, c.layer_norm_epsilon)
-        self.out_proj = Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
+        self.norm = nn.RMSNorm(c.d_inner)                           # the same: see gated_rms_norm
+        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
         """The state before the first token: zeros."""
-        c, weight = self.config, self.in_proj.weight
-        ssm = (rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
-        return MambaState(weight.new_zeros(rows, c.conv_dim, c.conv_kernel),
-                          wide(weight.new_zeros(ssm)))
+        c, zeros = self.config, self.in_proj.weight.new_zeros
+        ssm = zeros(rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+        return MambaState(zeros(rows, c.conv_kernel - 1, c.conv_dim), wide(ssm))
 
-    def forward(self, u: Tensor, state: MambaState, span: Span) -> tuple[Tensor, MambaState | None]:
-        """u (B, L, D) -> (B, L, D) and the new state(s) as span asks."""
-        c = self.config
-        # training gives B*n states, one per block: a sequence then stands as n rows of L/n tokens
-        rows = state.ssm_state.shape[0]
-        z, xBC, dt = self.in_proj(u).reshape(rows, -1, self.in_proj.out_features).split(
-            [c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
-        L = xBC.shape[1]
-        history = torch.cat([state.conv_state.mT, xBC], dim=1)                  # (b, W+L, conv_dim)
-        xBC = self.ops.causal_conv1d(history[:, 1:], self.conv1d.weight, self.conv1d.bias)
+    def forward(self, x: Tensor, state: MambaState, at: Pass) -> Tensor:
+        """x (b, L, D) -> (b, L, D); the state becomes what at.keep says."""
+        c, (b, L, _) = self.config, x.shape
         groups = c.n_groups * c.ssm_state_size
-        xBC = xBC.to(u.dtype)           # other only under autocast, which must not round the scan
+        z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
+        inputs = torch.cat([state.conv_state, xBC], dim=1)                # (b, W-1+L, conv_dim)
+        xBC = self.ops.causal_conv1d(inputs, self.conv1d.weight, self.conv1d.bias)
+        xBC = xBC.to(x.dtype)           # other only under autocast, which must not round the scan
         x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
-        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))              # (b, L, H, P)
-        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))                     # (b, L, G, N)
-        C = C.unflatten(-1, (c.n_groups, c.ssm_state_size))
-        dt, A = self.ops.ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit, span.counts)
-        if L == 1 and span.block_size is None:
+        x = x.view(b, L, c.mamba_num_heads, c.mamba_head_dim)             # (b, L, H, P)
+        B, C = (v.view(b, L, c.n_groups, c.ssm_state_size) for v in (B, C))         # (b, L, G, N)
+        dt, A = self.ops.ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit, at.counts)
+        if L == 1 and at.keep in ("end", "none"):
             y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D,
-                                       state.ssm_state, in_place=span.keep_state)
+                                       state.ssm_state, in_place=at.keep == "end")
         else:
             y, ssm = self.ops.ssd_scan(x, dt, A, B, C, self.D, state.ssm_state,
-                                       span.block_size or c.chunk_size, span.keep_state,
-                                       keep_chunks=span.block_size is not None)
-        new_state = (MambaScan(history, x, dt, A, B, state.ssm_state) if span.tentative else
-                     self._state_after(state, history, ssm, span))
-        y = self.norm(y.reshape(z.shape), z)
-        return self.out_proj(y).reshape(u.shape), new_state
-
-    def _state_after(self, state: MambaState, history: Tensor, ssm: Tensor,
-                     span: Span) -> MambaState | None:
-        """The state after the pass. history (b, W+L, conv_dim) is the W old inputs, then the L new
-        ones, so that the convolution's state after n tokens is history[n : n+W]."""
-        W = self.config.conv_kernel
-        if span.block_size is not None:
-            conv = history.unfold(1, W, span.block_size)[:, :ssm.shape[1]]  # (b, n, conv_dim, W)
-            return MambaState(conv.flatten(0, 1), ssm.flatten(0, 1))
-        if not span.keep_state:
-            return None
-        if span.counts is None:
-            newest = history[:, -W:]
-            if history.shape[1] == W + 1:                   # one token: in place, as ssd_step does
-                return MambaState(state.conv_state.copy_(newest.mT), ssm)
-            return MambaState(newest.clone().mT, ssm)       # a view would keep all of history alive
-        return MambaState(conv_state_after(history, span.counts, W), ssm)
+                                       at.block_size or c.chunk_size, at.keep)
+        if at.keep == "end":
+            state.conv_state.copy_(inputs[:, L:] if at.counts is None else
+                                   window(inputs, at.counts, c.conv_kernel - 1))
+            if ssm is not state.ssm_state:
+                state.ssm_state.copy_(ssm)
+        elif at.keep == "inputs":
+            state.inputs = inputs, x, dt, A, B
+        elif at.keep == "blocks":                                         # n blocks: b*n rows
+            state.ssm_state = ssm.flatten(0, 1)
+            before = inputs.unfold(1, c.conv_kernel - 1, at.block_size)[:, :ssm.shape[1]]
+            state.conv_state = rearrange(before, "b n channels w -> (b n) w channels")
+        y = self.ops.gated_rms_norm(y.reshape(z.shape), z, self.norm.weight, c.n_groups,
+                                    c.layer_norm_epsilon)
+        return self.out_proj(y)
 
 
 class Attention(Module):
@@ -810,25 +657,25 @@ class Attention(Module):
         super().__init__()
         self.config = c = config
         query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, query, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, kv, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, kv, bias=c.attention_bias)
-        self.o_proj = Linear(query, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = nn.Linear(c.hidden_size, query, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = nn.Linear(query, c.hidden_size, bias=c.attention_bias)
 
     def empty_state(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens a row."""
         shape = (rows, self.config.num_key_value_heads, capacity, self.config.head_dim)
         return KVCache(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape))
 
-    def forward(self, x: Tensor, cache: KVCache, span: Span) -> Tensor:
-        """x (B, L, D) -> (B, L, D): queries of these L tokens over [cached tokens ; these L], as
-        span allows: causal in the context tower, everything in the denoiser."""
-        K = self.config.head_dim
-        q, k, v = (proj(x).unflatten(-1, (-1, K)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))     # (B, H or G, L, K)
-        k, v = cache.write(k, v, span)
-        out = self.ops.attention(q, k, v, span.last_seen, span.is_causal, span.mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, cache: KVCache, at: Pass) -> Tensor:
+        """x (B, L, D) -> (B, L, D): queries of the new tokens over the slots that `at` lets them
+        see, their own among them. In training x is (B*n, Q, D): n blocks share a row's cache."""
+        rows, K = torch.arange(len(at.slots), device=x.device)[:, None], self.config.head_dim
+        q, k, v = (projection(x).view(*at.slots.shape, -1, K)             # (B, L or n*Q, H or G, K)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = cache.write(rows, at.slots, k, v, at.end)
+        out = self.ops.attention(q.transpose(1, 2), k, v, at.last_seen, at.is_causal, at.mask)
+        return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -836,10 +683,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, width: int):
         super().__init__()
-        self.up_proj = Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_) -> Tensor:
         return self.down_proj(self.up_proj(x).relu_().square())
 
 
@@ -885,10 +732,9 @@ class MoE(Module):
                                       "down_proj": StackedLinear(E, width, D, config.mlp_bias)})
         self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)                                                # (T, D)
-        topk_ids, topk_weights = self.gate(tokens)
-        up, down = self.experts["up_proj"], self.experts["down_proj"]
+    def forward(self, x: Tensor, *_) -> Tensor:
+        tokens, up, down = x.flatten(0, -2), self.experts["up_proj"], self.experts["down_proj"]
+        topk_ids, topk_weights = self.gate(tokens)                               # (T, A) each
         routed = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
                                       up.bias, down.bias)
         return routed.view(x.shape) + self.shared_experts(x)
@@ -899,35 +745,27 @@ class Layer(Module):
 
     def __init__(self, config: TwoTowerConfig, kind: str):
         super().__init__()
-        self.kind = kind
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.kind, self.eps = kind, config.layer_norm_epsilon
+        self.norm = nn.RMSNorm(config.hidden_size)                  # holds the weight only
         self.mixer = {"M": lambda: Mamba2(config), "*": lambda: Attention(config),
                       "E": lambda: MoE(config),
                       "-": lambda: MLP(config, config.intermediate_size)}[kind]()
 
-    def forward(self, x: Tensor, state, span: Span, modulation=None):
-        """x (B, L, D) -> (B, L, D) and the layer's new state.
-
-        modulation: shift, scale and gate, (B, n, D) for n equal blocks of tokens, or None for
-        neither modulation nor gate.
-        Mamba and attention modulate before the norm, MoE and MLP after it.
-        """
-        shift, scale, gate = modulation or (None, None, None)
-        if gate is None:
-            h = self.norm(x)
+    def forward(self, x: Tensor, state: KVCache | MambaState | None, at: Pass,
+                modulation: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        """x (B, L, D) -> (B, L, D). modulation: shift, scale and gate (B, 1, D), or None."""
+        weight = self.norm.weight
+        if modulation is None:
+            return x + self.mixer(self.ops.rms_norm(x, weight, self.eps), state, at)
+        shift, scale, gate = modulation
+        if self.kind in "M*":
+            h = self.ops.modulate_then_norm(x, shift, scale, weight, self.eps)
         else:
-            h = self.ops.modulated_rms_norm(x, self.norm.weight, self.norm.eps, shift, scale,
-                                            norm_first=self.kind not in "M*")
-        if self.kind == "M":
-            h, state = self.mixer(h, state, span)
-        elif self.kind == "*":
-            h = self.mixer(h, state, span)
-        else:
-            h = self.mixer(h)
-        return x + h if gate is None else self.ops.add_gated(x, gate, h), state
+            h = self.ops.norm_then_modulate(x, shift, scale, weight, self.eps)
+        return self.ops.add_gated(x, gate, self.mixer(h, state, at))
 
 
-class Tower(nn.Module):
+class Tower(Module):
     """Embedding, layers, final norm; the head is beside it, as in the checkpoint."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -936,31 +774,21 @@ class Tower(nn.Module):
         embeddings = torch.empty(config.vocab_size, config.hidden_size)      # filled by TwoTower
         self.embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.hybrid_override_pattern)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm_f = nn.RMSNorm(config.hidden_size)                # holds the weight only
 
     @property
     def device(self) -> torch.device:
         return self.embeddings.weight.device
 
-    def empty_states(self, rows: int, capacity: int) -> list:
-        """States before the first token, with room for `capacity` tokens a row in the caches."""
-        return [layer.mixer.empty_state(rows, capacity) if layer.kind in "M*" else None
-                for layer in self.layers]
-
-    def forward(self, tokens: Tensor, states: list, span: Span, modulations=None):
-        """tokens (B, L) -> normed hidden states (B, L, D) and the new states, one per layer."""
-        x = self.embeddings(tokens)
+    def forward(self, tokens: Tensor, states: list, at: Pass,
+                modulations: list | None = None) -> Tensor:
+        """tokens (B, L) -> normed hidden states (B, L, D); states, one per layer, are updated."""
+        x = self.embeddings(tokens.to(self.device))
         if self.config.residual_in_fp32:
             x = wide(x)
-        new_states = []
         for i, layer in enumerate(self.layers):
-            x, state = layer(x, states[i], span, None if modulations is None else modulations[i])
-            new_states.append(state)
-        return self.norm_f(x), new_states
-
-
-# ---------------------------------------------------------------------------------------------
-# 5. Time conditioning (adaLN-single): one embedding of t, one small table per layer
+            x = layer(x, states[i], at, None if modulations is None else modulations[i])
+        return self.ops.rms_norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
 
 
 class TimestepEmbedder(nn.Module):
@@ -985,324 +813,7 @@ class TimestepEmbedder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Choosing tokens
-
-
-class Step(NamedTuple):
-    """What `on_step` is told: one denoiser step, or one token of an AR mode (a block of one)."""
-
-    rows: list[int]             # R: the rows of the batch still being written
-    block_index: int
-    step: int                   # within the block
-    t: Tensor                   # (R,) masked fraction before the step
-    before: Tensor              # (R, Q) ids
-    after: Tensor               # (R, Q) ids
-    committed: Tensor           # (R, Q) bool: written in this step
-    confidence: Tensor          # (R, Q) probability of the predicted token
-
-
-class Written(NamedTuple):
-    """What `on_tokens` is told of a row's new tokens, once they are final; True ends the row."""
-
-    row: int
-    new: list[int]              # ids, cut after EOS and at max_new_tokens
-    ended: bool                 # nothing follows in any case
-    nfe: int                    # what the row has cost so far
-    context_passes: int
-
-
-class Scores(NamedTuple):
-    """Natural logarithms of the probabilities of each row's continuation."""
-
-    tokens: list[Tensor]        # B tensors (n,) f32 on the host: each given all tokens before it
-    total: Tensor               # (B,) float64: their sums
-
-
-@dataclass
-class Generation:
-    """New tokens of each row, cut after EOS and at max_new_tokens, and what they cost."""
-
-    tokens: list[Tensor]        # B tensors (n,) int64 on the host
-    nfe: Tensor                 # (B,) int64: denoiser passes
-    context_passes: Tensor      # (B,) int64: context tower passes, the prompt's included
-
-
-def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
-                 top_p: float | None = None) -> Tensor:
-    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus.
-
-    top_p keeps the most likely tokens, up to and including the one that takes their total past it.
-    """
-    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p > top_p           # what comes before already holds more
-        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -math.inf)
-    return logits
-
-
-def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
-    """A draw from softmax(logits): argmax(logits - log(-log(u))), u ~ U(0, 1) of logits' shape."""
-    return (logits - (-uniform.log()).log()).argmax(-1)
-
-
-@dataclass
-class Sampler:
-    """Greedy at temperature 0, else Gumbel-max draws from the shaped logits.
-
-    generator: one torch.Generator for the batch, or a list with one per row, which makes a row's
-    draws independent of the rows beside it; None is torch's default.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    generator: torch.Generator | Sequence[torch.Generator] | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}, but it must be 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, but it must be 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, but it must be in (0, 1]")
-
-    def draw(self, logits: Tensor, rows: list[int | None]) -> Tensor:
-        """logits (R, ..., V) of these rows -> ids (R, ...); a row None draws nothing."""
-        def uniform(shape, generator):
-            device = logits.device if generator is None else generator.device
-            return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-
-        if isinstance(self.generator, Sequence):
-            idle = torch.full(logits.shape[1:], 0.5, dtype=torch.float64)
-            u = torch.stack([idle if row is None else uniform(idle.shape, self.generator[row]).cpu()
-                             for row in rows])
-        else:
-            u = uniform(logits.shape, self.generator)
-        shaped = shape_logits(logits, self.temperature, self.top_k, self.top_p)
-        return gumbel_argmax(shaped, u.to(logits.device))
-
-
-def predict(logits: Tensor, sampler: Sampler, rows: list[int | None], mask_token_id: int | None,
-            ops: SimpleNamespace = Module.ops):
-    """What a pass proposes for every position; never the mask token, where one is given.
-
-    Args: logits (R, Q, V) f32.
-    Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
-    temperature 1, or NaN where a logit is not finite; both on the host.
-    """
-    if sampler.temperature == 0:
-        ids, confidence = ops.most_likely(logits, mask_token_id)
-    else:
-        finite = logits.isfinite().all(-1)
-        logits = without(logits, mask_token_id)
-        ids = sampler.draw(logits, rows)
-        confidence = (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).exp()
-        confidence = confidence.where(finite, math.nan)
-    both = torch.stack([ids.double(), confidence.double()]).cpu()       # one transfer, one wait
-    return both[0].long(), both[1].to(confidence.dtype)
-
-
-def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
-                   steps_left: int) -> Tensor:
-    """Which masked positions take their prediction in this step, row by row.
-
-    All of them on the last step; else as many as are more confident than the threshold, but at
-    least one and at least an even share of what is left; the most confident ones go first.
-
-    Args: confidence (R, Q); masked (R, Q) bool; steps_left counts this step (1 = the last).
-    Returns: (R, Q) bool, a subset of masked.
-    """
-    left = masked.sum(-1)
-    sure = (masked & (confidence > confidence_threshold)).sum(-1)
-    share = (left + steps_left - 1) // steps_left               # on the last step: all of them
-    n = sure.maximum(share).clamp(min=1).minimum(left)
-    ranked = confidence.where(masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    return masked & (ranked.argsort(dim=-1) < n[:, None])
-
-
-class Unmasking(NamedTuple):
-    """How the denoiser fills the masked positions of a block."""
-
-    mask_token_id: int
-    steps_per_block: int
-    confidence_threshold: float
-
-
-class _Rows:
-    """Bookkeeping of a generation: the text so far, which rows are still written, their passes."""
-
-    def __init__(self, max_new_tokens: list[int], eos_token_id: int | None, on_tokens,
-                 templates: list[Tensor]):
-        rows = len(max_new_tokens)
-        self.templates = templates
-        self.live = list(range(rows))
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.max_new_tokens, self.eos_token_id = max_new_tokens, eos_token_id
-        self.on_tokens = on_tokens
-        self.nfe = torch.zeros(rows, dtype=torch.long)
-        self.context_passes = torch.zeros(rows, dtype=torch.long)
-
-    def append(self, new: Sequence[Tensor]) -> list[int]:
-        """Add ids, R tensors (n,), up to the length asked for and an EOS after the template; return
-        who goes on (0..R-1)."""
-        going = []
-        for r, (row, left) in enumerate(zip(self.live, self.left().tolist())):
-            ids = new[r][:left].tolist()
-            eos_from = max(0, len(self.templates[row]) - len(self.tokens[row]))
-            ended = len(ids) == left
-            if self.eos_token_id in ids[eos_from:]:
-                ids, ended = ids[:ids.index(self.eos_token_id, eos_from) + 1], True
-            self.tokens[row] += ids
-            if self.on_tokens is not None:
-                passes = int(self.nfe[row]), int(self.context_passes[row])
-                ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
-            if not ended:
-                going.append(r)
-        self.live = [self.live[r] for r in going]
-        return going
-
-    def next_block(self, block_size: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
-        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
-        positions must be filled (R, Q): all but those past the end of a template."""
-        block = torch.full((len(self.live), block_size), mask_token_id)
-        wanted = torch.ones_like(block, dtype=torch.bool)
-        for r, row in enumerate(self.live):
-            template = self.templates[row]
-            rest = template[len(self.tokens[row]):][:block_size]
-            block[r, :len(rest)] = rest
-            if len(template) == self.max_new_tokens[row]:
-                wanted[r, len(rest):] = False
-        return block, wanted
-
-    def left(self) -> Tensor:
-        """(R,): how many tokens each live row may still get."""
-        return torch.tensor([self.max_new_tokens[row] - len(self.tokens[row])
-                             for row in self.live])
-
-    def last_tokens(self) -> Tensor:
-        """(R, 1): the newest token of each live row."""
-        return torch.tensor([self.tokens[row][-1:] for row in self.live])
-
-    def result(self) -> Generation:
-        tokens = [torch.tensor(row, dtype=torch.long) for row in self.tokens]
-        return Generation(tokens, self.nfe, self.context_passes)
-
-
-# ---------------------------------------------------------------------------------------------
-# 7. Checkpoint files
-
-INDEX = "model.safetensors.index.json"
-CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
-
-
-def _write_json(path: Path, value: dict):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
-    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
-    names = {}
-    for name, tensor in model.state_dict().items():
-        stacked = ".mixer.experts." in name
-        names[name] = [(name.replace(".experts.", f".experts.{e}."), tensor[e])
-                       for e in range(len(tensor))] if stacked else [(name, tensor)]
-    return names
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
-
-
-def _set_tensor(model: nn.Module, name: str, tensor: Tensor):
-    """Replace a parameter or buffer, whatever the new dtype and device."""
-    owner, _, leaf = name.rpartition(".")
-    if isinstance(_tensor(model, name), nn.Parameter):
-        tensor = nn.Parameter(tensor)
-    setattr(model.get_submodule(owner), leaf, tensor)
-
-
-def _checkpoint_files(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, set[str]]:
-    """The safetensors files that hold wanted keys, each with the keys that an index promises."""
-    index = directory / INDEX
-    if not index.exists():
-        path = directory / "model.safetensors"
-        if not path.exists():
-            raise ValueError(f"{directory} holds neither model.safetensors nor {INDEX}")
-        return {path: set()}
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map")
-    files: dict[Path, set[str]] = {}
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
-            raise ValueError(f"{index} places {key} in {name!r}, which is no safetensors file name")
-        if wanted(key):
-            files.setdefault(directory / name, set()).add(key)
-    for path, keys in files.items():
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; {index.name} places {len(keys)} tensors in it")
-    return files
-
-
-def _check_headers(directory: Path, model: TwoTower) -> dict[str, tuple[Path, torch.dtype]]:
-    """The file and dtype of every tensor of the model, after checking names and shapes of all."""
-    shapes = {key: list(part.shape) for parts in _checkpoint_tensors(model).values()
-              for key, part in parts}
-
-    def wanted(key: str) -> bool:
-        return model.denoiser_tower is not None or not key.startswith(DENOISER_KEYS)
-
-    found: dict[str, tuple[Path, torch.dtype]] = {}
-    for path, promised in _checkpoint_files(directory, wanted).items():
-        try:
-            with safe_open(path, "pt") as file:
-                header = {key: file.get_slice(key) for key in file.keys() if wanted(key)}
-                header = {key: (part.get_shape(), part.get_dtype()) for key, part in header.items()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
-        for key in sorted(promised - header.keys()):
-            raise ValueError(f"{path} lacks tensor {key}, which {INDEX} places in it")
-        for key, (shape, kind) in header.items():
-            if key not in shapes:
-                raise ValueError(f"{path} holds tensor {key}, which the config has no place for")
-            if key in found:
-                raise ValueError(f"tensor {key} is in both {found[key][0].name} and {path.name}")
-            if shape != shapes[key]:
-                raise ValueError(f"{path}: tensor {key} has shape {shape}, expected {shapes[key]}")
-            if kind not in DTYPES:
-                raise ValueError(f"{path}: tensor {key} has dtype {kind}, expected {list(DTYPES)}")
-            found[key] = (path, DTYPES[kind])
-    missing = [key for key in shapes if key not in found]
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} of {len(shapes)} tensors, "
-                         f"first {missing[0]}")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
-# 8. The model
+# The model
 
 
 class TwoTower(Module):
@@ -1316,16 +827,16 @@ class TwoTower(Module):
 
     def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
         super().__init__()
-        if towers not in ("both", "context"):
-            raise ValueError(f"towers is {towers!r}, but it must be 'both' or 'context'")
+        require(towers in ("both", "context"),
+                f"towers is {towers!r}, but it must be 'both' or 'context'")
         self.config = config
         D, V = config.hidden_size, config.vocab_size
         self.context_tower = Tower(config)
-        self.context_lm_head = Linear(D, V, bias=False)
+        self.context_lm_head = nn.Linear(D, V, bias=False)
         self.denoiser_tower = None
         if towers == "both":
             self.denoiser_tower = Tower(config)
-            self.lm_head = Linear(D, V, bias=False)
+            self.lm_head = nn.Linear(D, V, bias=False)
             self.t_embedder = TimestepEmbedder(D)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
             self.scale_shift_tables = nn.ParameterList(
@@ -1354,6 +865,7 @@ class TwoTower(Module):
 
     # -- context tower ------------------------------------------------------------------------
 
+    @torch.no_grad()
     def prefill(self, prompts: Tensor | Sequence[Tensor], *, reserve: int = 0) -> Context:
         """Read prompts with the context tower.
 
@@ -1363,57 +875,46 @@ class TwoTower(Module):
         Returns: a Context; its logits are those after each row's last token.
         Raises: ValueError for an empty prompt, an id out of range, too long a prompt.
         """
-        prompts = self._check_prompts(prompts)
-        with torch.no_grad():
-            return self._prefill(prompts, reserve)
+        return self._prefill(check_texts(prompts, "prompt", self.config), reserve, "last")
 
+    @torch.no_grad()
     def extend(self, context: Context, tokens: Tensor) -> Tensor:
         """Append tokens (B, L) int64 to the context; returns their logits (B, L, V) float32."""
-        tokens = self._check_ids(tokens, "tokens", rows=len(context.lengths))
-        self._check_length(int(context.lengths.max()) + tokens.shape[1])
-        with torch.no_grad():
-            return self._extend(context, tokens, logits="all")
+        check_ids(tokens, "tokens", self.config, (len(context.lengths), None))
+        check_length(int(context.lengths.max()) + tokens.shape[1], self.config)
+        return self._extend(context, tokens, logits="all")
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) -> (B, L, V) float32 in one causal pass; differentiable."""
-        tokens = self._check_ids(tokens, "tokens")
-        context = Context(self.context_tower, *tokens.shape)
-        return self._extend(context, tokens, logits="all")
+        check_ids(tokens, "tokens", self.config)
+        return self._extend(Context(self.context_tower, *tokens.shape), tokens, "all", keep="none")
 
-    def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None = "last",
-                 repeats: bool = False) -> Context:
-        """repeats: what follows are equal passes over the same rows, which can be recorded."""
+    def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None) -> Context:
         counts = torch.tensor([len(prompt) for prompt in prompts])
-        L = int(counts.max())
-        context = Context(self.context_tower, len(prompts), L + reserve)
-        if L > 0:
+        context = Context(self.context_tower, len(prompts), int(counts.max()) + reserve)
+        if int(counts.max()) > 0:
             tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-            self._extend(context, tokens, counts, logits)
-        if repeats and self.graphs:
-            context.passes = kernels().Passes(self, context, Span.fixed)
+            self._extend(context, tokens, logits, counts)
         return context
 
-    def _extend(self, context: Context, tokens: Tensor, counts: Tensor | None = None,
-                logits: str | None = None, tentative: bool = False) -> Tensor | None:
+    def _extend(self, context: Context, tokens: Tensor, logits: str | None,
+                counts: Tensor | None = None, keep: str = "end") -> Tensor | None:
         """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None.
 
-        tentative: how many of them stay is said later, by `Context.settle`.
+        keep: of a `Pass`; after "inputs", `Context.settle` says how many tokens stay.
         """
         if context.passes is not None:
-            assert counts is None and not tentative and logits != "all"
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
-        span = Span.make(context.lengths, L, context.device, for_context=True, counts=counts)
-        span = span._replace(tentative=tentative, keep_state=not tentative)
-        hidden, context.states = self.context_tower(tokens.to(context.device), context.states, span)
-        if not tentative:
+        at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep)
+        hidden = self.context_tower(tokens, context.states, at)
+        if keep == "end":
             context.lengths = context.lengths + (L if counts is None else counts)
         context.logits = None
         if logits is None:
             return None
         if logits == "last":
-            hidden = (hidden[:, -1:] if counts is None else
-                      hidden[torch.arange(len(hidden)), counts - 1][:, None])
+            hidden = hidden[:, -1:] if at.counts is None else window(hidden, at.counts - 1, 1)
         out = wide(self.context_lm_head(hidden))
         context.logits = out[:, -1]
         return out
@@ -1428,41 +929,36 @@ class TwoTower(Module):
                 only by the KV cache and a mask of one pass's queries over it.
         Raises: ValueError as `prefill` does, or for logits that are not finite.
         """
-        prompts = self._check_prompts(prompts)
-        continuations = self._check_prompts(continuations, "continuation")
-        if len(prompts) != len(continuations):
-            raise ValueError(f"{len(continuations)} continuations for {len(prompts)} prompts")
-        self._check_positive(tokens_per_pass, "tokens_per_pass")
+        prompts = check_texts(prompts, "prompt", self.config)
+        continuations = check_texts(continuations, "continuation", self.config)
+        require(len(prompts) == len(continuations),
+                f"{len(continuations)} continuations for {len(prompts)} prompts")
+        check_positive(tokens_per_pass, "tokens_per_pass")
         texts = [torch.cat(pair) for pair in zip(prompts, continuations)]
-        self._check_length(max(map(len, texts)))
-        read = torch.tensor([len(text) - 1 for text in texts])      # the last token is only scored
-        live, scores = list(range(len(texts))), [[] for _ in texts]
-        context = Context(self.context_tower, len(texts), int(read.max()))
-        for start in range(0, int(read.max()), tokens_per_pass):
-            going = [r for r, row in enumerate(live) if read[row] > start]
-            context.select(going)
-            live = [live[r] for r in going]
-            ends = read[live].clamp(max=start + tokens_per_pass)
-            tokens = nn.utils.rnn.pad_sequence(
-                [texts[row][start:end] for row, end in zip(live, ends)], batch_first=True)
-            # the logits after token i are those of token i + 1
-            firsts = [max(start, len(prompts[row]) - 1) for row in live]
-            scored = any(first < end for first, end in zip(firsts, ends))
-            logits = self._extend(context, tokens, ends - start, "all" if scored else None)
-            for r, (row, first, end) in enumerate(zip(live, firsts, ends)):
-                if first < end:
-                    labels = texts[row][first + 1:end + 1].to(logits.device)
-                    scores[row].append(-F.cross_entropy(logits[r, first - start:end - start],
-                                                        labels, reduction="none").cpu())
+        check_length(max(map(len, texts)), self.config)
+        # causality keeps the padding behind a text from changing anything in it
+        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        first = min(map(len, prompts)) - 1              # whose logits are the first to be used
+        context = Context(self.context_tower, *tokens[:, 1:].shape)
+        pieces = []                                     # (B, up to tokens_per_pass)
+        for read, labels in zip(tokens[:, :-1].split(tokens_per_pass, dim=1),
+                                tokens[:, 1:].split(tokens_per_pass, dim=1)):
+            used = int(context.lengths[0]) + read.shape[1] > first
+            logits = self._extend(context, read, "all" if used else None)
+            pieces.append(-F.cross_entropy(logits.mT, labels.to(logits.device), reduction="none")
+                          .cpu() if used else torch.zeros(labels.shape))
             logits = context.logits = None              # before the next pass makes its own
-        scores = [torch.cat(pieces) for pieces in scores]
+        by_token = torch.cat(pieces, dim=1)
+        scores = [row[len(prompt) - 1:len(text) - 1]
+                  for row, prompt, text in zip(by_token, prompts, texts)]
         for row, one in enumerate(scores):
-            if not one.isfinite().all():
-                raise ValueError(f"the log-probabilities of continuation {row} are not finite")
+            require(bool(one.isfinite().all()),
+                    f"the log-probabilities of continuation {row} are not finite")
         return Scores(scores, torch.stack([one.double().sum() for one in scores]))
 
     # -- denoiser tower -----------------------------------------------------------------------
 
+    @torch.no_grad()
     def denoise(self, block: Tensor, context: Context, t: Tensor | float | None = None) -> Tensor:
         """One denoiser pass over a noisy block that follows each row's context.
 
@@ -1472,90 +968,99 @@ class TwoTower(Module):
         Returns: (B, Q, V) float32 logits; the context stays as it was (but for scratch slots).
         """
         self._need_denoiser()
-        block = self._check_ids(block, "block", rows=len(context.lengths))
-        t = None if t is None else self._check_t(t, len(block))
-        with torch.no_grad():
-            return self._denoise(block, context, t)
+        check_ids(block, "block", self.config, (len(context.lengths), None))
+        return self._denoise(block, context, check_t(t, (len(block),)))
 
-    def _denoise(self, block: Tensor, context: Context, t: Tensor | None) -> Tensor:
-        device = self.denoiser_tower.device
-        span = Span.make(context.lengths, block.shape[1], device, for_context=False)
-        return self._denoiser_logits(block, context, span, t)
+    def _need_denoiser(self):
+        require(self.denoiser_tower is not None, "only the context tower is loaded; use "
+                "towers='both', or generate_ar or score")
 
-    def _denoiser_logits(self, tokens: Tensor, context: Context, span: Span,
-                         t: Tensor | None) -> Tensor:
+    def _denoise(self, block: Tensor, context: Context, t: Tensor | None,
+                 at: Pass | None = None) -> Tensor:
+        """at: where the block stands, if not behind the context."""
         if context.passes is not None:
-            return context.passes.denoise(context, tokens, t)
+            return context.passes.denoise(context, block, t)
         tower = self.denoiser_tower
+        if at is None:
+            at = context.next_pass(block.shape[1], tower.device, causal=False)
         modulations = None if t is None else self._modulations(t.to(tower.device))
-        hidden, _ = tower(tokens.to(tower.device), context.states_for(tower), span, modulations)
+        hidden = tower(block, context.states_on(tower.device), at, modulations)
         return wide(self.lm_head(hidden))
 
     def _modulations(self, t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per layer (shift, scale, gate): (B, 1, D) for t (B,), (B, n, D) for t (B, n)."""
-        D = self.config.hidden_size
-        embedding = self.t_block(self.t_embedder(t.flatten())).view(len(t), -1, 3, D)
-        tables = torch.stack(list(self.scale_shift_tables))[:, None, None] + embedding
-        return [table.unbind(2) for table in tables.unbind(0)]
+        """t (B,) -> for each layer shift, scale and gate (B, 1, D): its table plus one vector."""
+        vector = rearrange(self.t_block(self.t_embedder(t)), "b (three d) -> three b 1 d", three=3)
+        tables = torch.stack(list(self.scale_shift_tables))[:, :, None, None]
+        return [layer.unbind() for layer in (tables + vector).unbind()]
 
     # -- training -----------------------------------------------------------------------------
 
-    def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor, block_size: int) -> Tensor:
+    def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor | float | None,
+                         block_size: int) -> Tensor:
         """Denoiser logits of every noisy block given the clean blocks before it, in one pass.
 
         Block b attends to clean tokens before it and to all of itself; its Mamba layers start from
         the context's states after block b-1. Equal to `denoise` block by block; differentiable in
-        the denoiser's parameters only.
+        the denoiser's parameters only. The denoiser takes each block as a row.
 
-        Args: clean, noisy (B, M) int64 with M a multiple of block_size; t in [0, 1], (B,) for one
-            noise level per sequence as published, or (B, n) for one per block.
+        Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) for one noise
+            level per sequence as published, or (B, n) for one per block; None: no modulation and
+            no gate, which with block_size 1 is mock-AR over a whole text.
         Returns: (B, M, V) float32.
         Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
-        clean, noisy = self._check_ids(clean, "clean"), self._check_ids(noisy, "noisy")
-        B, M = clean.shape
-        if block_size < 1 or M % block_size or noisy.shape != clean.shape:
-            raise ValueError(f"clean is {tuple(clean.shape)} and noisy {tuple(noisy.shape)}, but "
-                             f"both must be (B, M), M a multiple of block_size {block_size}")
-        t = self._check_t(t, B, M // block_size)
+        check_ids(clean, "clean", self.config)
+        check_ids(noisy, "noisy", self.config, clean.shape)
+        (B, M), device = clean.shape, self.denoiser_tower.device
+        require(block_size >= 1 and M % block_size == 0,
+                f"clean has {M} tokens a row, no multiple of block_size {block_size}")
+        n = M // block_size
+        t = check_t(t, (B,), (B, n))
+        if t is not None:
+            t = t.reshape(B, -1).expand(B, n).flatten()
         context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
-            span = Span(0, M, is_causal=True, keep_state=False, block_size=block_size)
-            _, context.states = self.context_tower(clean.to(context.device), context.states, span)
+            at = context.next_pass(M, context.device, causal=True, keep="blocks")
+            self.context_tower(clean, context.states, at._replace(block_size=block_size))
         context.lengths = context.lengths + M
-        device = self.denoiser_tower.device
         block = torch.arange(M, device=device) // block_size
-        clean_seen, noisy_seen = block < block[:, None], block == block[:, None]     # (M, M)
-        mask = torch.cat([clean_seen, noisy_seen], dim=1)[None, None]
-        span = Span(M, 2 * M, mask=mask, keep_state=False)
-        return self._denoiser_logits(noisy, context, span, t)
+        earlier, own = block < block[:, None], block == block[:, None]           # (M, M)
+        at = context.next_pass(M, device, causal=False)
+        at = at._replace(mask=torch.cat([earlier, own], dim=1)[None, None])
+        rows = rearrange(noisy, "b (n q) -> (b n) q", n=n)
+        logits = self._denoise(rows, context, t, at)
+        return rearrange(logits, "(b n) q v -> b (n q) v", n=n)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
-                       generator: torch.Generator | None = None) -> Tensor:
-        """The denoiser's training loss on clean tokens (B, M): a scalar.
+                       generator: torch.Generator | None = None, *, masked: Tensor | None = None,
+                       t: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """The denoiser's training loss on clean tokens (B, M).
 
         One t ~ U[0.001, 1] per sequence; each token is masked with probability t; mean
         cross-entropy over all masked positions, labels not shifted, no 1/t weight.
-        """
-        def uniform(*shape):
-            device = tokens.device if generator is None else generator.device
-            return torch.rand(shape, generator=generator, device=device).to(tokens.device)
 
-        t = 0.001 + 0.999 * uniform(tokens.shape[0])
-        masked = uniform(*tokens.shape) < t[:, None]
+        Args:
+            masked (B, M) bool and t, as for `diffusion_logits`: other noise than that.
+            reduction: "mean" gives a scalar, "none" the loss of each masked position.
+        """
+        if masked is None:
+            device = tokens.device if generator is None else generator.device
+            t = 0.001 + 0.999 * torch.rand(len(tokens), generator=generator, device=device)
+            masked = torch.rand(tokens.shape, generator=generator, device=device) < t[:, None]
+        masked = masked.to(tokens.device)
         noisy = tokens.masked_fill(masked, self.config.mask_token_id)
         logits = self.diffusion_logits(tokens, noisy, t, block_size)
-        masked = masked.to(logits.device)
-        loss = F.cross_entropy(logits[masked], tokens.to(logits.device)[masked], reduction="sum")
-        return loss / masked.sum().clamp(min=1)
+        return cross_entropy(logits, tokens, masked, reduction)
 
-    def ar_loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross-entropy of the context tower on tokens (B, L), L >= 2: a scalar."""
-        if self._check_ids(tokens, "tokens").shape[1] < 2:
-            raise ValueError("an AR loss needs sequences of two tokens or more")
+    def ar_loss(self, tokens: Tensor, targets: Tensor | None = None, *,
+                reduction: str = "mean") -> Tensor:
+        """Next-token cross-entropy of the context tower on tokens (B, L), L >= 2; of targets
+        (B, L) bool alone, if given. reduction: as for `diffusion_loss`."""
+        require(tokens.shape[-1] > 1, "an AR loss needs sequences of two tokens or more")
+        targets = torch.ones_like(tokens, dtype=torch.bool) if targets is None else targets
         logits = self.context_logits(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device))
+        return cross_entropy(logits, tokens[:, 1:], targets[:, 1:], reduction)
 
     @torch.no_grad()
     def copy_context_to_denoiser(self):
@@ -1564,375 +1069,105 @@ class TwoTower(Module):
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
 
-    # -- decoding -----------------------------------------------------------------------------
+    # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
     @torch.no_grad()
-    def generate_ar(self, prompts, max_new_tokens: int | Sequence[int],
-                    temperature: float = 0.0, *, top_k: int | None = None,
-                    top_p: float | None = None,
-                    eos_token_id: int | None = None, generator=None,
-                    on_step: Callable[[Step], None] | None = None,
-                    on_tokens: Callable[[Written], bool | None] | None = None) -> Generation:
-        """Continue prompts with the context tower, one token at a time.
-
-        Args:
-            prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
-            eos_token_id: None never stops early.
-            temperature, top_k, top_p, generator: see `Sampler`. on_step: called once a token.
-            on_tokens: called with a `Written` for each row that got tokens; True ends the row.
-        Raises: ValueError for impossible arguments, or for logits that are not finite.
-        """
-        sampler = Sampler(temperature, top_k, top_p, generator)
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
-        context = self._prefill(prompts, reserve=max(rows.max_new_tokens), repeats=True)
-        rows.context_passes += 1
-        while True:
-            going = self._emit(context.logits, sampler, rows, on_step)
-            if not rows.live:
-                return rows.result()
-            context.select(going)
-            self._extend(context, rows.last_tokens(), logits="last")
-            rows.context_passes[rows.live] += 1
+    def generate_ar(self, prompts, max_new_tokens: int | Sequence[int], temperature: float = 0.0,
+                    **options) -> Generation:
+        """Continue prompts with the context tower, one token at a time."""
+        run = Decoding(self, prompts, max_new_tokens, temperature, **options)
+        logits = run.prefill(run.prompts, repeats=True)
+        while run.append(run.next_token(logits)):
+            logits = run.extend(run.newest(1), "last")
+        return run.result()
 
     @torch.no_grad()
     def generate_mock_ar(self, prompts, max_new_tokens: int | Sequence[int],
-                         temperature: float = 0.0, *, top_k: int | None = None,
-                         top_p: float | None = None,
-                         eos_token_id: int | None = None, generator=None,
-                         on_step: Callable[[Step], None] | None = None,
-                         on_tokens: Callable[[Written], bool | None] | None = None) -> Generation:
-        """The denoiser as an AR model, a check of the plumbing; arguments as for `generate_ar`.
+                         temperature: float = 0.0, **options) -> Generation:
+        """The denoiser as an AR model, a check of the plumbing.
 
         It reads the last token with no time conditioning, given the context before that token, so
         the context stays one token behind the text.
         """
         self._need_denoiser()
-        sampler = Sampler(temperature, top_k, top_p, generator)
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
-        context = self._prefill([prompt[:-1] for prompt in prompts], max(rows.max_new_tokens),
-                                logits=None)
-        rows.context_passes += context.lengths > 0
-        last = torch.stack([prompt[-1:] for prompt in prompts])                  # (R, 1)
-        while True:
-            logits = self._denoise(last, context, None)[:, 0]
-            rows.nfe[rows.live] += 1
-            going = self._emit(logits, sampler, rows, on_step)
-            if not rows.live:
-                return rows.result()
-            context.select(going)
-            self._extend(context, last[going])
-            rows.context_passes[rows.live] += 1
-            last = rows.last_tokens()
+        run = Decoding(self, prompts, max_new_tokens, temperature, **options)
+        run.prefill([prompt[:-1] for prompt in run.prompts], None)
+        while run.append(run.next_token(run.denoise(run.newest(1), None))):
+            run.extend(run.newest(2)[:, :1])
+        return run.result()
 
     @torch.no_grad()
     def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int] | None = None,
                                 block_size: int = 16, steps_per_block: int = 16,
                                 mask_token_id: int | None = None, temperature: float = 0.0, *,
                                 confidence_threshold: float = 0.8,
-                                top_k: int | None = None, top_p: float | None = None,
-                                template: Sequence | None = None,
-                                eos_token_id: int | None = None, generator=None,
-                                on_step: Callable[[Step], None] | None = None,
-                                on_tokens: Callable[[Written], bool | None] | None = None
-                                ) -> Generation:
+                                template: Sequence | None = None, **options) -> Generation:
         """Continue prompts block by block, committing confident tokens in parallel.
 
         Args:
-            prompts, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator, on_tokens:
-                as for `generate_ar`; the sampling knobs shape the draw, never the confidence.
             block_size: tokens denoised together; the last block is denoised whole, then cut.
             steps_per_block: denoiser passes a block may take at most.
-            confidence_threshold: gamma; 0.8 is the published operating point.
             mask_token_id: None takes the config's.
+            temperature: with top_k and top_p it shapes the draw, never the confidence.
+            confidence_threshold: gamma; 0.8 is the published operating point.
             template: ids that the new text begins with, mask_token_id where it is to be filled in;
                 one sequence for all rows, or one (or None) for each. Its tokens stand in their
                 blocks from the first step as if committed. The text ends with the template unless
                 max_new_tokens is larger; EOS ends it only after the template.
-            on_step: called with a `Step` after every denoiser pass.
-        Raises: ValueError for impossible arguments, or for logits that are not finite.
         """
         self._need_denoiser()
-        sampler = Sampler(temperature, top_k, top_p, generator)
-        unmasking = self._unmasking(mask_token_id, steps_per_block, confidence_threshold)
-        self._check_positive(block_size, "block_size")
-        self._check_length(block_size)
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
-                                    template)
-        blocks = -(-max(rows.max_new_tokens) // block_size)
-        context = self._prefill(prompts, blocks * block_size, logits=None, repeats=True)
-        rows.context_passes += 1
-        for block_index in range(blocks):
-            block, wanted = rows.next_block(block_size, unmasking.mask_token_id)
-            block = self._fill(block, wanted, context, rows, block_index, unmasking, sampler,
-                               on_step)
-            going = rows.append(block)
-            if not rows.live:
-                break
-            context.select(going)
-            self._extend(context, block[going])
-            rows.context_passes[rows.live] += 1
-        return rows.result()
+        run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
+                       mask_token_id, confidence_threshold, template, **options)
+        run.prefill(run.prompts, None, repeats=True)
+        while True:
+            block, wanted = run.next_block()
+            block = run.fill(block, block == run.mask_token_id, wanted)
+            if not run.append(block):
+                return run.result()
+            run.extend(run.newest(block_size))
 
     @torch.no_grad()
     def generate_speculative(self, prompts, max_new_tokens: int | Sequence[int],
                              draft_length: int = 16, steps_per_block: int = 1,
                              mask_token_id: int | None = None, temperature: float = 0.0, *,
-                             confidence_threshold: float = 0.8,
-                             top_k: int | None = None, top_p: float | None = None,
-                             eos_token_id: int | None = None, generator=None,
-                             on_step: Callable[[Step], None] | None = None,
-                             on_tokens: Callable[[Written], bool | None] | None = None
-                             ) -> Generation:
+                             confidence_threshold: float = 0.8, **options) -> Generation:
         """What `generate_ar` writes, in fewer passes of the context tower.
 
         The denoiser drafts the rest of a block whose first token is known; one context pass over
         the block gives AR's choice after each of its tokens. The draft is kept as far as it is what
         AR chose; AR's choice after that begins the next block.
 
-        The same token for token, as far as a pass over a block rounds as passes over single tokens
-        do: tested in float32; in bfloat16 a near tie may fall the other way. Sampling takes AR's
-        draws: with one generator per row, or one row, they are those of `generate_ar`; with one for
-        many rows only the distribution is the same.
+        The same token for token, sampled too, as far as a pass over a block rounds as passes over
+        single tokens do: tested in float32; in bfloat16 a near tie may fall the other way.
 
         Args:
-            prompts, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator, on_tokens:
-                as for `generate_ar`.
             draft_length: tokens of a block, the known one included.
             steps_per_block, mask_token_id, confidence_threshold: of the drafts, which are greedy,
                 as for `generate_mask_diffusion`. By default one pass fills the whole draft: wrong
                 tokens cost nothing but the rest of their block, a second pass costs a pass.
-            on_step: called after every denoiser pass; block_index counts the drafts.
-        Raises: ValueError for impossible arguments, or for logits that are not finite.
         Source: arXiv 2211.17192 (speculative decoding), with AR's draw in place of rejection.
         """
         self._need_denoiser()
-        sampler, greedy = Sampler(temperature, top_k, top_p, generator), Sampler()
-        unmasking = self._unmasking(mask_token_id, steps_per_block, confidence_threshold)
-        self._check_positive(draft_length, "draft_length")
-        self._check_length(draft_length)
-        prompts, rows = self._start(prompts, max_new_tokens, eos_token_id, sampler, on_tokens)
-        context = self._prefill(prompts, max(rows.max_new_tokens) + draft_length)
-        rows.context_passes += 1
-        going = self._emit(context.logits, sampler, rows, None)
-        for block_index in count():
-            if not rows.live:
-                return rows.result()
-            context.select(going)
-            block = torch.full((len(going), draft_length), unmasking.mask_token_id)
-            block[:, :1] = rows.last_tokens()
-            wanted = torch.arange(draft_length) < rows.left()[:, None]
-            block = self._fill(block, wanted, context, rows, block_index, unmasking, greedy,
-                               on_step, known=1)
-            logits = self._extend(context, block, logits="all", tentative=True)
-            rows.context_passes[rows.live] += 1
-            new = self._verify(logits, block, sampler, rows, block_index)
-            context.settle(torch.tensor(list(map(len, new))))
-            going = rows.append(new)
-
-    def _fill(self, block: Tensor, wanted: Tensor, context: Context, rows: _Rows, block_index: int,
-              unmasking: Unmasking, sampler: Sampler, on_step, known: int = 0) -> Tensor:
-        """Denoise block (R, Q) until nothing wanted (R, Q) is masked. The first `known` tokens are
-        no holes, even if AR chose the mask token there."""
-        mask_id, steps = unmasking.mask_token_id, unmasking.steps_per_block
-        span = Span.make(context.lengths, block.shape[1], self.denoiser_tower.device,
-                         for_context=False)
-        masked = (block == mask_id) & (torch.arange(block.shape[1]) >= known)    # (R, Q)
-        for step in range(steps):
-            active = (masked & wanted).any(-1)
-            if not active.any():
-                break
-            t = masked.float().mean(-1)
-            logits = self._denoiser_logits(block, context, span, t)
-            rows.nfe[rows.live] += active
-            # a row whose block is done draws nothing: its draws must not hang on other rows
-            drawing = [row if active[r] else None for r, row in enumerate(rows.live)]
-            ids, confidence = predict(logits, sampler, drawing, mask_id, self.ops)
-            fillable = masked & active[:, None]
-            self._check_finite(confidence, fillable, rows.live, block_index, step)
-            commits = select_commits(confidence, fillable, unmasking.confidence_threshold,
-                                     steps - step)
-            before, block, masked = block, ids.where(commits, block), masked & ~commits
-            if on_step is not None:
-                on_step(Step(list(rows.live), block_index, step, t, before, block.clone(), commits,
-                             confidence))
-        return block
-
-    def _verify(self, logits: Tensor, block: Tensor, sampler: Sampler, rows: _Rows,
-                block_index: int) -> list[Tensor]:
-        """AR's choice after each token of the block (R, Q), up to the first that the draft does not
-        have or that ends the row: R tensors of 1 to Q ids. logits (R, Q, V)."""
-        Q, left = block.shape[1], rows.left().tolist()
-        new, drawing = [[] for _ in rows.live], list(rows.live)
-        width = Q if sampler.temperature == 0 else 1    # AR draws for a token only once it is there
-        for start in range(0, Q, width):
-            ids, confidence = predict(logits[:, start:start + width], sampler, drawing, None,
-                                      self.ops)
-            asked = torch.tensor([[row is not None] for row in drawing]).expand_as(ids)
-            self._check_finite(confidence, asked, rows.live, block_index, start)
-            for r in asked[:, 0].nonzero()[:, 0].tolist():
-                for i, choice in enumerate(ids[r].tolist(), start):
-                    new[r].append(choice)
-                    if (i == Q - 1 or choice != block[r, i + 1] or choice == rows.eos_token_id
-                            or len(new[r]) == left[r]):
-                        drawing[r] = None
-                        break
-            if not any(row is not None for row in drawing):
-                break
-        return [torch.tensor(choices) for choices in new]
-
-    def _emit(self, logits: Tensor, sampler: Sampler, rows: _Rows, on_step) -> list[int]:
-        """One AR token for every live row, from logits (R, V); returns who goes on."""
-        index = len(rows.tokens[rows.live[0]])
-        ids, confidence = predict(logits[:, None], sampler, rows.live, None, self.ops)   # (R, 1)
-        everywhere = torch.ones_like(ids, dtype=torch.bool)
-        self._check_finite(confidence, everywhere, rows.live, index, 0)
-        if on_step is not None:
-            masks = torch.full_like(ids, self.config.mask_token_id)
-            t = torch.ones(len(ids))
-            on_step(Step(list(rows.live), index, 0, t, masks, ids, everywhere, confidence))
-        return rows.append(ids)
-
-    def _start(self, prompts, max_new_tokens, eos_token_id, sampler, on_tokens,
-               template=None) -> tuple[list[Tensor], _Rows]:
-        """Check what all generations take."""
-        prompts = self._check_prompts(prompts)
-        templates = self._check_templates(template, len(prompts))
-        lengths = ([max_new_tokens] * len(prompts) if not isinstance(max_new_tokens, Sequence)
-                   else list(max_new_tokens))
-        if max_new_tokens is None:
-            lengths = [len(template) for template in templates]
-        if len(lengths) != len(prompts) or not all(type(n) is int and n > 0 for n in lengths):
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more, for "
-                             f"all or for each of {len(prompts)} prompts"
-                             + ("; only a template can do without" if template is not None else ""))
-        self._check_length(max(len(prompt) + new for prompt, new in zip(prompts, lengths)))
-        ids = range(self.config.vocab_size)
-        if eos_token_id is not None and (type(eos_token_id) is not int or eos_token_id not in ids):
-            raise ValueError(f"eos_token_id is {eos_token_id!r}, but it must be one id in "
-                             f"[0, {self.config.vocab_size}), or None")
-        if isinstance(sampler.generator, Sequence) and len(sampler.generator) != len(prompts):
-            raise ValueError(f"{len(sampler.generator)} generators for {len(prompts)} prompts")
-        for row, (template, new) in enumerate(zip(templates, lengths)):
-            if len(template) > new:
-                raise ValueError(f"template {row} has {len(template)} tokens, more than the "
-                                 f"{new} of max_new_tokens")
-        return prompts, _Rows(lengths, eos_token_id, on_tokens, templates)
-
-    def _unmasking(self, mask_token_id, steps_per_block, confidence_threshold) -> Unmasking:
-        if mask_token_id is None:
-            mask_token_id = self.config.mask_token_id
-        self._check_ids(torch.tensor([[mask_token_id]]), "mask_token_id")
-        self._check_positive(steps_per_block, "steps_per_block")
-        if not confidence_threshold >= 0:
-            raise ValueError(f"confidence_threshold is {confidence_threshold}, but it must be >= 0")
-        return Unmasking(mask_token_id, steps_per_block, confidence_threshold)
-
-    # -- checks -------------------------------------------------------------------------------
-
-    def _need_denoiser(self):
-        if self.denoiser_tower is None:
-            raise ValueError("only the context tower is loaded; use towers='both', or generate_ar "
-                             "or score")
-
-    def _check_ids(self, ids: Tensor, name: str, rows: int | None = None) -> Tensor:
-        if not isinstance(ids, Tensor) or ids.dtype != torch.long or ids.dim() != 2:
-            got = (f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor)
-                   else type(ids).__name__)
-            raise ValueError(f"{name} must be a (B, L) int64 tensor, got {got}")
-        if 0 in ids.shape or rows is not None and len(ids) != rows:
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}, but it needs "
-                             f"{rows or 'one or more'} rows of one token or more")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"{name} holds id {low if low < 0 else high}, but ids must be in "
-                             f"[0, {self.config.vocab_size})")
-        self._check_length(ids.shape[1])
-        return ids
-
-    @staticmethod
-    def _check_t(t: Tensor | float, rows: int, blocks: int | None = None) -> Tensor:
-        t = torch.as_tensor(t)
-        t = t if t.is_floating_point() else t.float()
-        fits = t.dim() == 0 or tuple(t.shape) in ((rows,), (rows, blocks))
-        if not fits or not bool(((t >= 0) & (t <= 1)).all()):
-            each = "one or one per row" + (" or block" if blocks else "")
-            raise ValueError(f"t is {t.tolist()}, but it must be in [0, 1], {each}")
-        return t if t.dim() == 2 else t.expand(rows)
-
-    def _check_prompts(self, prompts, name: str = "prompt") -> list[Tensor]:
-        if len(prompts) == 0:
-            raise ValueError(f"there is no {name}")
-        return [self._check_sequence(ids, f"{name} {i}") for i, ids in enumerate(prompts)]
-
-    def _check_sequence(self, ids, name: str) -> Tensor:
-        try:
-            ids = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
-        if ids.dim() != 1 or len(ids) == 0:
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}, but it must be "
-                             "one-dimensional and hold one token or more")
-        return self._check_ids(ids[None], name)[0]
-
-    def _check_templates(self, template, rows: int) -> list[Tensor]:
-        try:
-            one = template is None or torch.as_tensor(template).dim() == 1
-        except (TypeError, ValueError, RuntimeError):       # sequences of several lengths, or None
-            one = False
-        templates = [template] * rows if one else template
-        if not isinstance(templates, (Sequence, Tensor)) or len(templates) != rows:
-            raise ValueError(f"template must be ids, or one sequence of them (or None) for each of "
-                             f"{rows} prompts")
-        return [torch.empty(0, dtype=torch.long) if ids is None else
-                self._check_sequence(ids, f"template {i}") for i, ids in enumerate(templates)]
-
-    @staticmethod
-    def _check_positive(value: int, name: str):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}, but it must be a positive integer")
-
-    def _check_length(self, length: int):
-        if length > self.config.max_position_embeddings:
-            raise ValueError(f"{length} tokens are more than the model's max_position_embeddings "
-                             f"{self.config.max_position_embeddings}")
-
-    @staticmethod
-    def _check_finite(confidence: Tensor, masked: Tensor, rows: list[int], block: int, step: int):
-        bad = (masked & ~confidence.isfinite()).nonzero()
-        if len(bad):
-            row, position = bad[0].tolist()
-            raise ValueError(f"the logits are not finite at row {rows[row]}, block {block}, "
-                             f"step {step}, position {position}; no token was committed")
+        check_positive(draft_length, "draft_length")
+        run = Decoding(self, prompts, max_new_tokens, temperature, draft_length, steps_per_block,
+                       mask_token_id, confidence_threshold, **options)
+        going = run.append(run.next_token(run.prefill(run.prompts), report=False))
+        run.block_index, place = 0, torch.arange(draft_length)
+        eos = -1 if run.eos_token_id is None else run.eos_token_id
+        while going:
+            block = torch.full((len(run.live), draft_length), run.mask_token_id)
+            block[:, :1] = run.newest(1)
+            masked = (place > 0).expand_as(block)           # AR itself may have chosen the mask id
+            block = run.fill(block, masked, place < run.left()[:, None], greedy=True)
+            ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
+            right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
+            kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left())              # (R,)
+            run.check_finite(confidence, place < kept[:, None])
+            run.context.settle(kept)
+            going = run.append([row[:n] for row, n in zip(ids, kept)])
+        return run.result()
 
     # -- loading ------------------------------------------------------------------------------
-
-    @classmethod
-    def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
-        """What `from_pretrained` would load, without data: a model on the meta device, with the
-        shapes and dtypes it would have, and the file of every tensor of the checkpoint.
-
-        Reads config.json and the headers of the safetensors files, and checks every name and shape.
-        """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise ValueError(f"{directory} is not a directory")
-        config = TwoTowerConfig.from_json(directory / "config.json")
-        with torch.device("meta"):
-            model = cls(config, towers=towers)
-            found, kinds = _check_headers(directory, model), {}
-            for name, parts in _checkpoint_tensors(model).items():
-                kind = dtype or found[parts[0][0]][1]
-                if name.endswith((".gate.weight", ".e_score_correction_bias")):
-                    kind = torch.promote_types(kind, torch.float32)
-                elif not name.endswith((".A_log", ".D", ".dt_bias")):       # used in float32
-                    for key, _ in parts:
-                        kinds.setdefault(dtype or found[key][1], key)
-                _set_tensor(model, name, torch.empty_like(_tensor(model, name), dtype=kind))
-        if len(kinds) > 1:
-            raise ValueError(f"{directory} mixes dtypes, such as " + " and ".join(
-                f"{kind} of {name}" for kind, name in kinds.items()) + "; give a dtype for all")
-        return model, {key: path for key, (path, _) in found.items()}
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
@@ -1951,37 +1186,26 @@ class TwoTower(Module):
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
-        model.use(backend)              # what cannot be had is said before a tensor is read
+        model.use(backend)              # refuses what cannot be had before a tensor is read
         if context_device is None:
             context_device = torch.get_default_device()
         if denoiser_device is None:
             denoiser_device = context_device
         return model.fill(files, context_device, denoiser_device).use(backend)
 
-    def use(self, backend: str, graphs: bool = False) -> TwoTower:
-        """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
-        gradients), "auto" those of kernels.py on GPUs where it and triton are there; `backend` then
-        says which they are.
-
-        graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
-        graphs, for the rows at hand: worth it where rows end together. Needs "triton", since
-        torch's moe_experts asks the host which experts were hit.
-        Raises: ValueError if they cannot be had.
-        """
-        if backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"backend is {backend!r}, but it must be auto, torch or triton")
-        if backend == "auto":
-            on_gpus = all(p.is_cuda for p in self.parameters())
-            there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
-            backend = "triton" if on_gpus and there else "torch"
-        if graphs and backend == "torch":
-            raise ValueError("graphs need backend 'triton'")
-        ops = operations(backend)
-        for module in self.modules():
-            if isinstance(module, Module):
-                module.ops = ops
-        self.backend, self.graphs = backend, graphs
-        return self
+    @classmethod
+    def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
+                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
+        """What `from_pretrained` would load, without data: a model on the meta device, with the
+        shapes and dtypes it would have, and the file of every tensor of the checkpoint."""
+        directory = Path(directory)
+        require(directory.is_dir(), f"{directory} is not a directory")
+        config = TwoTowerConfig.from_json(directory / "config.json")
+        with torch.device("meta"):
+            model = cls(config, towers=towers)
+            found = check_headers(directory, model)
+            set_dtypes(directory, model, found, dtype)
+        return model, {key: path for key, (path, _, _) in found.items()}
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
@@ -1989,15 +1213,15 @@ class TwoTower(Module):
 
         on_load: called with the bytes of each tensor that was loaded.
         """
-        for name, parts in _checkpoint_tensors(self).items():
+        tensors = self.state_dict()
+        for name, parts in checkpoint_tensors(self).items():
             device = context_device if name.startswith("context_") else denoiser_device
-            meta = _tensor(self, name)
-            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+            tensor = torch.empty_like(tensors[name], device=device)
             for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
                 with safe_open(files[key], "pt", device=str(tensor.device)) as file:
                     part.copy_(file.get_tensor(key))
-            _set_tensor(self, name, tensor)
+            set_tensor(self, name, tensor)
             if on_load is not None:
                 on_load(tensor.nbytes)
         return self
@@ -2008,34 +1232,615 @@ class TwoTower(Module):
         Every file is written under another name first, so that none is ever half-written; files
         of a checkpoint that was there before are replaced or removed.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        if old and self.denoiser_tower is None:
-            raise ValueError(f"{directory} holds a checkpoint, which a context tower alone must "
-                             "not replace; save it elsewhere")
-        shards, size = [{}], 0
-        for key, part in (pair for parts in _checkpoint_tensors(self).values() for pair in parts):
-            if shards[-1] and size + part.nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][key] = part
-            size += part.nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            shard = {key: part.contiguous() for key, part in shard.items()}
-            save_file(shard, directory / f"{name}.partial", metadata={"format": "pt"})
-            os.replace(directory / f"{name}.partial", directory / name)
-        fields = dataclasses.asdict(self.config)
-        fields["torch_dtype"] = str(self.context_lm_head.weight.dtype).removeprefix("torch.")
-        _write_json(directory / "config.json", fields)
-        if len(shards) > 1:
-            weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-            total = sum(part.nbytes for shard in shards for part in shard.values())
-            _write_json(directory / INDEX, {"metadata": {"total_size": total},
-                                            "weight_map": weight_map})
-            names.append(INDEX)
-        for path in old:
-            if path.name not in names:
-                path.unlink()
+        save_checkpoint(self, Path(directory), max_shard_bytes)
+
+    def use(self, backend: str, graphs: bool = False) -> TwoTower:
+        """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
+        gradients), "auto" those of kernels.py on GPUs where it and triton are there; `backend` then
+        says which they are.
+
+        graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
+        graphs, for the rows at hand: worth it where rows end together. Needs "triton".
+        Raises: ValueError if they cannot be had.
+        """
+        require(backend in ("auto", "torch", "triton"),
+                f"backend is {backend!r}, but it must be auto, torch or triton")
+        if backend == "auto":
+            on_gpus = all(p.is_cuda for p in self.parameters())
+            there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
+            backend = "triton" if on_gpus and there else "torch"
+        require(backend == "triton" or not graphs, "graphs need backend 'triton'")
+        ops = Module.ops if backend == "torch" else SimpleNamespace(
+            **{name: getattr(kernels(), name) for name in OPERATIONS})
+        for module in self.modules():
+            if isinstance(module, Module):
+                module.ops = ops
+        self.backend, self.graphs = backend, graphs
+        return self
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding: choosing tokens, and what all modes share
+
+
+def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
+                 top_p: float | None = None) -> Tensor:
+    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus.
+
+    top_p keeps the most likely tokens, up to and including the one that takes their total past it.
+    """
+    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p > top_p           # what comes before already holds more
+        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -math.inf)
+    return logits
+
+
+def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
+    """A draw from softmax(logits): argmax(logits - log(-log(u))), u ~ U(0, 1) of logits' shape."""
+    return (logits - (-uniform.log()).log()).argmax(-1)
+
+
+def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
+    """U(0, 1) numbers that depend on (seed, position, step, token id) and on nothing else.
+
+    So a row draws the same whatever stands beside it, on every device, and speculative decoding
+    draws what AR does. Counter-based: splitmix64's mixing function, whose products wrap in int64.
+
+    Args: seeds (R), positions (R, Q) int64: of a token in its text. Returns: (R, Q, V) float64.
+    """
+    def mix(x: Tensor) -> Tensor:                   # >> carries the sign, which the masks cut off
+        x = (x ^ (x >> 30 & 2**34 - 1)) * -4658895280553007687
+        x = (x ^ (x >> 27 & 2**37 - 1)) * -7723592293110705685
+        return x ^ (x >> 31 & 2**33 - 1)
+
+    golden = -7046029254386353131
+    key = mix(mix(mix(seeds + golden)[:, None] + positions * golden) + step)
+    tokens = torch.arange(1, V + 1, device=key.device) * golden
+    bits = mix(key[..., None] + tokens) >> 11 & 2**53 - 1
+    return (bits.double() + 0.5) * 2.0**-53
+
+
+def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
+                   steps_left: int) -> Tensor:
+    """Which masked positions take their prediction in this step, row by row.
+
+    All of them on the last step; else as many as are more confident than the threshold, but at
+    least one and at least an even share of what is left; the most confident ones go first.
+
+    Args: confidence (R, Q); masked (R, Q) bool; steps_left counts this step (1 = the last).
+    Returns: (R, Q) bool, a subset of masked.
+    """
+    left = masked.sum(-1)
+    sure = (masked & (confidence > confidence_threshold)).sum(-1)
+    share = (left + steps_left - 1) // steps_left               # on the last step: all of them
+    n = sure.maximum(share).clamp(min=1).minimum(left)
+    ranked = confidence.where(masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    return masked & (ranked.argsort(dim=-1) < n[:, None])
+
+
+class Step(NamedTuple):
+    """What `on_step` is told: one denoiser step, or one token of an AR mode (a block of one)."""
+
+    rows: list[int]             # R: the rows of the batch still being written
+    block_index: int
+    step: int                   # within the block
+    t: Tensor                   # (R,) masked fraction before the step
+    before: Tensor              # (R, Q) ids
+    after: Tensor               # (R, Q) ids
+    committed: Tensor           # (R, Q) bool: written in this step
+    confidence: Tensor          # (R, Q) probability of the predicted token
+
+
+class Written(NamedTuple):
+    """What `on_tokens` is told of a row's new tokens, once they are final; True ends the row."""
+
+    row: int
+    new: list[int]              # ids, cut after EOS and at max_new_tokens
+    ended: bool                 # nothing follows in any case
+    nfe: int                    # what the row has cost so far
+    context_passes: int
+
+
+@dataclass
+class Generation:
+    """New tokens of each row, cut after EOS and at max_new_tokens, and what they cost."""
+
+    tokens: list[Tensor]        # B tensors (n,) int64 on the host
+    nfe: Tensor                 # (B,) int64: denoiser passes
+    context_passes: Tensor      # (B,) int64: context tower passes, the prompt's included
+
+
+class Scores(NamedTuple):
+    """Natural logarithms of the probabilities of each row's continuation."""
+
+    tokens: list[Tensor]        # B tensors (n,) f32 on the host: each given all tokens before it
+    total: Tensor               # (B,) float64: their sums
+
+
+class Decoding:
+    """What all four ways of decoding share: the rows, their texts and limits, the context.
+
+    Args:
+        prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
+        block_size, steps_per_block, mask_token_id, confidence_threshold, template: see
+            `generate_mask_diffusion`.
+        temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
+        eos_token_id: ends a row; None never stops early.
+        seed: of the draws: one number, to which a row's number is added, or one for each row; a
+            seed gives a row the same text whatever stands beside it. None takes torch's.
+        on_step: called with a `Step` after every denoiser pass, or AR token.
+        on_tokens: called with a `Written` for each row that got tokens; True ends the row.
+    Raises: ValueError for impossible arguments, and later for logits that are not finite.
+    """
+
+    def __init__(self, model: TwoTower, prompts, max_new_tokens: int | Sequence[int] | None,
+                 temperature: float = 0.0, block_size: int = 1, steps_per_block: int = 1,
+                 mask_token_id: int | None = None, confidence_threshold: float = 0.8,
+                 template: Sequence | None = None, *, top_k: int | None = None,
+                 top_p: float | None = None, eos_token_id: int | None = None,
+                 seed: int | Sequence[int] | None = None,
+                 on_step: Callable[[Step], None] | None = None,
+                 on_tokens: Callable[[Written], bool | None] | None = None):
+        self.model, self.on_step, self.on_tokens = model, on_step, on_tokens
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.block_size, self.steps_per_block = block_size, steps_per_block
+        self.mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
+        self.confidence_threshold, self.eos_token_id = confidence_threshold, eos_token_id
+        check_decoding(self, model.config)
+        self.prompts = check_texts(prompts, "prompt", model.config)
+        rows = len(self.prompts)
+        self.templates = check_templates(template, rows, model.config)
+        self.limits = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
+        self.seeds = check_seeds(seed, rows)
+        self.live = list(range(rows))                   # R rows are still being written
+        self.texts = [prompt.tolist() for prompt in self.prompts]       # with what is written
+        self.nfe = torch.zeros(rows, dtype=torch.long)
+        self.context_passes = torch.zeros(rows, dtype=torch.long)
+        self.block_index = 0
+
+    def written(self, row: int) -> int:
+        return len(self.texts[row]) - len(self.prompts[row])
+
+    def left(self) -> Tensor:
+        """(R,): how many tokens each live row may still get."""
+        return torch.tensor([self.limits[row] - self.written(row) for row in self.live])
+
+    def newest(self, n: int) -> Tensor:
+        """(R, n): the newest tokens of each live row."""
+        return torch.tensor([self.texts[row][-n:] for row in self.live])
+
+    def prefill(self, prompts: list[Tensor], logits: str | None = "last",
+                repeats: bool = False) -> Tensor | None:
+        """Begin the context; returns the logits (R, 1, V) after it. repeats: what follows are equal
+        passes over the same rows, which can be recorded."""
+        self.context = self.model._prefill(prompts, max(self.limits) + self.block_size, logits)
+        self.context_passes += self.context.lengths > 0
+        if repeats and self.model.graphs:
+            self.context.passes = kernels().Passes(self.model, self.context, Pass.behind)
+        return None if logits is None else self.context.logits[:, None]
+
+    def extend(self, tokens: Tensor, logits: str | None = None, keep: str = "end") -> Tensor | None:
+        """Read tokens (R, L) with the context tower; returns logits, "all" or the "last"."""
+        self.context_passes[self.live] += 1
+        return self.model._extend(self.context, tokens, logits, keep=keep)
+
+    def denoise(self, block: Tensor, t: Tensor | None) -> Tensor:
+        self.nfe[self.live] += 1
+        return self.model._denoise(block, self.context, t)
+
+    def predict(self, logits: Tensor, step: int = 0, mask_token_id: int | None = None,
+                greedy: bool = False) -> tuple[Tensor, Tensor]:
+        """What a pass proposes for the next Q places of each row; never the mask token, if given.
+
+        Args: logits (R, Q, V) f32.
+        Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
+        temperature 1, or NaN where a logit is not finite; both on the host.
+        """
+        if greedy or self.temperature == 0:
+            ids, confidence = self.model.ops.most_likely(logits, mask_token_id)
+        else:
+            positions = torch.tensor([[len(self.texts[row])] for row in self.live])
+            positions = positions + torch.arange(logits.shape[1])                    # (R, Q)
+            u = noise(self.seeds[self.live].to(logits.device), positions.to(logits.device), step,
+                      logits.shape[-1])
+            shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
+                                  self.top_p)
+            ids = gumbel_argmax(shaped, u)
+            confidence = probability(logits, ids, mask_token_id)
+        both = torch.stack([ids.double(), confidence.double()]).cpu()       # one transfer, one wait
+        return both[0].long(), both[1].to(confidence.dtype)
+
+    def check_finite(self, confidence: Tensor, used: Tensor, step: int = 0):
+        """Raise if a position that is used (R, Q) bool had logits that are not finite."""
+        bad = (used & ~confidence.isfinite()).nonzero()
+        if len(bad):
+            row, position = bad[0].tolist()
+            raise ValueError(f"the logits are not finite at row {self.live[row]}, block "
+                             f"{self.block_index}, step {step}, position {position}; no token was "
+                             "committed")
+
+    def next_token(self, logits: Tensor, report: bool = True) -> Tensor:
+        """One AR token (R, 1) for every live row, from logits (R, 1, V)."""
+        ids, confidence = self.predict(logits)
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        self.check_finite(confidence, everywhere)
+        if report and self.on_step is not None:
+            masks = torch.full_like(ids, self.mask_token_id)
+            self.on_step(Step(list(self.live), self.block_index, 0, torch.ones(len(ids)), masks,
+                              ids, everywhere, confidence))
+        return ids
+
+    def next_block(self) -> tuple[Tensor, Tensor]:
+        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
+        positions must be filled (R, Q): all but those past the end of a template."""
+        block = torch.full((len(self.live), self.block_size), self.mask_token_id)
+        wanted = torch.ones_like(block, dtype=torch.bool)
+        for r, row in enumerate(self.live):
+            rest = self.templates[row][self.written(row):][:self.block_size]
+            block[r, :len(rest)] = rest
+            if len(self.templates[row]) == self.limits[row]:
+                wanted[r, len(rest):] = False
+        return block, wanted
+
+    def fill(self, block: Tensor, masked: Tensor, wanted: Tensor, greedy: bool = False) -> Tensor:
+        """Denoise block (R, Q), step by step, until nothing wanted (R, Q) is masked (R, Q)."""
+        for step in range(self.steps_per_block):
+            unfinished = (masked & wanted).any(-1)          # (R,) rows that need this step
+            if not unfinished.any():
+                break
+            t = masked.float().mean(-1)
+            logits = self.model._denoise(block, self.context, t)
+            self.nfe[self.live] += unfinished
+            ids, confidence = self.predict(logits, step, self.mask_token_id, greedy)
+            fillable = masked & unfinished[:, None]
+            self.check_finite(confidence, fillable, step)
+            commits = select_commits(confidence, fillable, self.confidence_threshold,
+                                     self.steps_per_block - step)
+            before, block, masked = block, ids.where(commits, block), masked & ~commits
+            if self.on_step is not None:
+                self.on_step(Step(list(self.live), self.block_index, step, t, before,
+                                  block.clone(), commits, confidence))
+        return block
+
+    def append(self, new: Sequence[Tensor]) -> bool:
+        """Add ids, R tensors (n,), up to the length asked for and an EOS after the template; rows
+        that end leave the context. Returns whether any goes on."""
+        going = []
+        for r, (row, left) in enumerate(zip(self.live, self.left().tolist())):
+            ids = new[r][:left].tolist()
+            eos_from = max(0, len(self.templates[row]) - self.written(row))
+            ended = len(ids) == left
+            if self.eos_token_id in ids[eos_from:]:
+                ids, ended = ids[:ids.index(self.eos_token_id, eos_from) + 1], True
+            self.texts[row] += ids
+            if self.on_tokens is not None:
+                passes = int(self.nfe[row]), int(self.context_passes[row])
+                ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
+            if not ended:
+                going.append(r)
+        self.live, self.block_index = [self.live[r] for r in going], self.block_index + 1
+        self.context.select(going)
+        return bool(going)
+
+    def result(self) -> Generation:
+        return Generation([torch.tensor(text[len(prompt):], dtype=torch.long)
+                           for text, prompt in zip(self.texts, self.prompts)],
+                          self.nfe, self.context_passes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks: one line for everything that cannot be
+
+
+def require(ok: bool, message: str):
+    if not ok:
+        raise ValueError(message)
+
+
+def check_config(config: TwoTowerConfig):
+    """Raise for the first field that breaks its rule."""
+    c, pattern, limit = config, str(config.hybrid_override_pattern), config.time_step_limit
+
+    def is_number(v):
+        return type(v) in (int, float)
+
+    types = {"int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
+             "float": (lambda v: is_number(v) and 0 < v < math.inf,
+                       "it must be a positive number"),
+             "bool": (lambda v: type(v) is bool, "it must be true or false"),
+             "str": (lambda v: type(v) is str, "it must be text"),
+             "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
+                            f"it must be an id below vocab_size {c.vocab_size}")}
+    rules = [(field.name, *types[field.type]) for field in dataclasses.fields(c)
+             if field.type in types]
+    rules += [("hybrid_override_pattern", lambda v, letter=letter: letter in "M*E-",
+               f"{letter!r} is no layer kind (M Mamba-2, * attention, E MoE, - MLP)")
+              for letter in pattern]
+    rules += [(name, lambda v, parts=parts: v % getattr(c, parts) == 0,
+               f"it must be a multiple of {parts} {getattr(c, parts)}")
+              for name, parts in (("num_attention_heads", "num_key_value_heads"),
+                                  ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group"))]
+    rules += [
+        ("num_hidden_layers", lambda v: v == len(pattern),
+         f"hybrid_override_pattern {pattern!r} has {len(pattern)} letters"),
+        ("n_group", lambda v: v == 1 or c.n_routed_experts >= 2 * v,
+         "a router group needs two experts or more"),
+        ("topk_group", lambda v: v <= c.n_group, f"n_group is {c.n_group}"),
+        ("num_experts_per_tok", lambda v: v <= c.n_routed_experts,
+         f"there are {c.n_routed_experts} experts"),
+        ("time_step_limit", lambda v: isinstance(v, tuple) and len(v) == 2
+         and all(map(is_number, v)) and 0 <= limit[0] <= limit[1],
+         "it must be [low, high] with 0 <= low <= high"),
+        ("time_step_min", lambda v: v <= c.time_step_max, f"time_step_max is {c.time_step_max}"),
+        ("mask_token_id", lambda v: v is not None, "decoding needs one"),
+        ("mlp_hidden_act", lambda v: v == "relu2", "only relu2 is supported"),
+        ("mamba_hidden_act", lambda v: v == "silu", "only silu is supported"),
+        ("tie_word_embeddings", lambda v: not v, "each tower has its own head")]
+    for name, holds, rule in rules:
+        value = getattr(c, name)
+        require(holds(value), f"config: {name} is {value!r}, but {rule}")
+
+
+def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
+              shape: tuple = (None, None)) -> Tensor:
+    """Raise unless ids are int64, of the vocabulary and of that shape; None is any size from 1."""
+    fits = (isinstance(ids, Tensor) and ids.dtype == torch.long and ids.dim() == len(shape)
+            and all(size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape)))
+    got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.40}"
+    sizes = ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
+    require(fits, f"{name} must be int64 ids of shape ({sizes}), got {got}")
+    V, low, high = config.vocab_size, int(ids.min()), int(ids.max())
+    require(low >= 0 and high < V,
+            f"{name} holds id {low if low < 0 else high}, but ids must be in [0, {V})")
+    check_length(ids.shape[-1], config)
+    return ids
+
+
+def check_texts(texts, name: str, config: TwoTowerConfig) -> list[Tensor]:
+    """A tensor (L,) of ids for each of one or more texts."""
+    require(len(texts) > 0, f"there is no {name}")
+    try:
+        tensors = [torch.as_tensor(ids) for ids in texts]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be token ids, got {texts!r:.40}") from None
+    return [check_ids(ids, f"{name} {i}", config, (None,)) for i, ids in enumerate(tensors)]
+
+
+def check_length(length: int, config: TwoTowerConfig):
+    require(length <= config.max_position_embeddings, f"{length} tokens are more than the model's "
+            f"max_position_embeddings {config.max_position_embeddings}")
+
+
+def check_positive(value: int, name: str):
+    require(type(value) is int and value > 0,
+            f"{name} is {value!r}, but it must be a positive integer")
+
+
+def check_t(t, *shapes: tuple[int, ...]) -> Tensor | None:
+    """t as a floating tensor of one of the shapes; one number becomes the first."""
+    if t is None:
+        return None
+    t = torch.as_tensor(t)
+    t = t if t.is_floating_point() else t.float()
+    require(t.shape in ((), *shapes) and bool(((t >= 0) & (t <= 1)).all()),
+            f"t is {t.tolist()}, but it must be in [0, 1], one number or of shape "
+            + " or ".join(map(str, shapes)))
+    return t if t.dim() else t.expand(shapes[0])
+
+
+def check_decoding(run: Decoding, config: TwoTowerConfig):
+    """Raise for impossible options of `Decoding`."""
+    V, eos = config.vocab_size, run.eos_token_id
+    check_positive(run.block_size, "block_size")
+    check_length(run.block_size, config)
+    check_positive(run.steps_per_block, "steps_per_block")
+    for name, holds, rule in (
+            ("temperature", lambda v: 0 <= v < math.inf, "0 or more"),
+            ("top_k", lambda v: v is None or v >= 1, "1 or more"),
+            ("top_p", lambda v: v is None or 0 < v <= 1, "in (0, 1]"),
+            ("confidence_threshold", lambda v: v >= 0, "0 or more"),
+            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})"),
+            ("eos_token_id", lambda v: eos is None or type(v) is int and 0 <= v < V,
+             f"one id in [0, {V}), or None")):
+        value = getattr(run, name)
+        require(holds(value), f"{name} is {value!r}, but it must be {rule}")
+
+
+def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]:
+    """A tensor (n,) of ids for each row, empty where there is no template."""
+    try:
+        one = template is None or torch.as_tensor(template).dim() == 1
+    except (TypeError, ValueError, RuntimeError):           # sequences of several lengths, or None
+        one = False
+    templates = [template] * rows if one else template
+    require(isinstance(templates, Sequence | Tensor) and len(templates) == rows, "template must be "
+            f"ids, or one sequence of them (or None) for each of {rows} prompts")
+    return [torch.empty(0, dtype=torch.long) if ids is None else
+            check_texts([ids], f"template {i}", config)[0] for i, ids in enumerate(templates)]
+
+
+def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
+                 config: TwoTowerConfig) -> list[int]:
+    """How many tokens each row may get: as given, or as many as its template has."""
+    limits = ([len(template) for template in templates] if max_new_tokens is None else
+              list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else
+              [max_new_tokens] * len(prompts))
+    require(len(limits) == len(prompts) and all(type(n) is int and n > 0 for n in limits),
+            f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more, for all or for each "
+            f"of {len(prompts)} prompts; only a template can do without")
+    check_length(max(len(prompt) + new for prompt, new in zip(prompts, limits)), config)
+    for row, (template, new) in enumerate(zip(templates, limits)):
+        require(len(template) <= new, f"template {row} has {len(template)} tokens, more than the "
+                f"{new} of max_new_tokens")
+    return limits
+
+
+def check_seeds(seed: int | Sequence[int] | None, rows: int) -> Tensor:
+    """(rows,) int64."""
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(rows)]
+    require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} prompts")
+    require(all(type(one) is int and one >= 0 for one in seeds),
+            f"seed is {seed!r}, but it must be an integer of 0 or more, or one for each prompt")
+    return torch.tensor([one % 2**63 for one in seeds])
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoint files
+
+INDEX = "model.safetensors.index.json"
+CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    require(isinstance(value, dict), f"{path} must hold a JSON object")
+    return value
+
+
+def write(path: Path, save: Callable[[Path], None]):
+    """Write a file under another name first, so that it is never half-written."""
+    partial = path.with_name(path.name + ".partial")
+    save(partial)
+    os.replace(partial, path)
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
+    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
+    return {name: [(name.replace(".experts.", f".experts.{e}."), part)
+                   for e, part in enumerate(tensor)] if ".mixer.experts." in name else
+            [(name, tensor)] for name, tensor in model.state_dict().items()}
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor):
+    """Replace a parameter or buffer, whatever the new dtype and device."""
+    owner, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner)
+    setattr(owner, leaf, nn.Parameter(tensor) if leaf in owner._parameters else tensor)
+
+
+def checkpoint_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The safetensors files, and where an index, if there is one, places each tensor."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if not index.exists():
+        require(single.exists(), f"{directory} holds neither {single.name} nor {INDEX}")
+        return [single], {}
+    weight_map = read_json(index).get("weight_map")
+    require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+    for key, name in weight_map.items():
+        require(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) is not None,
+                f"{index} places {key} in {name!r}, which is no safetensors file name")
+    places = {key: directory / name for key, name in weight_map.items()}
+    return sorted(set(places.values())), places
+
+
+def check_headers(directory: Path, model: TwoTower) -> dict[str, tuple[Path, list, torch.dtype]]:
+    """File, shape and dtype of every tensor of the model, after checking names and shapes."""
+    expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
+                for key, part in parts}
+    unread = () if model.denoiser_tower is not None else DENOISER_KEYS
+    files, places = checkpoint_files(directory)
+    places = {key: path for key, path in places.items() if not key.startswith(unread)}
+    found = {}
+    for path in files if not places else sorted(set(places.values())):
+        require(path.is_file(), f"{path} is missing, where {INDEX} places tensors")
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    require(key not in found, f"tensor {key} is in {path} and in another file")
+                    if not key.startswith(unread):
+                        part = file.get_slice(key)
+                        found[key] = path, part.get_shape(), part.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+    for key in sorted({*expected, *places, *found}):
+        path, shape, dtype = found.get(key, (places.get(key, directory), None, None))
+        require(key in found, f"{path} lacks tensor {key}")
+        require(key in expected, f"{path} holds tensor {key}, which the config has no place for")
+        require(shape == expected[key],
+                f"{path}: tensor {key} has shape {shape}, expected {expected[key]}")
+        require(dtype in DTYPES, f"{path}: tensor {key} is {dtype}, none of {', '.join(DTYPES)}")
+        found[key] = path, shape, DTYPES[dtype]
+    return found
+
+
+def set_dtypes(directory: Path, model: TwoTower, found: dict, dtype: torch.dtype | None):
+    """Give the tensors of a skeleton `dtype`, or those of their file, which must then be one; the
+    router is float32 at least, and A_log, D and dt_bias, which are used so, may be."""
+    keys, tensors = {}, model.state_dict()              # keys: of each dtype one
+    for name, parts in checkpoint_tensors(model).items():
+        dtypes = {dtype or found[key][2]: key for key, _ in parts}
+        own = next(iter(dtypes))
+        if name.endswith((".gate.weight", ".e_score_correction_bias")):
+            own = torch.promote_types(own, torch.float32)
+        elif not name.endswith((".A_log", ".D", ".dt_bias")):
+            keys = dtypes | keys
+        set_tensor(model, name, torch.empty_like(tensors[name], dtype=own))
+    require(len(keys) < 2, f"{directory} mixes dtypes, such as " + " and ".join(
+        f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
+
+
+def save_checkpoint(model: TwoTower, directory: Path, max_shard_bytes: int):
+    """See `TwoTower.save_pretrained`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
+    require(not old or model.denoiser_tower is not None, f"{directory} holds a checkpoint, which a "
+            "context tower alone must not replace; save it elsewhere")
+    shards, size = [{}], 0
+    for key, part in (pair for parts in checkpoint_tensors(model).values() for pair in parts):
+        if shards[-1] and size + part.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = part
+        size += part.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        shard = {key: part.contiguous() for key, part in shard.items()}
+        write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
+    files = {"config.json": dataclasses.asdict(model.config) | {
+        "torch_dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch.")}}
+    if len(shards) > 1:
+        files[INDEX] = {
+            "metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+    for name, value in files.items():
+        write(directory / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n",
+                                                             encoding="utf-8"))
+    for path in old:
+        if path.name not in (*names, *files):
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels: the file works without them
+
+KERNELS = Path(__file__).with_name("kernels.py")
+
+
+def kernels():
+    """The module kernels.py. Raises: ValueError where it, or triton, cannot be had."""
+    try:
+        spec = importlib.util.spec_from_file_location("twotower_kernels", KERNELS)
+        module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+        if not hasattr(module, OPERATIONS[0]):
+            spec.loader.exec_module(module)
+        return module
+    except (ImportError, OSError) as error:
+        sys.modules.pop("twotower_kernels", None)
+        raise ValueError(f"backend 'triton' needs kernels.py beside twotower.py, and the package "
+                         f"triton: {error}") from None
