@@ -14,7 +14,7 @@ need this file.
     2  ssd_scan, ssd_step the Mamba-2 recurrence, chunk by chunk or one token; ssd_rates makes its
                           dt and A
     3  causal_conv1d      depthwise convolution and SiLU
-    4  norms              rms_norm, gated_rms_norm, modulated_rms_norm, add_gated
+    4  norms              rms_norm, modulate_then_norm, norm_then_modulate, gated_rms_norm, add_gated
     5  attention          few queries over many keys, split over the keys
     6  most_likely        argmax and its probability over the vocabulary, in one reading
     7  route              expert scores, group limit, top-k, in float64
@@ -415,10 +415,10 @@ def _pass_states_kernel(
 
 @launcher
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
-             chunk_size: int, keep_state: bool = True, keep_chunks: bool = False):
-    """As twotower.ssd_scan; P and N powers of two of 16 or more. Returns y and the last state, or
-    with keep_chunks the states before every chunk of chunk_size; else the chunks are the kernel's
-    own."""
+             chunk_size: int, keep: str = "end"):
+    """As twotower.ssd_scan; P and N powers of two of 16 or more. chunk_size is that of the states
+    kept with "blocks"; else the chunks are the kernel's own."""
+    keep_state, keep_chunks = keep == "end", keep == "blocks"
     (b, L, H, P), (G, N), f32 = x.shape, B.shape[2:], (torch.float32,)
     check_power_of_2("P", P)
     check_power_of_2("N", N)
@@ -438,7 +438,7 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     CHUNK = chunk_size if keep_chunks else 16 if L <= 16 else 64
     chunks = triton.cdiv(L, CHUNK)
     y = torch.empty(b, L, H, P, dtype=x.dtype, device=x.device)
-    last = torch.empty_like(state) if keep_state and not keep_chunks else None
+    last = torch.empty_like(state) if keep_state else None
     # slices of a head fill the GPU at batch 1
     BLOCK_P = P if b * H * chunks >= 4 * multiprocessors(x.device) else 16
     strides = (*x.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2])
@@ -584,10 +584,10 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def _norm_kernel(
         x_ptr,              # (tokens, D)
         weight_ptr,         # (D,)
-        shift_ptr,          # (B*n, D), if MODULATE
-        scale_ptr,          # (B*n, D)
+        shift_ptr,          # (B, D), if MODULATE
+        scale_ptr,          # (B, D)
         out_ptr,            # (tokens, D)
-        D, eps, segment,    # the length of a block: its tokens share a shift and a scale
+        D, eps, L,          # tokens of a row, which share a shift and a scale
         MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
         BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -596,7 +596,7 @@ def _norm_kernel(
     x = tl.load(x_ptr + token * D + d, inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, inside, other=0.0).to(tl.float32)
     if MODULATE:
-        at = token // segment * D + d
+        at = token // L * D + d
         shift = tl.load(shift_ptr + at, inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + at, inside, other=0.0).to(tl.float32)
         if MODULATE == 1:
@@ -620,23 +620,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@launcher
-def modulated_rms_norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor,
-                       norm_first: bool) -> Tensor:
-    """As twotower.modulated_rms_norm: x (B, L, D) with a shift and scale (B, n, D) for each of n
-    equal blocks of its tokens."""
-    (B, L, D), n = x.shape, shift.shape[1]
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, eps: float,
+                   order: int) -> Tensor:
+    B, L, D = x.shape
     check("x", x, (B, L, D), x.device, FLOATS)
     check("weight", weight, (D,), x.device, FLOATS)
-    check("shift", shift, (B, n, D), x.device, FLOATS)
-    check("scale", scale, (B, n, D), x.device, FLOATS)
-    check_blocks(L, n)
+    check("shift", shift, (B, 1, D), x.device, FLOATS)
+    check("scale", scale, (B, 1, D), x.device, FLOATS)
     x, weight, shift, scale = (v.contiguous() for v in (x, weight, shift, scale))
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _norm_kernel[B * L,](x, weight, shift, scale, out, D, eps, L // n,
-                         MODULATE=2 if norm_first else 1, BLOCK_D=triton.next_power_of_2(D),
-                         num_warps=8)
+    _norm_kernel[B * L,](x, weight, shift, scale, out, D, eps, L, MODULATE=order,
+                         BLOCK_D=triton.next_power_of_2(D), num_warps=8)
     return out
+
+
+@launcher
+def modulate_then_norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
+                       eps: float) -> Tensor:
+    """As twotower.modulate_then_norm: x (B, L, D), shift and scale (B, 1, D)."""
+    return modulated_norm(x, shift, scale, weight, eps, 1)
+
+
+@launcher
+def norm_then_modulate(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
+                       eps: float) -> Tensor:
+    """As twotower.norm_then_modulate: x (B, L, D), shift and scale (B, 1, D)."""
+    return modulated_norm(x, shift, scale, weight, eps, 2)
 
 
 @triton.jit
@@ -676,29 +685,28 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 @triton.jit
 def _add_gated_kernel(
         x_ptr, h_ptr,       # (tokens, D)
-        gate_ptr,           # (B*n, D)
+        gate_ptr,           # (B, D)
         out_ptr,            # (tokens, D)
-        D, segment, BLOCK_D: tl.constexpr):
+        D, L, BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     x = tl.load(x_ptr + token * D + d, inside, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + token * D + d, inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + token // segment * D + d, inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + token // L * D + d, inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * D + d, (x + gate * h).to(out_ptr.dtype.element_ty), inside)
 
 
 @launcher
 def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    """As twotower.add_gated: x + gate h, a gate (B, n, D) for each of n equal blocks."""
-    (B, L, D), n = x.shape, gate.shape[1]
+    """As twotower.add_gated: x + gate h, x and h (B, L, D), gate (B, 1, D)."""
+    B, L, D = x.shape
     check("x", x, (B, L, D), x.device, FLOATS)
     check("h", h, (B, L, D), x.device, FLOATS)
-    check("gate", gate, (B, n, D), x.device, FLOATS)
-    check_blocks(L, n)
+    check("gate", gate, (B, 1, D), x.device, FLOATS)
     x, gate, h = x.contiguous(), gate.contiguous(), h.contiguous()
     out = torch.empty_like(x)
-    _add_gated_kernel[B * L,](x, h, gate, out, D, L // n, BLOCK_D=triton.next_power_of_2(D),
+    _add_gated_kernel[B * L,](x, h, gate, out, D, L, BLOCK_D=triton.next_power_of_2(D),
                               num_warps=8)
     return out
 
@@ -1045,7 +1053,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 # MoE layer, 12 in an attention layer, as test_launches_of_a_pass counts), most of them small; at
 # batch 1 the host cannot launch them as fast as the GPU runs them. Recorded once, a pass is
 # replayed by one call. Whatever it reads and writes must then stay where it is: inputs are copied
-# into buffers, Mamba states are written back into theirs, the rows' lengths are on the device.
+# into buffers, Mamba states are updated in place, the rows' lengths are on the device.
 
 
 class Passes:
@@ -1053,32 +1061,32 @@ class Passes:
     step, a block extension. On a GPU each is recorded when it first comes, for every number of
     tokens anew; elsewhere it just runs.
 
-    fixed_span: Span.fixed of twotower.py, which this file does not import.
+    behind: Pass.behind of twotower.py, which this file does not import.
     What they return, and so context.logits, stays valid until the same pass comes again.
     Raises: ValueError if the towers are on different devices.
     """
 
     recording = True                        # False: run them as they are on a GPU too
 
-    def __init__(self, model, context, fixed_span):
+    def __init__(self, model, context, behind):
         tower = model.denoiser_tower
         if tower is not None and tower.device != context.device:
             raise ValueError("recorded passes need both towers on one device")
-        self.model, self.fixed_span, self.states = model, fixed_span, context.states
-        self.caches = [state for state in self.states if hasattr(state, "reserve")]  # KVCache
-        self.mamba = [state for state in self.states if isinstance(state, tuple)]    # MambaState
+        self.model, self.behind, self.states = model, behind, context.states
+        self.caches = [state for state in self.states if hasattr(state, "key_cache")]
+        self.mamba = [state for state in self.states if hasattr(state, "ssm_state")]
         self.lengths = context.lengths.clone().to(context.device)                # (B,) int64
         self.capacity, self.recorded = 0, {}
 
     def anew(self, context) -> Passes:
         """The same for a context whose rows have changed."""
-        return Passes(self.model, context, self.fixed_span)
+        return Passes(self.model, context, self.behind)
 
     def extend(self, context, tokens: Tensor, logits: str | None) -> Tensor | None:
         """tokens (B, L) int64 are read by the context tower; logits "last" returns (B, 1, V)
         float32, None nothing."""
         L = tokens.shape[1]
-        changed = [tensor for state in self.mamba for tensor in state]
+        changed = [x for state in self.mamba for x in (state.conv_state, state.ssm_state)]
         out = self._run(context, ("extend", L, logits),
                         lambda tokens: self._extend(tokens, logits), changed, tokens)
         self.lengths += L
@@ -1091,18 +1099,13 @@ class Passes:
         return self._run(context, ("denoise", block.shape[1]), self._denoise, [], block, t)
 
     def _extend(self, tokens: Tensor, logits: str | None) -> Tensor | None:
-        span = self.fixed_span(self.lengths, tokens.shape[1], self.capacity, for_context=True)
-        hidden, states = self.model.context_tower(tokens, self.states, span)
-        after = [state for state in states if isinstance(state, tuple)]
-        for old, new in zip(self.mamba, after):
-            for to, tensor in zip(old, new):
-                if to is not tensor:                # ssd_step has updated the state in place
-                    to.copy_(tensor)
+        at = self.behind(self.lengths, tokens.shape[1], self.capacity, causal=True, keep="end")
+        hidden = self.model.context_tower(tokens, self.states, at)
         return self.model.context_lm_head(hidden[:, -1:]).float() if logits else None
 
     def _denoise(self, block: Tensor, t: Tensor) -> Tensor:
-        span = self.fixed_span(self.lengths, block.shape[1], self.capacity, for_context=False)
-        hidden, _ = self.model.denoiser_tower(block, self.states, span, self.model._modulations(t))
+        at = self.behind(self.lengths, block.shape[1], self.capacity, causal=False)
+        hidden = self.model.denoiser_tower(block, self.states, at, self.model._modulations(t))
         return self.model.lm_head(hidden).float()
 
     def _run(self, context, key, function, changed: list[Tensor], *inputs: Tensor) -> Tensor | None:
@@ -1241,7 +1244,8 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
                          (2, 1, False), (1, 15, False), (2, 16, False), (1, 17, False),
                          (9, 16, False), (3, 129, False), (2, 40, True)):
         args = (randn(b, L, H, P), rand(b, L, H), -rand(H), randn(b, L, G, N) / N**0.5,
-                randn(b, L, G, N), rand(H), randn(b, H, P, N, dtype=f32) / N**0.5, 16, True, chunks)
+                randn(b, L, G, N), rand(H), randn(b, H, P, N, dtype=f32) / N**0.5, 16,
+                "blocks" if chunks else "end")
         c = min(L, 16)
         states = 1 + (-(-L // 16) if chunks else 1)
         yield Case("ssd_scan", f"{b} x {L} tokens" + ", every state kept" * chunks, args,
@@ -1260,14 +1264,12 @@ def cases(dtype: torch.dtype, device: str, full_size: bool):
     if not full_size:
         args = (randn(1, 12, channels), randn(channels, 1, 4), None)
         yield Case("causal_conv1d", "without bias", args, 0, 0)
-    for b, L, n in ((1, 16, 1), (64, 16, 1)) if full_size else ((1, 1, 1), (2, 6, 3)):
+    for b, L in ((1, 16), (64, 16)) if full_size else ((1, 1), (2, 6)):
         x, h, weight = randn(b, L, D), randn(b, L, D), randn(D)
-        shift, scale, moved = randn(b, n, D), randn(b, n, D), 2 * b * L * D * size
+        shift, scale, moved = randn(b, 1, D), randn(b, 1, D), 2 * b * L * D * size
         yield Case("rms_norm", f"{b} x {L} tokens", (x, weight, 1e-5), moved, 0)
-        for norm_first in (False, True):
-            yield Case("modulated_rms_norm", f"{b} x {L} tokens, norm "
-                       + ("first" if norm_first else "last"),
-                       (x, weight, 1e-5, shift, scale, norm_first), moved, 0)
+        for operation in ("modulate_then_norm", "norm_then_modulate"):
+            yield Case(operation, f"{b} x {L} tokens", (x, shift, scale, weight, 1e-5), moved, 0)
         yield Case("add_gated", f"{b} x {L} tokens", (x, scale, h), moved * 3 // 2, 0)
         z = randn(b, L, 2 * H * P)[..., :H * P]
         yield Case("gated_rms_norm", f"{b} x {L} tokens",

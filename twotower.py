@@ -136,10 +136,11 @@ class TwoTowerConfig:
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
         """`from_dict` of a file. Raises: ValueError naming the file and what is wrong with it."""
+        given = read_json(Path(path))
         try:
-            return cls.from_dict(read_json(Path(path)))
+            return cls.from_dict(given)
         except ValueError as error:
-            raise ValueError(f"{path}: {str(error).removeprefix(f'{path} ')}") from None
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def d_inner(self) -> int:
@@ -209,13 +210,14 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         weight (channels, 1, W), bias (channels) or None.
     Returns: (b, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
     """
-    x, taps = wide(inputs), wide(weight[:, 0]).mT.contiguous()                  # (W, channels)
-    L = inputs.shape[1] - len(taps) + 1
+    x, taps = wide(inputs), wide(weight[:, 0])                                  # (channels, W)
+    W, L = taps.shape[1], inputs.shape[1] - taps.shape[1] + 1
     if L == 1:
-        out = (x * taps).sum(1, keepdim=True)
+        out = (x.mT * taps).sum(-1)[:, None]
     else:
+        taps = taps.mT.contiguous()
         out = x[:, :L] * taps[0]
-        for w in range(1, len(taps)):       # W shifted products beat a depthwise conv1d on CPU
+        for w in range(1, W):               # W shifted products beat a depthwise conv1d on CPU
             out.addcmul_(x[:, w:w + L], taps[w])
     return F.silu(out if bias is None else out + wide(bias)).to(inputs.dtype)
 
@@ -227,7 +229,9 @@ def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, fl
     Args: dt (b,L,H), dt_bias (H), A_log (H), counts (b) int64: the real tokens of each row.
     Returns: dt (b,L,H) f32, 0 from counts on (padding must not move the state), and A (H) f32.
     """
-    dt = F.softplus(wide(dt) + dt_bias).clamp(*limit)
+    dt = F.softplus(wide(dt) + dt_bias)
+    if limit != (0.0, math.inf):                                # which are its own
+        dt = dt.clamp(*limit)
     if counts is not None:
         dt = dt * (torch.arange(dt.shape[1], device=dt.device) < counts[:, None])[..., None]
     return dt, -wide(A_log).exp()
@@ -240,13 +244,12 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     Args: x (b,H,P), B and C (b,G,N), D (H); f32: dt (b,H), A (H), state (b,H,P,N).
     Returns: y (b,H,P) in x's dtype and the new state, which is `state` itself if in_place.
     """
-    dtype, x, B, C = x.dtype, wide(x), wide(B), wide(C)
+    dtype, x, B, C, (b, G, N) = x.dtype, wide(x), wide(B), wide(C), B.shape
     decay = torch.exp(dt * A)[..., None, None]                                   # (b, H, 1, 1)
     h = state.mul_(decay) if in_place else state * decay
-    by_group = h.unflatten(1, (B.shape[1], -1))                                  # (b, G, H/G, P, N)
-    drive = (dt[..., None] * x).view(by_group.shape[:-1])                        # (b, G, H/G, P)
-    by_group.addcmul_(drive[..., None], B[:, :, None, None])
-    y = torch.einsum("bgrpn,bgn->bgrp", by_group, C).view(x.shape)
+    drive = (dt[..., None] * x).view(b, G, -1, 1)                                # (b, G, H/G*P, 1)
+    by_group = h.view(b, G, -1, N).addcmul_(drive, B[:, :, None])                # writes h
+    y = torch.bmm(by_group.view(b * G, -1, N), C.reshape(b * G, N, 1)).view(x.shape)
     return torch.addcmul(y, wide(D)[:, None], x).to(dtype), h
 
 
@@ -261,15 +264,17 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     """
     G = B.shape[2]
     B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (b, G, c, N)
-    log_decay = (dt * A).mT.contiguous().cumsum(-1)     # (b, H, c): sums of dt A up to each token
+    log_decay = (dt * A).mT.contiguous().cumsum(-1)         # sums of dt A up to each token
+    log_decay = log_decay.unflatten(1, (G, -1))                                  # (b, G, H/G, c)
     # from token s to token l >= s: exp(sum over s+1..l); the rest is clamped, then cut by tril
     weight = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
-    weight = weight.unflatten(1, (G, -1)) * (C @ B.mT).tril()[:, :, None]        # (b, G, H/G, c, c)
-    within = weight.flatten(1, 2) @ (x * dt[..., None]).transpose(1, 2)          # (b, H, c, P)
+    weight = weight * (C @ B.mT).tril()[:, :, None]                              # (b, G, H/G, c, c)
+    within = weight @ rearrange(x * dt[..., None], "b c (g r) p -> b g r c p", g=G)
     # from the state to token l: exp(sum over 1..l)
-    before = C @ rearrange(state, "b (g r) p n -> b g n (r p)", g=G)
-    before = rearrange(before, "b g c (r p) -> b (g r) c p", p=x.shape[-1])
-    return torch.addcmul(within, log_decay.exp()[..., None], before).transpose(1, 2)
+    before = C @ state.unflatten(1, (G, -1)).flatten(2, 3).mT                    # (b, G, c, H/G*P)
+    before = rearrange(before, "b g c (r p) -> b g r c p", p=x.shape[-1])
+    y = torch.addcmul(within, log_decay.exp()[..., None], before)
+    return rearrange(y, "b g r c p -> b c (g r) p")
 
 
 def ssd_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor) -> Tensor:
@@ -301,7 +306,7 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
             y.append(ssd_chunk(x_c, dt_c, A, B_c, C_c, state))
             if keep == "end" or i + 1 < len(chunks):
                 state = ssd_state(x_c, dt_c, A, B_c, state)
-    y = torch.addcmul(torch.cat(y, dim=1), wide(D)[:, None], x).to(dtype)
+    y = torch.addcmul(torch.cat(y, dim=1) if len(y) > 1 else y[0], wide(D)[:, None], x).to(dtype)
     return y, torch.stack(before, dim=1) if keep == "blocks" else state if keep == "end" else None
 
 
@@ -359,25 +364,26 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
     experts, order = topk_ids.flatten().sort(stable=True)       # (T*A) slots grouped by expert
-    token = order // topk_ids.shape[1]
-    h = grouped_linear(x[token], experts, up, up_bias).relu_().square()
-    h = wide(grouped_linear(h, experts, down, down_bias))
+    token, product = order // topk_ids.shape[1], product_by_expert(experts, x, up)
+    h = product(x[token], up)
+    h = (h if up_bias is None else h + up_bias[experts]).relu_().square()
+    h = product(h, down)
+    h = wide(h if down_bias is None else h + down_bias[experts])
     h = h * topk_weights.flatten()[order, None].to(h.dtype)
     return torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
 
 
-def grouped_linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, in) through weight (E, out, in) and bias (E, out) of each row's expert, experts (n)
-    ascending. Returns: (n, out)."""
-    aligned = x.shape[1] * x.element_size() % 16 == weight.shape[1] * x.element_size() % 16 == 0
-    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(x) < len(weight):
-        # a loop over the experts hit: grouped_mm lacks these cases, and on a CPU visits all experts
+def product_by_expert(experts: Tensor, x: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of rows (n, in) and weight (E, out, in): each row through the weight of its
+    expert, (n, out). experts (n) int64 ascending; x and up as for `moe_experts`."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
+    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
+        # a loop over the experts hit: grouped_mm refuses these, or visits all on a CPU
         hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
-        out = torch.cat([F.linear(rows, weight[e]) for e, rows in zip(hit, x.split(sizes))])
-    else:
-        ends = torch.searchsorted(experts, torch.arange(len(weight), device=x.device), right=True)
-        out = F.grouped_mm(x, weight.mT, offs=ends.int())       # never waits for the host
-    return out if bias is None else out + bias[experts]
+        return lambda rows, weight: torch.cat(
+            [F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
+    ends = torch.searchsorted(experts, torch.arange(len(up), device=x.device), right=True).int()
+    return lambda rows, weight: F.grouped_mm(rows, weight.mT, offs=ends)    # never asks the host
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -439,10 +445,10 @@ class Pass(NamedTuple):
 
     @classmethod
     def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, keep: str = "none") -> Pass:
-        """L tokens behind rows of `lengths` (B,) tokens. Only the contents of tensors depend on
-        lengths, on whatever device it is, so that a pass can be recorded."""
+        """L tokens behind rows of `lengths` (B,) tokens, which only the contents of tensors depend
+        on, so that a pass can be recorded."""
         slots = lengths[:, None] + torch.arange(L, device=lengths.device)
-        return cls(slots, end, slots if causal else slots[:, -1:].expand(-1, L), keep=keep)
+        return cls(slots, end, slots if causal else slots[:, -1:].repeat(1, L), keep=keep)
 
 
 @dataclass
@@ -534,11 +540,11 @@ class Context:
 
     def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
                   keep: str = "none") -> Pass:
-        """Of L tokens behind the rows; counts (B,) of them are real. Says less where it can."""
-        longest = int(self.lengths.max())
-        uniform = bool((self.lengths == longest).all())
+        """Of L tokens behind the rows, the first counts (B,) of each real; simplest form."""
+        lengths = self.lengths.tolist()
+        longest, uniform = max(lengths), min(lengths) == max(lengths)
         at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal, keep=keep)
-        if counts is not None and bool((counts < L).any()):
+        if counts is not None and int(counts.min()) < L:
             at = at._replace(counts=counts.to(device))
         if uniform and (L == 1 or not causal):
             return at._replace(last_seen=None)
@@ -991,7 +997,8 @@ class TwoTower(Module):
         """t (B,) -> for each layer shift, scale and gate (B, 1, D): its table plus one vector."""
         vector = rearrange(self.t_block(self.t_embedder(t)), "b (three d) -> three b 1 d", three=3)
         tables = torch.stack(list(self.scale_shift_tables))[:, :, None, None]
-        return [layer.unbind() for layer in (tables + vector).unbind()]
+        parts = (tables + vector).flatten(0, 1).unbind()
+        return list(zip(parts[0::3], parts[1::3], parts[2::3]))
 
     # -- training -----------------------------------------------------------------------------
 
@@ -1470,11 +1477,14 @@ class Decoding:
         ids, confidence = self.predict(logits)
         everywhere = torch.ones_like(ids, dtype=torch.bool)
         self.check_finite(confidence, everywhere)
-        if report and self.on_step is not None:
-            masks = torch.full_like(ids, self.mask_token_id)
-            self.on_step(Step(list(self.live), self.block_index, 0, torch.ones(len(ids)), masks,
-                              ids, everywhere, confidence))
+        if report:
+            self.report(0, torch.ones(len(ids)), torch.full_like(ids, self.mask_token_id), ids,
+                        everywhere, confidence)
         return ids
+
+    def report(self, step: int, *what: Tensor):
+        if self.on_step is not None:
+            self.on_step(Step(list(self.live), self.block_index, step, *what))
 
     def next_block(self) -> tuple[Tensor, Tensor]:
         """For each live row its template's tokens, where it has some, and masks (R, Q); and which
@@ -1503,19 +1513,18 @@ class Decoding:
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
             before, block, masked = block, ids.where(commits, block), masked & ~commits
-            if self.on_step is not None:
-                self.on_step(Step(list(self.live), self.block_index, step, t, before,
-                                  block.clone(), commits, confidence))
+            self.report(step, t, before, block, commits, confidence)
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
         """Add ids, R tensors (n,), up to the length asked for and an EOS after the template; rows
         that end leave the context. Returns whether any goes on."""
         going = []
-        for r, (row, left) in enumerate(zip(self.live, self.left().tolist())):
-            ids = new[r][:left].tolist()
-            eos_from = max(0, len(self.templates[row]) - self.written(row))
-            ended = len(ids) == left
+        for r, row in enumerate(self.live):
+            written = self.written(row)
+            ids = new[r][:self.limits[row] - written].tolist()
+            eos_from = max(0, len(self.templates[row]) - written)
+            ended = written + len(ids) == self.limits[row]
             if self.eos_token_id in ids[eos_from:]:
                 ids, ended = ids[:ids.index(self.eos_token_id, eos_from) + 1], True
             self.texts[row] += ids
@@ -1543,59 +1552,52 @@ def require(ok: bool, message: str):
         raise ValueError(message)
 
 
-def check_config(config: TwoTowerConfig):
+def check_config(c: TwoTowerConfig):
     """Raise for the first field that breaks its rule."""
-    c, pattern, limit = config, str(config.hybrid_override_pattern), config.time_step_limit
-
-    def is_number(v):
+    def number(v) -> bool:
         return type(v) in (int, float)
 
-    types = {"int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
-             "float": (lambda v: is_number(v) and 0 < v < math.inf,
-                       "it must be a positive number"),
-             "bool": (lambda v: type(v) is bool, "it must be true or false"),
-             "str": (lambda v: type(v) is str, "it must be text"),
-             "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
-                            f"it must be an id below vocab_size {c.vocab_size}")}
-    rules = [(field.name, *types[field.type]) for field in dataclasses.fields(c)
-             if field.type in types]
-    rules += [("hybrid_override_pattern", lambda v, letter=letter: letter in "M*E-",
-               f"{letter!r} is no layer kind (M Mamba-2, * attention, E MoE, - MLP)")
-              for letter in pattern]
-    rules += [(name, lambda v, parts=parts: v % getattr(c, parts) == 0,
-               f"it must be a multiple of {parts} {getattr(c, parts)}")
-              for name, parts in (("num_attention_heads", "num_key_value_heads"),
-                                  ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group"))]
+    types = {
+        "int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
+        "float": (lambda v: number(v) and 0 < v < math.inf, "it must be a positive number"),
+        "bool": (lambda v: type(v) is bool, "it must be true or false"),
+        "str": (lambda v: type(v) is str, "it must be text"),
+        "tuple[float, float]": (lambda v: type(v) is tuple and len(v) == 2 and all(map(number, v))
+                                and 0 <= v[0] <= v[1], "it must be [low, high], 0 <= low <= high"),
+        "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
+                       f"it must be an id below vocab_size {c.vocab_size}")}
+    rules = [(field.name, *types[field.type]) for field in dataclasses.fields(c)]
+    rules += [(name, lambda v, parts=parts: v % getattr(c, parts) == 0, f"it must be a multiple of "
+               f"{parts} {getattr(c, parts)}") for name, parts in (
+                   ("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups"),
+                   ("n_routed_experts", "n_group"))]
     rules += [
-        ("num_hidden_layers", lambda v: v == len(pattern),
-         f"hybrid_override_pattern {pattern!r} has {len(pattern)} letters"),
-        ("n_group", lambda v: v == 1 or c.n_routed_experts >= 2 * v,
-         "a router group needs two experts or more"),
+        ("hybrid_override_pattern", lambda v: set(v) <= set("M*E-"),
+         "its letters must be M (Mamba-2), * (attention), E (MoE) or - (MLP)"),
+        ("hybrid_override_pattern", lambda v: len(v) == c.num_hidden_layers,
+         f"num_hidden_layers is {c.num_hidden_layers}"),
+        ("n_group", lambda v: v == 1 or c.n_routed_experts >= 2 * v, "each needs two experts"),
         ("topk_group", lambda v: v <= c.n_group, f"n_group is {c.n_group}"),
         ("num_experts_per_tok", lambda v: v <= c.n_routed_experts,
          f"there are {c.n_routed_experts} experts"),
-        ("time_step_limit", lambda v: isinstance(v, tuple) and len(v) == 2
-         and all(map(is_number, v)) and 0 <= limit[0] <= limit[1],
-         "it must be [low, high] with 0 <= low <= high"),
         ("time_step_min", lambda v: v <= c.time_step_max, f"time_step_max is {c.time_step_max}"),
         ("mask_token_id", lambda v: v is not None, "decoding needs one"),
         ("mlp_hidden_act", lambda v: v == "relu2", "only relu2 is supported"),
         ("mamba_hidden_act", lambda v: v == "silu", "only silu is supported"),
         ("tie_word_embeddings", lambda v: not v, "each tower has its own head")]
     for name, holds, rule in rules:
-        value = getattr(c, name)
-        require(holds(value), f"config: {name} is {value!r}, but {rule}")
+        require(holds(getattr(c, name)), f"config: {name} is {getattr(c, name)!r}, but {rule}")
 
 
 def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
               shape: tuple = (None, None)) -> Tensor:
     """Raise unless ids are int64, of the vocabulary and of that shape; None is any size from 1."""
-    fits = (isinstance(ids, Tensor) and ids.dtype == torch.long and ids.dim() == len(shape)
-            and all(size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape)))
-    got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.40}"
-    sizes = ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
-    require(fits, f"{name} must be int64 ids of shape ({sizes}), got {got}")
-    V, low, high = config.vocab_size, int(ids.min()), int(ids.max())
+    if not (isinstance(ids, Tensor) and ids.dtype == torch.long and ids.dim() == len(shape) and all(
+            size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape))):
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.40}"
+        sizes = ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
+        raise ValueError(f"{name} must be int64 ids of shape ({sizes}), got {got}")
+    V, (low, high) = config.vocab_size, map(int, ids.aminmax())
     require(low >= 0 and high < V,
             f"{name} holds id {low if low < 0 else high}, but ids must be in [0, {V})")
     check_length(ids.shape[-1], config)
@@ -1636,7 +1638,7 @@ def check_t(t, *shapes: tuple[int, ...]) -> Tensor | None:
 
 def check_decoding(run: Decoding, config: TwoTowerConfig):
     """Raise for impossible options of `Decoding`."""
-    V, eos = config.vocab_size, run.eos_token_id
+    V = config.vocab_size
     check_positive(run.block_size, "block_size")
     check_length(run.block_size, config)
     check_positive(run.steps_per_block, "steps_per_block")
@@ -1646,7 +1648,7 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
             ("top_p", lambda v: v is None or 0 < v <= 1, "in (0, 1]"),
             ("confidence_threshold", lambda v: v >= 0, "0 or more"),
             ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})"),
-            ("eos_token_id", lambda v: eos is None or type(v) is int and 0 <= v < V,
+            ("eos_token_id", lambda v: v is None or type(v) is int and 0 <= v < V,
              f"one id in [0, {V}), or None")):
         value = getattr(run, name)
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
@@ -1654,15 +1656,13 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
 
 def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]:
     """A tensor (n,) of ids for each row, empty where there is no template."""
-    try:
-        one = template is None or torch.as_tensor(template).dim() == 1
-    except (TypeError, ValueError, RuntimeError):           # sequences of several lengths, or None
-        one = False
+    one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
+                               all(isinstance(token, int) for token in template))
     templates = [template] * rows if one else template
-    require(isinstance(templates, Sequence | Tensor) and len(templates) == rows, "template must be "
-            f"ids, or one sequence of them (or None) for each of {rows} prompts")
+    require(len(templates) == rows, "template must be ids, or one sequence of them (or None) for "
+            f"each of {rows} prompts")
     return [torch.empty(0, dtype=torch.long) if ids is None else
-            check_texts([ids], f"template {i}", config)[0] for i, ids in enumerate(templates)]
+            check_texts([ids], f"template {row}:", config)[0] for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
