@@ -116,10 +116,8 @@ class TwoTowerConfig:
     mask_token_id: int | None = 3                       # a convention, not in the released file
 
     def __post_init__(self):
-        if self.time_step_limit is None:
-            self.time_step_limit = (0.0, math.inf)
-        elif isinstance(self.time_step_limit, list):
-            self.time_step_limit = tuple(self.time_step_limit)
+        limit = (0.0, math.inf) if self.time_step_limit is None else self.time_step_limit
+        self.time_step_limit = tuple(limit) if isinstance(limit, list) else limit
         check_config(self)
 
     @classmethod
@@ -1210,8 +1208,17 @@ class TwoTower(Module):
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = check_headers(directory, model)
-            set_dtypes(directory, model, found, dtype)
+            found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
+            expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
+                        for key, part in parts}
+            for key in sorted(expected.keys() | found):
+                path, shape, kind = found.get(key, (directory, None, None))
+                there = "missing" if shape is None else f"{kind} {shape}"
+                wanted = (f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else
+                          "nothing of that name")
+                require(shape is not None and shape == expected.get(key) and kind in DTYPES,
+                        f"{path}: tensor {key} is {there}, expected {wanted}")
+            set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
@@ -1733,64 +1740,48 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor):
     setattr(owner, leaf, nn.Parameter(tensor) if leaf in owner._parameters else tensor)
 
 
-def checkpoint_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The safetensors files, and where an index, if there is one, places each tensor."""
+def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
+    """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
+    promises, but for names that begin with one of `unread`; of a broken promise without shape."""
     index, single = directory / INDEX, directory / "model.safetensors"
-    if not index.exists():
-        require(single.exists(), f"{directory} holds neither {single.name} nor {INDEX}")
-        return [single], {}
-    weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
-    for key, name in weight_map.items():
-        require(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) is not None,
-                f"{index} places {key} in {name!r}, which is no safetensors file name")
-    places = {key: directory / name for key, name in weight_map.items()}
-    return sorted(set(places.values())), places
-
-
-def check_headers(directory: Path, model: TwoTower) -> dict[str, tuple[Path, list, torch.dtype]]:
-    """File, shape and dtype of every tensor of the model, after checking names and shapes."""
-    expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
-                for key, part in parts}
-    unread = () if model.denoiser_tower is not None else DENOISER_KEYS
-    files, places = checkpoint_files(directory)
-    places = {key: path for key, path in places.items() if not key.startswith(unread)}
-    found = {}
-    for path in files if not places else sorted(set(places.values())):
-        require(path.is_file(), f"{path} is missing, where {INDEX} places tensors")
+    found: dict[str, tuple] = {}
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        require(isinstance(places, dict) and bool(places), f"{index} has no weight_map")
+        for key, name in places.items():
+            require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
+                    f"{index} places {key} in {name!r}, which is no safetensors file name")
+            if not key.startswith(unread):
+                found[key] = directory / name, None, None
+    for path in sorted({path for path, _, _ in found.values()} or {single}):
+        require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
                 for key in file.keys():
-                    require(key not in found, f"tensor {key} is in {path} and in another file")
+                    place, shape, _ = found.get(key, (path, None, None))
+                    require(shape is None and place == path,
+                            f"tensor {key} is in {path.name}, and {place.name} is its place too")
                     if not key.startswith(unread):
                         part = file.get_slice(key)
                         found[key] = path, part.get_shape(), part.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
-    for key in sorted({*expected, *places, *found}):
-        path, shape, dtype = found.get(key, (places.get(key, directory), None, None))
-        require(key in found, f"{path} lacks tensor {key}")
-        require(key in expected, f"{path} holds tensor {key}, which the config has no place for")
-        require(shape == expected[key],
-                f"{path}: tensor {key} has shape {shape}, expected {expected[key]}")
-        require(dtype in DTYPES, f"{path}: tensor {key} is {dtype}, none of {', '.join(DTYPES)}")
-        found[key] = path, shape, DTYPES[dtype]
     return found
 
 
-def set_dtypes(directory: Path, model: TwoTower, found: dict, dtype: torch.dtype | None):
-    """Give the tensors of a skeleton `dtype`, or those of their file, which must then be one; the
-    router is float32 at least, and A_log, D and dt_bias, which are used so, may be."""
-    keys, tensors = {}, model.state_dict()              # keys: of each dtype one
+def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtype | None):
+    """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
+    float32 at least, and A_log, D and dt_bias, which are used so, may be."""
+    keys, tensors = {}, model.state_dict()              # keys: one of each dtype
     for name, parts in checkpoint_tensors(model).items():
-        dtypes = {dtype or found[key][2]: key for key, _ in parts}
+        dtypes = {dtype or found[key]: key for key, _ in parts}
         own = next(iter(dtypes))
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
             keys = dtypes | keys
         set_tensor(model, name, torch.empty_like(tensors[name], dtype=own))
-    require(len(keys) < 2, f"{directory} mixes dtypes, such as " + " and ".join(
+    require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
 
 
