@@ -29,15 +29,7 @@ Dimension key, used in every shape comment ("f32": float32, or float64 in a floa
 
 A, B, C, D and dt of a Mamba-2 layer are tensors, named as in its paper; batch is b beside them.
 
-Deviations from the released code (for one row they change nothing but the outputs named):
-  - t is each row's own masked fraction, as in training; the release averages it over the batch.
-  - prompts of different lengths batch together; a row that meets EOS ends alone; tokens after EOS
-    are cut; one-token prompts and any max_new_tokens work.
-  - top_k and top_p act in every mode; confidence_threshold is 0.8 unless given, the published
-    operating point (0.9 in the released code).
-  - a finite time_step_limit holds in every path; biased experts add nothing where not routed.
-  - mock-AR keeps its context one token behind instead of storing the state before the last token
-    (which the release leaves stale after a block).
+README.md lists where this deviates from the released code.
 """
 
 from __future__ import annotations
@@ -385,7 +377,7 @@ def product_by_expert(experts: Tensor, x: Tensor, up: Tensor) -> Callable[[Tenso
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Of logits (B, L, V) and labels (B, L) where targets (B, L) bool holds: the mean, or "none"."""
+    """Of logits (B, L, V) and labels (B, L) where targets (B, L) bool holds; "mean" or "none"."""
     logits, labels = logits[targets.to(logits.device)], labels[targets].to(logits.device)
     losses = F.cross_entropy(logits, labels, reduction="none")
     return losses if reduction == "none" else losses.sum() / max(1, len(losses))
