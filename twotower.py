@@ -1606,11 +1606,15 @@ def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
 def check_texts(texts, name: str, config: TwoTowerConfig) -> list[Tensor]:
     """A tensor (L,) of ids for each of one or more texts."""
     require(len(texts) > 0, f"there is no {name}")
+    return [check_text(ids, f"{name} {i}", config) for i, ids in enumerate(texts)]
+
+
+def check_text(ids, name: str, config: TwoTowerConfig) -> Tensor:
     try:
-        tensors = [torch.as_tensor(ids) for ids in texts]
+        ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be token ids, got {texts!r:.40}") from None
-    return [check_ids(ids, f"{name} {i}", config, (None,)) for i, ids in enumerate(tensors)]
+        raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
+    return check_ids(ids, name, config, (None,))
 
 
 def check_length(length: int, config: TwoTowerConfig):
@@ -1661,7 +1665,7 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]
     require(len(templates) == rows, "template must be ids, or one sequence of them (or None) for "
             f"each of {rows} prompts")
     return [torch.empty(0, dtype=torch.long) if ids is None else
-            check_texts([ids], f"template {row}:", config)[0] for row, ids in enumerate(templates)]
+            check_text(ids, f"template {row}", config) for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
