@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import types
+import venv
 import zlib
 from pathlib import Path
 
@@ -43,7 +44,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
 
 import bench
-import conftest
+import official
 import train
 import twotower
 from twotower import (Context, KVCache, MambaState, Router, Sampler, Span, TimestepEmbedder, Tower,
@@ -3222,105 +3223,218 @@ def test_sample_without_arguments_shows_a_block_being_denoised():
 
 # ---------------------------------------------------------- the published code, where it is given
 
-# float32: ten times the limit of the golden data, through more layers; bfloat16: every layer
-# rounds. Neither has been seen at full size
-OFFICIAL_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# Largest error of a layer of the context tower, and of a denoiser pass, where the errors of layers
+# between two MoE layers add up. float32: the limits of the golden data (worst on three published
+# references 7e-7 and 2e-6). bfloat16, where every operation rounds by 2e-3: worst 4e-3 and 2.4e-2.
+# Not yet seen at full size, nor on a GPU
+OFFICIAL_LIMITS = {torch.float32: (1e-5, 3e-5), torch.bfloat16: (2e-2, 5e-2)}
+
+
+def newest_inputs(conv_state: torch.Tensor) -> torch.Tensor:
+    """(B, conv_dim, W) -> (B, W-1, conv_dim): the oldest column reaches nothing that follows."""
+    return conv_state[..., 1:].transpose(1, 2)
+
+
+def compared(directory: Path, reference: dict):
+    """Our model of a checkpoint, the published code's tensors, and how close they must be."""
+    config = official.read_config(directory)
+    if reference["ids/prompt"].tolist() != [official.prompt_ids(directory, config)]:
+        pytest.fail("the reference is of another checkpoint: its prompt is not ours", pytrace=False)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    dtype = official.dtype_of(config)
+    model = TwoTower.from_pretrained(directory, context_device=gpus[0], dtype=dtype,
+                                     denoiser_device=gpus[min(1, len(gpus) - 1)]).eval()
+    return model, reference, OFFICIAL_LIMITS[dtype]
 
 
 @pytest.fixture(scope="session")
-def both(official):
-    """Our model of that checkpoint, the published code's tensors, and how close they must be."""
-    directory, reference = official
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    prompt = conftest.prompt_ids(directory, config)
-    assert reference["ids/prompt"].tolist() == [prompt], "the reference is of another checkpoint"
-    dtype = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-    model = TwoTower.from_pretrained(directory, context_device=gpus[0], dtype=dtype,
-                                     denoiser_device=gpus[min(1, len(gpus) - 1)]).eval()
-    return model, reference, OFFICIAL_LIMITS.get(dtype, 1e-4)
+def both(published):
+    return compared(*published)
 
 
-def first_difference(ours: dict, reference: dict, limit: float):
-    """Fail with the first of our tensors, in their order, that is not the published code's."""
-    assert ours.keys() <= reference.keys(), "the published code gave something else"
+def by_token(name: str, x: torch.Tensor) -> torch.Tensor:
+    """(tokens, numbers) of a tensor of one row; an SSM state and the last logits are one token."""
+    if name.endswith("_cache"):
+        x = x.transpose(1, 2)                                       # (1, S, G, K)
+    if name.endswith("ssm_state") or x.dim() == 2:
+        x = x[None]
+    return x[0].flatten(1).double().cpu()
+
+
+def first_difference(ours: dict, reference: dict, limit: float, ties: dict):
+    """Fail with the first of our tensors, in their order, that is not the published code's.
+
+    The error is the rms over tokens of each token's own relative error (a token smaller than the
+    median one is measured by that), so that a token of huge norm hides no other. Tokens of
+    ties, whose choice of experts hangs on rounding, do not count; but no more than half of all
+    are left out, so that a fault which many of them show is seen. Their share on the references:
+    none in float32, up to 8 of 72 and 2 of 16 in bfloat16.
+    """
     for name, tensor in ours.items():
-        theirs = reference[name]
-        assert error(tensor.float().cpu(), theirs) <= limit, (
-            f"first difference at {name}: {error(tensor.float().cpu(), theirs):.1e} > {limit:.0e}")
+        out, ref = by_token(name, tensor), by_token(name, reference[name])
+        assert out.shape == ref.shape, f"first difference at {name}: shape {tuple(out.shape)}"
+        norm = ref.norm(dim=1)
+        errors = (out - ref).norm(dim=1) / norm.clamp(min=float(norm.median()) or 1.0)
+        if name in ties:
+            tied = ties[name].cpu()
+            left_out = min(int(tied.sum()), len(tied) // 2)
+            worst = errors.masked_fill(~tied, -1).topk(left_out).indices
+            errors = errors[~torch.isin(torch.arange(len(errors)), worst)]
+        rms = float(errors.square().mean().sqrt())
+        print(f"{name}: {rms:.1e} of {limit:.0e}, {len(ref) - len(errors)} of {len(ref)} left out")
+        assert rms <= limit, f"first difference at {name}: {rms:.1e} > {limit:.0e}"
 
 
+def near_ties(gate, x: torch.Tensor, chosen: int) -> torch.Tensor:
+    """Tokens (T) whose last chosen expert could be another one by rounding alone.
+
+    The scores of the last expert chosen and of the first left out are less than four times as far
+    apart as one rounding of every number in x (B, L, D) moves their difference, to first order: the
+    layers before have rounded too. Experts in one group, as in the release.
+    """
+    unit, x, weight = torch.finfo(x.dtype).eps, x.flatten(0, -2).float(), gate.weight.float()
+    scores = (x @ weight.T).sigmoid()
+    best, experts = (scores + gate.e_score_correction_bias).topk(chosen + 1)
+    slope = (scores * (1 - scores)).gather(1, experts)[..., None] * weight[experts]  # (T, A+1, D)
+    moved = ((slope[:, -2] - slope[:, -1]) * x).norm(dim=1) * unit
+    return best[:, -2] - best[:, -1] < 4 * moved
+
+
+@contextlib.contextmanager
+def published_mixers(model, tower: str, prefix: str, reference: dict):
+    """Each mixer's output is noted, then replaced by the published one: a layer is judged by what
+    it makes of the published input, and no error or flipped expert reaches the next.
+
+    Yields {name: output} and {name: near ties}. Where the published code calls no mixer as a
+    module (in its denoiser all but MoE layers) there is nothing to replace or to compare.
+    """
+    outputs, ties = {}, {}
+
+    def replaced(name):
+        def hook(mixer, args, output):
+            x, *rest = output if isinstance(output, tuple) else (output,)
+            theirs = reference[name].to(x)
+            assert x.shape == theirs.shape, f"{name}: {tuple(theirs.shape)}, not {tuple(x.shape)}"
+            outputs[name] = x
+            if hasattr(mixer, "gate"):
+                ties[name] = near_ties(mixer.gate, args[0], model.config.num_experts_per_tok)
+            return (theirs, *rest) if isinstance(output, tuple) else theirs
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for i, layer in enumerate(getattr(model, tower).layers):
+            if f"{prefix}{i}" in reference:
+                hooks.enter_context(layer.mixer.register_forward_hook(replaced(f"{prefix}{i}")))
+        yield outputs, ties
+    assert len(outputs) >= model.config.hybrid_override_pattern.count("E")
+
+
+@pytest.mark.official
 def test_official_context(both):
-    """Caches and states layer by layer, then the logits after the prompt."""
-    model, reference, limit = both
-    mixers = {}
-    hooks = conftest.record_mixers(model.context_tower, mixers, "context_mixer/")
-    context, ours = model.prefill(reference["ids/prompt"]), {}
-    for hook in hooks:
-        hook.remove()
+    """Caches, states and mixers layer by layer, then the logits after the prompt."""
+    model, reference, (limit, _) = both
+    with published_mixers(model, "context_tower", "context_mixer/", reference) as (mixers, ties):
+        context, ours = model.prefill(reference["ids/prompt"]), {}
     for i, state in enumerate(context.states):
-        if isinstance(state, KVCache):
+        if hasattr(state, "key_cache"):
             used = slice(0, int(context.lengths[0]))
-            ours |= {f"context_state/{i}/key_cache": state.key_cache[:, :, used],
-                     f"context_state/{i}/value_cache": state.value_cache[:, :, used]}
+            ours[f"context_state/{i}/key_cache"] = state.key_cache[:, :, used]
+            ours[f"context_state/{i}/value_cache"] = state.value_cache[:, :, used]
         elif state is not None:
-            ours |= {f"context_state/{i}/{name}": getattr(state, name) for name in state._fields}
+            ours[f"context_state/{i}/conv_state"] = newest_inputs(state.conv_state)
+            ours[f"context_state/{i}/ssm_state"] = state.ssm_state
         ours[f"context_mixer/{i}"] = mixers[f"context_mixer/{i}"]
-    first_difference(ours | {"context/logits": context.logits}, reference, limit)
+    theirs = {name: newest_inputs(x) if name.endswith("conv_state") else x
+              for name, x in reference.items()}
+    first_difference(ours | {"context/logits": context.logits}, theirs, limit, ties)
 
 
+@pytest.mark.official
 def test_official_denoiser(both):
     """Three noise levels: mixers where the published code calls them, then the logits."""
-    model, reference, limit = both
+    model, reference, (_, limit) = both
     prompt = reference["ids/prompt"]
-    context = model.prefill(prompt)
-    for t in conftest.NOISE_LEVELS:
-        mixers = {}
-        hooks = conftest.record_mixers(model.denoiser_tower, mixers, f"denoiser_mixer/{t}/")
-        logits = model.denoise(
-            conftest.noisy_block(prompt, t, model.config.mask_token_id), context, t)
-        for hook in hooks:
-            hook.remove()
-        ours = {name: mixer for name, mixer in mixers.items() if name in reference}
-        first_difference(ours | {f"denoiser/{t}": logits}, reference, limit)
+    with published_mixers(model, "context_tower", "context_mixer/", reference):
+        context = model.prefill(prompt)
+    for t in official.NOISE_LEVELS:
+        block = official.noisy_block(prompt, t, model.config.mask_token_id)
+        with published_mixers(model, "denoiser_tower", f"denoiser_mixer/{t}/",
+                              reference) as (mixers, ties):
+            logits = model.denoise(block, context, t)
+        first_difference(mixers | {f"denoiser/{t}": logits}, reference, limit, ties)
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar", "mask_diffusion"])
+@pytest.mark.official
+@pytest.mark.parametrize("mode", official.MODES)
 def test_official_generation(both, mode):
-    """Greedy tokens and passes. In bfloat16 a near tie may fall either way, and all after it: then
-    only what comes before the first difference is compared, which must be half of it."""
-    model, reference, limit = both
-    knobs = dict(confidence_threshold=0.8) if mode == "mask_diffusion" else {}
-    result = getattr(model, f"generate_{mode}")(
-        reference["ids/prompt"], conftest.NEW_TOKENS, **knobs)
-    theirs = reference[f"{mode}/tokens"][0].tolist()
-    same = [a == b for a, b in zip(result.tokens[0].tolist(), theirs)]
-    assert len(theirs) == len(same) == conftest.NEW_TOKENS
-    if limit > 1e-4 and not all(same):
-        assert same.index(False) >= len(same) // 2, f"token {same.index(False)} differs"
-        return
-    assert all(same), f"token {same.index(False)} differs"
-    assert mode == "ar" or int(result.nfe) == int(reference[f"{mode}/nfe"])
+    """Greedy tokens, and the passes of mask diffusion (the published code counts no others).
+
+    float32: all equal. bfloat16: a near tie may fall either way, and then what follows differs. So
+    after a token that differs (mask diffusion: after its block) we go on from the published text,
+    half of every 16 tokens must be equal, and half or twice the passes are allowed.
+    """
+    model, reference, (limit, _) = both
+    prompt, theirs, same = reference["ids/prompt"], reference[f"{mode}/tokens"], []
+    new, Q, exact = official.NEW_TOKENS, official.BLOCK_SIZE, limit < 1e-4
+    assert theirs.shape == (1, new)
+
+    def wrong() -> int:
+        return max(same[i:i + Q].count(False) for i in range(0, new, Q))
+
+    while len(same) < new and wrong() <= (0 if exact else Q // 2):
+        result = getattr(model, f"generate_{mode}")(
+            torch.cat([prompt, theirs[:, :len(same)]], dim=1), new - len(same),
+            **official.MODES[mode])
+        nfe = nfe if same else int(result.nfe)
+        equal = (result.tokens[0].cpu() == theirs[0, len(same):]).tolist()
+        end = equal.index(False) + 1 if False in equal else len(equal)
+        same += equal[:end if mode != "mask_diffusion" else -(-end // Q) * Q]
+    print(f"{mode}: {same.count(False)} of {len(same)} tokens differ, {nfe} passes")
+    assert wrong() <= (0 if exact else Q // 2), f"token {same.index(False)} differs"
+    if mode == "mask_diffusion":
+        passes = int(reference[f"{mode}/nfe"])
+        assert nfe == passes if exact else passes <= 2 * nfe <= 4 * passes, f"{nfe}, not {passes}"
 
 
-# What the published code offers, played by ours. FAULT is put into a layer of its context tower.
-STAND_IN = """
-import types, torch
-from twotower import KVCache, MambaState, TwoTower
+# The published code as it behaves, around our layers, which it runs in float32 whatever it is
+# asked for: so in bfloat16 it differs from ours by rounding, as another implementation does.
+STAND_IN = '''
+import causal_conv1d, mamba_ssm, torch              # always, also where no fast path is taken
+from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+from types import SimpleNamespace
+from twotower import TwoTower
 
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
+class Cache:
+    def __init__(self, states, S):
+        self.conv_states, self.ssm_states, self.key_cache, self.value_cache = (
+            [torch.zeros(0) for _ in states] for _ in range(4))
+        for i, state in enumerate(states):
+            if hasattr(state, "ssm_state"):
+                self.update_conv_state(i, state.conv_state)         # (B, conv_dim, W)
+                self.ssm_states[i] = state.ssm_state
+            elif state is not None:
+                self.key_cache[i] = state.key_cache[:, :, :S]
+                self.value_cache[i] = state.value_cache[:, :, :S]
+
+    def update_conv_state(self, layer, new):
+        self.conv_states[layer] = new.to(self.conv_states.device)
+
 class NemotronHTwoTowerForCausalLM:
+    _last_nfe = 0
+
     @classmethod
     def from_pretrained(cls, directory, torch_dtype, trust_remote_code):
         self = cls()
-        self.model = TwoTower.from_pretrained(directory, dtype=torch_dtype)
-        for tower in (self.model.context_tower, self.model.denoiser_tower):
-            for layer in tower.layers:
-                layer.block_type = KINDS[layer.kind]
-        FAULT
-        self.context_tower = self.model.context_tower
-        self.denoiser_tower = self.model.denoiser_tower
+        self.dtype = torch_dtype
+        self.model = TwoTower.from_pretrained(directory, dtype=torch.float32)
+        for name, called in (("context_tower", "M*E-"), ("denoiser_tower", "E-")):
+            kinds = zip(self.model.config.hybrid_override_pattern, getattr(self.model, name).layers)
+            # the published denoiser calls its other mixers' parts, so that no hook sees them
+            setattr(self, name, SimpleNamespace(layers=[SimpleNamespace(
+                block_type=KINDS[kind], mixer=layer.mixer if kind in called else torch.nn.Module())
+                for kind, layer in kinds]))
         return self
 
     def eval(self):
@@ -3329,58 +3443,182 @@ class NemotronHTwoTowerForCausalLM:
     def place_towers_on_devices(self, context_device, denoiser_device):
         self.model.to(context_device)
 
-    def _build_context_cache(self, input_ids):
-        context = self.model.prefill(input_ids)
-        cache = types.SimpleNamespace()
-        for name in ("conv_state", "ssm_state", "key_cache", "value_cache"):
-            plural = name + "s" * name.endswith("state")
-            setattr(cache, plural, [getattr(state, name, None) for state in context.states])
-        return {"ctx_cache": cache, "logits": context.logits[:, None], "context": context}
+    def _build_context_cache(self, ids):                            # two passes
+        cache = {"ids": ids[:, :-1], "context": self.model.prefill(ids[:, :-1])}
+        self._extend_context_cache(ids[:, -1:], cache, block_wise=False)
+        cache["ctx_cache"] = Cache(cache["context"].states, ids.shape[1])
+        return cache
 
-    def _run_denoiser_step_diffusion(self, block_ids, cache_state, t):
-        return self.model.denoise(block_ids, cache_state["context"], t)
+    def _extend_context_cache(self, new, cache, block_wise):
+        logits = self.model.extend(cache["context"], new)
+        cache["ids"] = torch.cat([cache["ids"], new], dim=1)
+        if not block_wise:
+            cache["logits"] = logits[:, -1:]
 
-    def _generate(self, mode, input_ids, new, **knobs):
-        result = getattr(self.model, "generate_" + mode)(input_ids, new, **knobs)
-        self._last_nfe = int(result.nfe)
-        return torch.cat([input_ids, torch.stack(result.tokens)], dim=1)
+    def _run_denoiser_step_diffusion(self, block, cache, t):
+        t = (t.to(self.dtype) * 1000).float() / 1000                # t is rounded, then 1000 t
+        return self.model.denoise(block, cache["context"], t)
 
-    def generate_ar(self, *args, **knobs):
-        return self._generate("ar", *args, **knobs)
+    def _run_denoiser_step_mock_ar(self, last, cache):
+        return self.model.denoise(last, self.model.prefill(cache["ids"][:, :-1]))
+
+    def generate_ar(self, ids, max_new_tokens, temperature=0.0, eos_token_id=None, logits=None):
+        cache = self._build_context_cache(ids)
+        for _ in range(max_new_tokens):
+            step = cache["logits"] if logits is None else logits(cache["ids"][:, -1:], cache)
+            token = step[:, -1].argmax(-1, keepdim=True)
+            self._extend_context_cache(token, cache, block_wise=False)
+            if eos_token_id in token.flatten().tolist():
+                break
+        return cache["ids"]
 
     def generate_mock_ar(self, *args, **knobs):
-        return self._generate("mock_ar", *args, **knobs)
+        return self.generate_ar(*args, logits=self._run_denoiser_step_mock_ar, **knobs)
 
-    def generate_mask_diffusion(self, *args, **knobs):
-        return self._generate("mask_diffusion", *args, **knobs)
-"""
+    def generate_mask_diffusion(self, ids, max_new_tokens, block_size, steps_per_block,
+                                mask_token_id, temperature, confidence_threshold=0.9,
+                                eos_token_id=None):
+        assert max_new_tokens % block_size == 0
+        self._last_nfe, cache = 0, self._build_context_cache(ids)
+        for _ in range(max_new_tokens // block_size):
+            block = ids.new_full((len(ids), block_size), mask_token_id)
+            for step in range(steps_per_block):
+                masked = block == mask_token_id
+                left = int(masked.sum())
+                if left == 0:
+                    break
+                logits = self._run_denoiser_step_diffusion(
+                    block, cache, masked.float().mean().repeat(len(ids)))
+                self._last_nfe += 1
+                logits[..., mask_token_id] = -torch.inf
+                confidence, token = logits.softmax(-1).max(-1)
+                confidence = confidence.masked_fill(~masked, -1.0)
+                n = max(int((confidence > confidence_threshold).sum()),
+                        -(-left // (steps_per_block - step)))
+                # among equal confidences the rightmost first
+                chosen = confidence.argsort(dim=1, stable=True)[:, -n:]
+                block.scatter_(1, chosen, token.gather(1, chosen))
+            self._extend_context_cache(block, cache, block_wise=True)
+            if eos_token_id in block.flatten().tolist():            # what stands after it stays
+                break
+        return cache["ids"]
+'''
+REPAIRED = STAND_IN.replace("states.device", "states[layer].device")
+# (parameter of ours, change, comparison that must fail, what it must say), E and M being layers of
+# that kind: a router forgets its correction bias, which only sends some tokens to other experts; a
+# decay is wrong by 5 %; one layer takes shift for scale; the head takes each row for the next
+PLANTED = [
+    ("denoiser_tower.layers.{E}.mixer.gate.e_score_correction_bias", torch.zero_,
+     test_official_denoiser, r"first difference at denoiser_mixer/\S+/{E}:"),
+    ("context_tower.layers.{M}.mixer.A_log", lambda x: x.add_(0.05),
+     test_official_context, "first difference at context_state/{M}/ssm_state:"),
+    ("scale_shift_tables.{E}", lambda x: x.copy_(x[[1, 0, 2]]),
+     test_official_denoiser, "first difference at denoiser_mixer/1.0/{E}:"),
+    ("context_lm_head.weight", lambda x: x.copy_(x.roll(1, 0)),
+     functools.partial(test_official_generation, mode="ar"), "token 0 differs")]
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("", None),
-    ("self.model.context_tower.layers[3].mixer.k_proj.weight.data *= 1.01",
-     "first difference at context_state/3/key_cache"),
-    ("self.model.denoiser_tower.layers[2].mixer.out_proj.weight.data *= 1.01",
-     "first difference at denoiser_mixer/1.0/2"),
-    ("self.model.context_lm_head.weight.data[:64] = 0", "token 0 differs"),
-    ("import mamba_ssm_of_another_version", "No module named 'mamba_ssm_of_another_version'")])
-def test_the_comparison_itself(fault, message, tmp_path):
-    """`pytest --checkpoint DIR` on a small checkpoint with a stand-in for the published code: it
-    passes, names the first layer that differs, and fails where that code cannot run."""
-    directory = copy_checkpoint(tmp_path)
-    (directory / "modeling_nemotron_twotower.py").write_text(STAND_IN.replace("FAULT", fault))
-    reference = tmp_path / "reference.safetensors"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_twotower.py", "-k", "official",
-               "--checkpoint", directory, "--reference", reference]
-    env = os.environ | {"PYTHONPATH": str(HERE)}
-    run = run_python(*command, env=env)
-    if message is None:
-        assert run.returncode == 0 and "5 passed" in run.stdout, run.stdout
-        made = reference.stat().st_mtime_ns
-        assert run_python(*command, env=env).returncode == 0
-        assert reference.stat().st_mtime_ns == made             # used again
-    else:
-        assert run.returncode == 1 and message in run.stdout, run.stdout
+PACKAGES = ("mamba_ssm", "causal_conv1d", "transformers.modeling_attn_mask_utils")
+
+
+def published_code(tmp_path: Path, code=REPAIRED, source=GOLDEN / "cfg1", packages=PACKAGES):
+    """A checkpoint with the stand-in beside it, and a folder of the packages that it imports."""
+    directory, site = copy_checkpoint(tmp_path, source), tmp_path / "site"
+    (directory / official.CODE).write_text(code)
+    for package in ("transformers.__init__", *packages):
+        path = (site / package.replace(".", "/")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("AttentionMaskConverter = None")
+    shutil.copy(HERE / "twotower.py", site)
+    return directory, site
+
+
+@pytest.mark.parametrize("source, dtype", [(GOLDEN / "cfg1", torch.float32),
+                                           (MINIATURE, torch.bfloat16)], ids=["f32", "bf16"])
+def test_the_comparison_passes_and_sees_planted_faults(source, dtype, tmp_path, monkeypatch):
+    """bfloat16 on trained weights: a random network writes another text after every rounding."""
+    directory, site = published_code(tmp_path, source=source)
+    if dtype == torch.bfloat16:
+        TwoTower.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    reference = official.reference(directory, tmp_path / "reference.safetensors")
+    comparisons = [test_official_context, test_official_denoiser, *(
+        functools.partial(test_official_generation, mode=mode) for mode in official.MODES)]
+    model, *given = compared(directory, reference)
+    assert model.lm_head.weight.dtype == dtype
+    for comparison in comparisons:
+        comparison((model, *given))
+    pattern = model.config.hybrid_override_pattern
+    layers = {"E": pattern.index("E"), "M": pattern.rindex("M")}
+    for name, change, comparison, message in PLANTED:
+        parameter = model.state_dict()[name.format(**layers)]
+        right = parameter.clone()
+        change(parameter)
+        with pytest.raises(AssertionError, match=message.format(**layers)):
+            comparison((model, *given))
+        parameter.copy_(right)
+
+
+@pytest.mark.parametrize("arranged, message", [
+    (dict(packages=()), "No module named 'causal_conv1d'"),
+    (dict(packages=PACKAGES[:2]), "No module named 'transformers.modeling_attn_mask_utils'"),
+    (dict(code=STAND_IN), "'list' object has no attribute 'device'")])
+def test_published_code_that_cannot_run(arranged, message, tmp_path, monkeypatch):
+    if message.startswith("'list'") and torch.cuda.is_available():
+        pytest.skip("a fault of the published code on CPUs, and here it runs on a GPU")
+    directory, site = published_code(tmp_path, **arranged)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    with pytest.raises(ValueError, match=f"could not be run: .*{re.escape(message)}\n"):
+        official.reference(directory, tmp_path / "reference.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "site"]
+    assert message in (HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--checkpoint=nvidia/NAME", "nvidia/NAME is not a directory here; if it is a name on the "
+     "Hugging Face Hub, first: hf download NAME --local-dir DIR"),
+    ("--checkpoint=golden", "golden holds no config.json"),
+    ("--checkpoint=golden/cfg1", "golden/cfg1 holds no " + official.CODE),
+    ("--checkpoint=golden/cfg1 --reference=nowhere/file", "no folder to write nowhere/file to"),
+    ("--checkpoint=golden/cfg1 --official-python=no/python", "no/python is not a program"),
+    ("--reference=FILE", "--reference and --official-python need --checkpoint=DIR"),
+    ("--official-python=python", "--reference and --official-python need --checkpoint=DIR")])
+def test_wrong_options_of_the_comparison(args, message):
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_twotower.py",
+                     *args.split())
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR and not run.stdout
+    assert run.stderr.startswith("ERROR: ") and message in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_the_published_code_in_an_environment_of_its_own(tmp_path):
+    """Another interpreter, with an older transformers and no pytest to import; it runs once, also
+    with -n 2, also where the project's folder is called official; then it is not needed."""
+    counting = "open(__file__ + '.runs', 'a').write('*')\n" + REPAIRED
+    directory, site = published_code(tmp_path, counting)
+    shutil.rmtree(site / "transformers")
+    second, reference = tmp_path / "second", tmp_path / "reference.safetensors"
+    venv.create(second, symlinks=True)
+    packages, = second.glob("lib/python*/site-packages")
+    # torch is the one of this environment
+    (packages / "first.pth").write_text("\n".join([
+        str(site), *(path for path in sys.path if path.endswith("-packages")),
+        "import sys; sys.modules['pytest'] = None"]))
+    pip = run_python("-m", "pip", "--python", second / "bin" / "python", "install", "-q",
+                     "--no-compile", "transformers==5.23.0")
+    if pip.returncode:
+        pytest.skip(f"pip cannot install transformers 5.23.0: {pip.stderr.splitlines()[-1]}")
+    (tmp_path / "official").symlink_to(HERE)
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 2, "test_twotower.py",
+                     "--checkpoint", directory, "--reference", reference,
+                     "--official-python", second / "bin" / "python", cwd=tmp_path / "official")
+    assert run.returncode == 0 and "5 passed" in run.stdout, run.stdout
+    runs = directory / f"{official.CODE}.runs"
+    assert runs.read_text() == "*"
+    assert official.reference(directory, reference) and runs.read_text() == "*"
+    reference.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="is not a reference file"):
+        official.reference(directory, reference)
 
 
 # ------------------------------------------------------------------------------------- the rest
