@@ -3341,7 +3341,7 @@ def test_official_context(both):
             ours[f"context_state/{i}/key_cache"] = state.key_cache[:, :, used]
             ours[f"context_state/{i}/value_cache"] = state.value_cache[:, :, used]
         elif state is not None:
-            ours[f"context_state/{i}/conv_state"] = newest_inputs(state.conv_state)
+            ours[f"context_state/{i}/conv_state"] = state.conv_state
             ours[f"context_state/{i}/ssm_state"] = state.ssm_state
         ours[f"context_mixer/{i}"] = mixers[f"context_mixer/{i}"]
     theirs = {name: newest_inputs(x) if name.endswith("conv_state") else x
@@ -3412,7 +3412,8 @@ class Cache:
             [torch.zeros(0) for _ in states] for _ in range(4))
         for i, state in enumerate(states):
             if hasattr(state, "ssm_state"):
-                self.update_conv_state(i, state.conv_state)         # (B, conv_dim, W)
+                # (B, conv_dim, W), of which the oldest column is never used
+                self.update_conv_state(i, torch.nn.functional.pad(state.conv_state.mT, (1, 0)))
                 self.ssm_states[i] = state.ssm_state
             elif state is not None:
                 self.key_cache[i] = state.key_cache[:, :, :S]
