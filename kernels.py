@@ -245,10 +245,11 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     for first, source, w, bias, to in ((True, x, up, up_bias, hidden),
                                        (False, hidden, down, down_bias, weighted)):
         outputs, inputs = w.shape[1:]
-        # 16 KB of weights a step in bfloat16; narrow where few tiles would leave the GPU idle
+        # a step loads 16 KB of weights in bfloat16, of rows no more (both fit the shared memory in
+        # float32 too); narrow where few tiles would leave the GPU idle
         few = tiles * triton.cdiv(outputs, 128) < 2 * multiprocessors(x.device)
         BLOCK_OUT = max(16, min(32 if few else 128, triton.next_power_of_2(outputs)))
-        BLOCK_IN = max(16, min(8192 // BLOCK_OUT, triton.next_power_of_2(inputs)))
+        BLOCK_IN = max(16, min(8192 // max(BLOCK_M, BLOCK_OUT), triton.next_power_of_2(inputs)))
         _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), tiles](
             source, w,
             w if bias is None else bias.contiguous(),   # what is not read still needs a tensor
