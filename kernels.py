@@ -987,6 +987,7 @@ def _top_experts_kernel(
     e = tl.arange(0, BLOCK_E)
     scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
     choice = scores + tl.load(bias_ptr + e, e < E, other=0.0).to(tl.float64)
+    choice = tl.where(choice == choice, choice, float("inf"))   # NaN first, as torch's topk has it
     choice = tl.where(e < E, choice, float("-inf"))
     if GROUPS > 1:          # groups by the sum of their two best; the others' choices become 0
         groups = tl.reshape(choice, (GROUPS, BLOCK_E // GROUPS))
@@ -1004,8 +1005,7 @@ def _top_experts_kernel(
     a = tl.arange(0, BLOCK_A)
     ids, weights = tl.zeros((BLOCK_A,), tl.int32), tl.zeros((BLOCK_A,), tl.float64)
     for i in range(A):
-        # with scores of NaN argmax may find one of the columns after the last expert
-        chosen = tl.minimum(tl.argmax(choice, 0), E - 1)
+        chosen = tl.argmax(choice, 0)
         ids = tl.where(a == i, chosen, ids)
         weights = tl.where(a == i, tl.sum(tl.where(e == chosen, scores, 0.0), 0), weights)
         choice = tl.where(e == chosen, float("-inf"), choice)
