@@ -1127,6 +1127,9 @@ class Passes:
         return out
 
 
+capture_stream = functools.cache(torch.cuda.Stream)         # one a GPU
+
+
 def record(function, inputs=(), changed=()):
     """function(*inputs) as a CUDA graph, which keeps its own memory; returns it, its inputs'
     buffers and its output.
@@ -1139,7 +1142,8 @@ def record(function, inputs=(), changed=()):
     for tensor, old in zip(changed, kept):
         tensor.copy_(old)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a stream of the current GPU: by default it is one of the GPU that recorded first
+    with torch.cuda.graph(graph, stream=capture_stream(torch.cuda.current_device())):
         out = function(*inputs)
     return graph, inputs, out
 
