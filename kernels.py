@@ -245,10 +245,11 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     for first, source, w, bias, to in ((True, x, up, up_bias, hidden),
                                        (False, hidden, down, down_bias, weighted)):
         outputs, inputs = w.shape[1:]
-        # 16 KB of weights a step in bfloat16; narrow where few tiles would leave the GPU idle
+        # a step loads 16 KB of weights in bfloat16, of rows no more (both fit the shared memory in
+        # float32 too); narrow where few tiles would leave the GPU idle
         few = tiles * triton.cdiv(outputs, 128) < 2 * multiprocessors(x.device)
         BLOCK_OUT = max(16, min(32 if few else 128, triton.next_power_of_2(outputs)))
-        BLOCK_IN = max(16, min(8192 // BLOCK_OUT, triton.next_power_of_2(inputs)))
+        BLOCK_IN = max(16, min(8192 // max(BLOCK_M, BLOCK_OUT), triton.next_power_of_2(inputs)))
         _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), tiles](
             source, w,
             w if bias is None else bias.contiguous(),   # what is not read still needs a tensor
@@ -994,6 +995,7 @@ def _top_experts_kernel(
     e = tl.arange(0, BLOCK_E)
     scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
     choice = scores + tl.load(bias_ptr + e, e < E, other=0.0).to(tl.float64)
+    choice = tl.where(choice == choice, choice, float("inf"))   # NaN first, as torch's topk has it
     choice = tl.where(e < E, choice, float("-inf"))
     if GROUPS > 1:          # groups by the sum of their two best; the others' choices become 0
         groups = tl.reshape(choice, (GROUPS, BLOCK_E // GROUPS))
@@ -1011,8 +1013,7 @@ def _top_experts_kernel(
     a = tl.arange(0, BLOCK_A)
     ids, weights = tl.zeros((BLOCK_A,), tl.int32), tl.zeros((BLOCK_A,), tl.float64)
     for i in range(A):
-        # with scores of NaN argmax may find one of the columns after the last expert
-        chosen = tl.minimum(tl.argmax(choice, 0), E - 1)
+        chosen = tl.argmax(choice, 0)
         ids = tl.where(a == i, chosen, ids)
         weights = tl.where(a == i, tl.sum(tl.where(e == chosen, scores, 0.0), 0), weights)
         choice = tl.where(e == chosen, float("-inf"), choice)
@@ -1129,6 +1130,9 @@ class Passes:
         return out
 
 
+capture_stream = functools.cache(torch.cuda.Stream)         # one a GPU
+
+
 def record(function, inputs=(), changed=()):
     """function(*inputs) as a CUDA graph, which keeps its own memory; returns it, its inputs'
     buffers and its output.
@@ -1141,7 +1145,8 @@ def record(function, inputs=(), changed=()):
     for tensor, old in zip(changed, kept):
         tensor.copy_(old)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a stream of the current GPU: by default it is one of the GPU that recorded first
+    with torch.cuda.graph(graph, stream=capture_stream(torch.cuda.current_device())):
         out = function(*inputs)
     return graph, inputs, out
 
