@@ -254,8 +254,8 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     """
     G = B.shape[2]
     B, C = B.transpose(1, 2), C.transpose(1, 2)                                  # (b, G, c, N)
-    log_decay = (dt * A).mT.contiguous().cumsum(-1)         # sums of dt A up to each token
-    log_decay = log_decay.unflatten(1, (G, -1))                                  # (b, G, H/G, c)
+    # sums of dt A up to each token: (b, G, H/G, c)
+    log_decay = (dt * A).mT.contiguous().cumsum(-1).unflatten(1, (G, -1))
     # from token s to token l >= s: exp(sum over s+1..l); the rest is clamped, then cut by tril
     weight = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
     weight = weight * (C @ B.mT).tril()[:, :, None]                              # (b, G, H/G, c, c)
@@ -368,7 +368,8 @@ def product_by_expert(experts: Tensor, x: Tensor, up: Tensor) -> Callable[[Tenso
     expert, (n, out). experts (n) int64 ascending; x and up as for `moe_experts`."""
     aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
     if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
-        # a loop over the experts hit: grouped_mm refuses these, or visits all on a CPU
+        # a loop over the experts hit: grouped_mm takes no float64 and no rows that begin between
+        # 16 bytes, and on a CPU visits all experts, which a few slots do not repay
         hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
         return lambda rows, weight: torch.cat(
             [F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
@@ -376,7 +377,8 @@ def product_by_expert(experts: Tensor, x: Tensor, up: Tensor) -> Callable[[Tenso
     return lambda rows, weight: F.grouped_mm(rows, weight.mT, offs=ends)    # never asks the host
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
+                         reduction: str) -> Tensor:
     """Of logits (B, L, V) and labels (B, L) where targets (B, L) bool holds; "mean" or "none"."""
     logits, labels = logits[targets.to(logits.device)], labels[targets].to(logits.device)
     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -424,7 +426,8 @@ class Pass(NamedTuple):
     train, noisy       earlier clean blocks, their own block      "none"
     """
 
-    slots: Tensor                       # (B, L) int64: where their keys and values are cached
+    slots: Tensor                       # (B, L) int64: where their keys and values are cached; in
+                                        # training L = n*Q, though the tokens come as B*n rows of Q
     end: int                            # slots in use then, in the longest row
     last_seen: Tensor | None = None     # new tokens see, as for `attention`: slots up to these,
     is_causal: bool = False             # or slots 0..l for token l,
@@ -529,11 +532,11 @@ class Context:
         self.passes = self.passes and self.passes.anew(self)
 
     def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
-                  keep: str = "none") -> Pass:
-        """Of L tokens behind the rows, the first counts (B,) of each real; simplest form."""
+                  **fields) -> Pass:
+        """Of L tokens behind the rows, the first counts (B,) of each real; fields: of a `Pass`."""
         lengths = self.lengths.tolist()
         longest, uniform = max(lengths), min(lengths) == max(lengths)
-        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal, keep=keep)
+        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)._replace(**fields)
         if counts is not None and int(counts.min()) < L:
             at = at._replace(counts=counts.to(device))
         if uniform and (L == 1 or not causal):
@@ -1018,15 +1021,14 @@ class TwoTower(Module):
             t = t.reshape(B, -1).expand(B, n).flatten()
         context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
-            at = context.next_pass(M, context.device, causal=True, keep="blocks")
-            self.context_tower(clean, context.states, at._replace(block_size=block_size))
+            at = context.next_pass(M, context.device, causal=True, keep="blocks",
+                                   block_size=block_size)
+            self.context_tower(clean, context.states, at)
         context.lengths = context.lengths + M
         block = torch.arange(M, device=device) // block_size
-        earlier, own = block < block[:, None], block == block[:, None]           # (M, M)
-        at = context.next_pass(M, device, causal=False)
-        at = at._replace(mask=torch.cat([earlier, own], dim=1)[None, None])
-        rows = rearrange(noisy, "b (n q) -> (b n) q", n=n)
-        logits = self._denoise(rows, context, t, at)
+        mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)   # (M, 2M)
+        at = context.next_pass(M, device, causal=False, mask=mask[None, None])
+        logits = self._denoise(rearrange(noisy, "b (n q) -> (b n) q", n=n), context, t, at)
         return rearrange(logits, "(b n) q v -> b (n q) v", n=n)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
@@ -1042,13 +1044,13 @@ class TwoTower(Module):
             reduction: "mean" gives a scalar, "none" the loss of each masked position.
         """
         if masked is None:
-            device = tokens.device if generator is None else generator.device
+            device = (generator or tokens).device
             t = 0.001 + 0.999 * torch.rand(len(tokens), generator=generator, device=device)
             masked = torch.rand(tokens.shape, generator=generator, device=device) < t[:, None]
         masked = masked.to(tokens.device)
         noisy = tokens.masked_fill(masked, self.config.mask_token_id)
         logits = self.diffusion_logits(tokens, noisy, t, block_size)
-        return cross_entropy(logits, tokens, masked, reduction)
+        return masked_cross_entropy(logits, tokens, masked, reduction)
 
     def ar_loss(self, tokens: Tensor, targets: Tensor | None = None, *,
                 reduction: str = "mean") -> Tensor:
@@ -1057,7 +1059,7 @@ class TwoTower(Module):
         require(tokens.shape[-1] > 1, "an AR loss needs sequences of two tokens or more")
         targets = torch.ones_like(tokens, dtype=torch.bool) if targets is None else targets
         logits = self.context_logits(tokens[:, :-1])
-        return cross_entropy(logits, tokens[:, 1:], targets[:, 1:], reduction)
+        return masked_cross_entropy(logits, tokens[:, 1:], targets[:, 1:], reduction)
 
     @torch.no_grad()
     def copy_context_to_denoiser(self):
@@ -1089,9 +1091,12 @@ class TwoTower(Module):
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, **options)
         run.prefill([prompt[:-1] for prompt in run.prompts], None)
-        while run.append(run.next_token(run.denoise(run.newest(1), None))):
+        while True:
+            run.nfe[run.live] += 1
+            logits = self._denoise(run.newest(1), run.context, None)
+            if not run.append(run.next_token(logits)):
+                return run.result()
             run.extend(run.newest(2)[:, :1])
-        return run.result()
 
     @torch.no_grad()
     def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int] | None = None,
@@ -1435,10 +1440,6 @@ class Decoding:
         """Read tokens (R, L) with the context tower; returns logits, "all" or the "last"."""
         self.context_passes[self.live] += 1
         return self.model._extend(self.context, tokens, logits, keep=keep)
-
-    def denoise(self, block: Tensor, t: Tensor | None) -> Tensor:
-        self.nfe[self.live] += 1
-        return self.model._denoise(block, self.context, t)
 
     def predict(self, logits: Tensor, step: int = 0, mask_token_id: int | None = None,
                 greedy: bool = False) -> tuple[Tensor, Tensor]:
