@@ -1070,7 +1070,7 @@ class TwoTower(Module):
 
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_ar(self, prompts, max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                     **options) -> Generation:
         """Continue prompts with the context tower, one token at a time."""
@@ -1080,7 +1080,7 @@ class TwoTower(Module):
             logits = run.extend(run.newest(1), "last")
         return run.result()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_mock_ar(self, prompts, max_new_tokens: int | Sequence[int],
                          temperature: float = 0.0, **options) -> Generation:
         """The denoiser as an AR model, a check of the plumbing.
@@ -1098,7 +1098,7 @@ class TwoTower(Module):
                 return run.result()
             run.extend(run.newest(2)[:, :1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int] | None = None,
                                 block_size: int = 16, steps_per_block: int = 16,
                                 mask_token_id: int | None = None, temperature: float = 0.0, *,
@@ -1128,7 +1128,7 @@ class TwoTower(Module):
                 return run.result()
             run.extend(run.newest(block_size))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_speculative(self, prompts, max_new_tokens: int | Sequence[int],
                              draft_length: int = 16, steps_per_block: int = 1,
                              mask_token_id: int | None = None, temperature: float = 0.0, *,
@@ -1537,10 +1537,11 @@ class Decoding:
         self.context.select(going)
         return bool(going)
 
+    @torch.inference_mode(False)                # tensors that can be trained on
     def result(self) -> Generation:
-        return Generation([torch.tensor(text[len(prompt):], dtype=torch.long)
-                           for text, prompt in zip(self.texts, self.prompts)],
-                          self.nfe, self.context_passes)
+        tokens = [torch.tensor(text[len(prompt):], dtype=torch.long)
+                  for text, prompt in zip(self.texts, self.prompts)]
+        return Generation(tokens, self.nfe.clone(), self.context_passes.clone())
 
 
 # ---------------------------------------------------------------------------------------------
