@@ -187,7 +187,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
     Args: y, z (..., d_inner); weight (d_inner). Returns: (..., d_inner) in y's dtype.
     """
-    v = (wide(y) * F.silu(wide(z))).unflatten(-1, (groups, -1))
+    v = F.silu(wide(z)).mul_(wide(y)).unflatten(-1, (groups, -1))
     v = F.rms_norm(v, v.shape[-1:], eps=eps).flatten(-2)
     return (v * weight).to(y.dtype)
 
@@ -209,7 +209,8 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         out = x[:, :L] * taps[0]
         for w in range(1, W):               # W shifted products beat a depthwise conv1d on CPU
             out.addcmul_(x[:, w:w + L], taps[w])
-    return F.silu(out if bias is None else out + wide(bias)).to(inputs.dtype)
+    out = out if bias is None else out.add_(wide(bias))
+    return F.silu(out, inplace=True).to(inputs.dtype)
 
 
 def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, float],
