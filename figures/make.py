@@ -6,12 +6,17 @@
     denoising.png   the miniature filling blocks, pass by pass
     cost.png        experts read by a pass, and the speed-up that bytes allow
 
-Everything is computed here from the bundled miniature or the released sizes. The two others,
-miniature.png and training.png, are from `bench.py miniature --plot` and train.py's curves.png.
-The line numbers in the tutorial's links to symbols are brought up to date as well.
+These are computed from the bundled miniature or the released sizes, and the line numbers in the
+tutorial's links to symbols are brought up to date. `python figures/make.py SOURCE` draws what was
+measured:
+
+    miniature.png   accuracy against speed; SOURCE is a file of what `bench.py miniature` printed
+    gpu.png         speed-up by denoiser passes; SOURCE is a file of what `bench.py gpu` printed
+    training.png    validation losses; SOURCE is the folder that train.py wrote
 """
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -28,7 +33,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
 HERE = Path(__file__).resolve().parent
 OUT = HERE
 sys.path.insert(0, str(HERE.parent))
-from bench import RELEASED, bytes_of_pass  # noqa: E402
+from bench import cost_of_pass  # noqa: E402
 from sample import DEFAULT_PROMPT as PROMPT  # noqa: E402
 from twotower import TwoTower, TwoTowerConfig  # noqa: E402
 
@@ -40,7 +45,7 @@ KINDS = {"M": "Mamba-2", "*": "attention", "E": "experts"}
 def towers():
     """One period of the released pattern as two columns of boxes; arrows for what crosses."""
     figure, ax = plt.subplots(figsize=(7, 5.6), layout="constrained")
-    pattern = RELEASED["hybrid_override_pattern"][:6]
+    pattern = TwoTowerConfig().hybrid_override_pattern[:6]
     crossing = {"M": "conv_state, ssm_state", "*": "keys, values"}
     for x, name in ((0, "context tower\n(frozen, causal)"), (6, "denoiser tower\n(trained)")):
         ax.text(x + 1.2, len(pattern) + 1.9, name, ha="center", weight="bold")
@@ -144,7 +149,7 @@ def denoising(model: TwoTower, tokenizer: Tokenizer):
 
 def cost():
     """Distinct experts by tokens in a pass; speed-up over AR by passes a block, from bytes."""
-    config = TwoTowerConfig(**RELEASED)
+    config = TwoTowerConfig()
     E, A = config.n_routed_experts, config.num_experts_per_tok
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     tokens = torch.arange(1, 129)
@@ -153,9 +158,9 @@ def cost():
     left.set(xlabel="tokens in a pass", ylabel="distinct experts a layer", xscale="log")
     left.set_xticks([1, 4, 16, 64, 128], [1, 4, 16, 64, 128])
     passes = torch.arange(1, 17)
-    ar = bytes_of_pass(config, A)
+    ar = cost_of_pass(config, A).bytes
     for hit, style in ((34, "-"), (69, "--"), (E, ":")):
-        block = bytes_of_pass(config, hit)
+        block = cost_of_pass(config, hit).bytes
         right.plot(passes, 16 * ar / ((passes + 1) * block), style, label=f"{hit} experts a layer")
     right.plot(passes, 16 / (passes + 1), color="grey", label="every pass costs the same")
     right.axhline(2.42, color="#c1121f", linewidth=0.8)
@@ -167,6 +172,74 @@ def cost():
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     figure.savefig(OUT / "cost.png", dpi=150)
+
+
+def miniature(result: dict):
+    """Accuracy of every mode against its speed."""
+    figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
+    rows = result["rows"]
+    gammas = [row for row in rows if row["mode"].startswith("gamma")]
+    axes.plot([row["speedup"] for row in gammas], [row["accuracy"] for row in gammas], "o",
+              label="diffusion, block 16, by gamma")
+    axes.plot(1, rows[0]["accuracy"], "s", color="tab:gray", label="AR")
+    lossless, = (row for row in rows if row["mode"] == "speculative")
+    axes.plot(lossless["speedup"], lossless["accuracy"], "D", color="tab:purple",
+              label="speculative: AR's own text")
+    for i, row in enumerate(gammas):
+        axes.annotate(row["mode"].split()[1], (row["speedup"], row["accuracy"]),
+                      xytext=(3, 3) if i % 2 else (-3, -3), textcoords="offset points", fontsize=8,
+                      rotation=45, ha="left" if i % 2 else "right", va="bottom" if i % 2 else "top")
+    axes.axhline(0.987 * rows[0]["accuracy"], color="tab:green", lw=0.8, ls="--",
+                 label="98.7 % of AR's accuracy")
+    axes.axvline(2.42, color="tab:red", lw=0.8, ls="--", label="2.42 x AR's tokens per second")
+    axes.set_xlabel("speed, x AR in the same run (batch 1)")
+    axes.set_ylabel("exact match, mean of five tasks")
+    axes.legend(loc="lower left", fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.1)
+    figure.savefig(OUT / "miniature.png", dpi=150)
+
+
+def gpu(result: dict):
+    """Speed over AR by denoiser passes a block, for each way of routing and batch."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for ax, kind in zip(axes, ("random", "concentrated")):
+        for row in result[f"{kind}_speed_up"]:
+            speeds = {int(key.split()[0]): x for key, x in row.items() if key.endswith(" passes")}
+            ax.plot(speeds.keys(), speeds.values(), "o-", markersize=3,
+                    label=f"batch {row['batch']}")
+        ax.axhline(2.42, color="#c1121f", linewidth=0.8)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(title=f"{kind} routing, {result['gpu']}", yscale="log",
+               xlabel="denoiser passes a block (assumed)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("speed over AR, from measured passes")
+    figure.savefig(OUT / "gpu.png", dpi=150)
+
+
+def training(folder: Path):
+    """Validation losses of both phases, by source."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    titles = "phase 1: next token, context tower", "phase 2: masked tokens, denoiser tower"
+    for phase, (ax, title) in enumerate(zip(axes, titles), 1):
+        log = torch.load(folder / f"phase{phase}.pt", map_location="cpu", weights_only=True)["log"]
+        for kind in log[0]["valid"]:
+            ax.plot([line["step"] for line in log], [line["valid"][kind] for line in log],
+                    label=kind)
+        ax.set(title=title, xlabel="step", yscale="log")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss, nats a token")
+    axes[1].legend(fontsize=8)
+    figure.savefig(OUT / "training.png", dpi=150)
+
+
+def measured(source: Path):
+    """The figure of what was measured: of a folder of train.py, or of what bench.py printed."""
+    if source.is_dir():
+        return training(source)
+    result = json.loads(source.read_text(encoding="utf-8").splitlines()[-1])
+    return {"miniature": miniature, "gpu": gpu}[result["setting"]["what"]](result)
 
 
 def lines_of(path: Path) -> dict[str, int]:
@@ -193,6 +266,7 @@ def with_line_numbers(text: str) -> str:
 
 
 def main():
+    """All figures that need no measurement."""
     torch.set_num_threads(1)
     model = TwoTower.from_pretrained(MINIATURE)
     tokenizer = Tokenizer.from_file(str(MINIATURE / "tokenizer.json"))
@@ -201,9 +275,14 @@ def main():
     masks(model)
     denoising(model, tokenizer)
     cost()
+    plt.close("all")
 
 
 if __name__ == "__main__":
-    main()
-    tutorial = HERE.parent / "tutorial.md"
-    tutorial.write_text(with_line_numbers(tutorial.read_text(encoding="utf-8")), encoding="utf-8")
+    if len(sys.argv) > 1:
+        measured(Path(sys.argv[1]))
+    else:
+        main()
+        tutorial = HERE.parent / "tutorial.md"
+        text = tutorial.read_text(encoding="utf-8")
+        tutorial.write_text(with_line_numbers(text), encoding="utf-8")
