@@ -44,6 +44,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
 
 import bench
+import corpus
 import official
 import train
 import twotower
@@ -2781,114 +2782,79 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
 # ---------------------------------------------------------------------- training the miniature
 
 def items(task: str, count: int, held_out: bool = False):
-    return list(itertools.islice(train.task_items(task, "test", held_out), count))
+    return list(itertools.islice(corpus.task_items(task, "test", held_out), count))
 
 
 def test_answers_are_right():
     """Every task's answer, recomputed from its prompt alone in another way."""
     for prompt, answer in items("bill", 200):
-        asked = re.findall(r"(\d) (\w+) at (\d)", prompt)
-        assert prompt == "bill " + ", ".join(
-            f"{i}: {n} {item} at {price}" for i, (n, item, price) in enumerate(asked, 1)) + "\n"
-        lines = answer.split("\n")
-        assert len(lines) == len(asked)
-        for i, line in enumerate(lines):
-            (count, item, price), (left, right) = asked[i], line.split(" = ")
-            assert left == f"{i + 1}: {count} {item} x {price}" and len(right) == 2
-            assert int(right) == sum([int(price)] * int(count))
+        asked = [re.fullmatch(r"\d: (\d) (\w+) at (\d)", part).groups()
+                 for part in prompt.removeprefix("bill ").strip().split(", ")]
+        assert answer.split("\n") == [
+            f"{i}: {count} {item} x {price} = {sum([int(price)] * int(count)):02}"
+            for i, (count, item, price) in enumerate(asked, 1)]
     for prompt, answer in items("sort", 200):
-        lines = prompt.removeprefix("sort ").strip().split(", ")
-        assert answer.split("\n") == sorted(lines)
-        assert [line.split()[0] for line in sorted(lines)] == list("12345678"[:len(lines)])
+        lines = sorted(prompt.removeprefix("sort ").strip().split(", "))
+        assert answer.split("\n") == lines
+        assert [line.split()[0] for line in lines] == list("12345678"[:len(lines)])
     for prompt, answer in items("json", 200):
         record = dict(pair.split("=") for pair in prompt.split()[1:])
         assert {field: str(value) for field, value in json.loads(answer).items()} == record
     for prompt, answer in items("letter", 200):
-        values = dict(pair.split("=") for pair in prompt.split()[1:])
-        found = re.fullmatch(
-            r"Dear (?P<name>\w+),\nyour order (?P<code>\d+) of (?P<count>\d+) (?P<item>\w+) will "
-            r"leave on (?P<day>\w+)\.\nWe send all (?P=count) (?P=item) to you in (?P<city>\w+)\.\n"
-            r"If they are not there a week after (?P=day), call us and give the number (?P=code)\.",
-            answer)
-        assert found.groupdict() == values
+        assert answer == (
+            "Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\nWe send all "
+            "{count} {item} to you in {city}.\nIf they are not there a week after {day}, call us "
+            "and give the number {code}."
+        ).format(**dict(pair.split("=") for pair in prompt.split()[1:]))
     for prompt, answer in items("class", 200):
-        _, name, *fields = prompt.split()
-        namespace = {}
+        (_, name, *fields), namespace = prompt.split(), {}
         exec(answer, namespace)
-        signature = inspect.signature(namespace[name])
-        assert fields == [f"{parameter.name}:{parameter.annotation.__name__}"
-                          for parameter in signature.parameters.values()]
-        instance = namespace[name](*fields)
-        assert list(vars(instance).values()) == fields
+        parameters = inspect.signature(namespace[name]).parameters.values()
+        assert fields == [f"{one.name}:{one.annotation.__name__}" for one in parameters]
+        assert list(vars(namespace[name](*fields)).values()) == fields
 
 
-@pytest.mark.parametrize("task", train.TASKS)
-def test_held_out_items_are_never_trained_on(task):
-    seen = {prompt for prompt, _ in items(task, 2000)}
-    held_out = {prompt for prompt, _ in items(task, 300, held_out=True)}
-    assert not seen & held_out and len(held_out) > 290 and len(seen) > 1900
-    assert items(task, 5) == items(task, 5)
-
-
-def test_held_out_library_files_are_never_trained_on():
-    seen, held_out = train.library(), train.library(held_out=True)
+def test_nothing_held_out_is_trained_on():
+    for task in corpus.TASKS:
+        seen = {prompt for prompt, _ in items(task, 2000)}
+        held_out = {prompt for prompt, _ in items(task, 300, held_out=True)}
+        assert not seen & held_out and len(held_out) > 290 and len(seen) > 1900
+        assert items(task, 5) == items(task, 5)
+    seen, held_out = corpus.library(), corpus.library(held_out=True)
     assert not set(seen) & set(held_out) - {""} and len(seen) > 8 * len(held_out) > 80
-    assert train.library(every=16) == seen[::16]
+    assert corpus.library(every=16) == seen[::16]
 
 
 @functools.cache
-def smoke() -> tuple[Path, subprocess.CompletedProcess]:
-    """The result of `train.py --smoke`, run once as a process."""
-    out = Path(tempfile.mkdtemp()) / "smoke"
-    return out, run_python("train.py", "--smoke", "--threads", 1, "--out", out)
+def training_data() -> corpus.Data:
+    return corpus.Data(miniature()[1], every_file=16, seed=0)
 
 
-def test_train_runs_end_to_end():
-    """Both phases learn, and what is written loads, decodes and has the tokenizer beside it."""
-    out, run = smoke()
-    assert run.returncode == 0, run.stderr
-    for phase in (1, 2):
-        log = torch.load(out / f"phase{phase}.pt")["log"]
-        assert log[-1]["loss"] < log[0]["loss"] and f"phase {phase} step" in run.stdout
-        assert log[-1]["loss"] < 0.85 * math.log(1280)
-    left = [int(minutes) for minutes in re.findall(r"(\d+) min left", run.stdout)]
-    assert len(left) == 4 and max(left) <= 5                    # not 60 times as much
-    assert (out / "curves.png").stat().st_size > 10**4
-    sampled = sample("--max-new-tokens", 20, "sort 1 red cups\n", directory=out)
-    assert sampled.returncode == 0, sampled.stderr
-    assert sampled.stdout.startswith("sort 1 red cups\n")
-    again = run_python("train.py", "--smoke", "--threads", 1, "--out", out)
-    assert again.returncode == 0 and "step" not in again.stdout, again.stderr
-
-
-def test_tokenizer_round_trips():
-    tokenizer = Tokenizer.from_file(str(smoke()[0] / "tokenizer.json"))
-    assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
-    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000, 7), 0x10FFFF]))
-    for text in (everything, "", " a  b\t\n\n  c 12 345", *train.library(held_out=True)[:20]):
-        ids = tokenizer.encode(text).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text and 0 not in ids
-    # every byte has a token, so that byte strings round-trip through latin-1 or surrogates alike
-    vocabulary = tokenizer.get_vocab()
-    assert len(vocabulary) == 1280
-    assert all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
-    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
-
-
-def training_data(row: int = 128) -> train.Data:
-    recipe = dataclasses.replace(train.SMOKE, row=row)
-    return train.Data(Tokenizer.from_file(str(smoke()[0] / "tokenizer.json")), recipe, seed=0)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_batches_keep_the_split(held_out, monkeypatch):
+    """Every prompt in a batch, and every library window, is on its side of the split."""
+    data, prompts = training_data(), 0
+    recipe = dataclasses.replace(train.PHASES[0], rows=4, row=256)
+    for step in range(10):
+        for row in data.batch(recipe, step, held_out, "sort")[0]:
+            for prompt in re.findall(r"sort .*\n", data.tokenizer.decode(row.tolist())):
+                assert (zlib.crc32(prompt.encode()) % 16 == 0) == held_out
+                prompts += 1
+    assert prompts > 40
+    monkeypatch.setattr(data, "streams", {held_out: torch.full((300,), 7),
+                                          not held_out: torch.full((300,), 8)})
+    assert (data.batch(recipe, 0, held_out, "library")[0] == 7).all()
 
 
 def test_task_rows_are_laid_out_as_when_decoding():
     """Targets are the answers with </s> up to the end of a block; all but perhaps the first answer
     begin a block."""
-    data, starts = training_data(row=256), []
+    data, starts = training_data(), []
+    recipe = dataclasses.replace(train.PHASES[0], rows=2, row=256)
     for step in range(20):
-        tokens, targets = data.batch(1, 2, step, only="json")
-        for row, kept in zip(tokens, targets):
-            kept = torch.cat([torch.tensor([False]), kept, torch.tensor([False])]).int().diff()
-            begins, ends = (kept == 1).nonzero()[:, 0], (kept == -1).nonzero()[:, 0]
+        for row, kept in zip(*data.batch(recipe, step, only="json")):
+            edges = torch.cat([torch.tensor([False]), kept, torch.tensor([False])]).int().diff()
+            begins, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
             assert (begins[1:] % 16 == 0).all() and (ends % 16 == 0).all()
             starts.append(int(begins[0]) % 16)
             for begin, end in zip(begins, ends[:-1]):
@@ -2900,73 +2866,66 @@ def test_task_rows_are_laid_out_as_when_decoding():
     assert 0 < sum(start == 0 for start in starts) < len(starts)
 
 
-def test_batches_repeat_and_mix():
-    data = training_data()
-    tokens, targets = data.batch(1, 6, 3)
-    assert tokens.shape == targets.shape == (6, 128)
-    assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(1, 6, 3)))
-    assert not torch.equal(tokens, data.batch(1, 6, 4)[0])
-    assert not torch.equal(tokens, data.batch(1, 6, 3, held_out=True)[0])
-    assert not torch.equal(data.batch(2, 6, 3)[0], tokens)
-    # library rows, and those without prompts, are learned whole
-    data.UNPROMPTED = {1: 0.0, 2: 0.0}
-    for phase, period in ((1, 3), (2, 8)):
-        targets = data.batch(phase, 8, 3)[1]
-        assert [bool(row.all()) for row in targets] == [r % period == 0 for r in range(8)]
-    data.UNPROMPTED = {1: 0.0, 2: 1.0}
-    assert data.batch(2, 8, 3)[1].all() and not data.batch(2, 8, 3, held_out=True)[1].all()
-    assert not data.batch(1, 8, 3)[1].all()
-
-
-@pytest.mark.parametrize("phase, step", [(1, 0), (1, 4000), (2, 0), (2, 7000)])
-def test_every_task_has_its_turn(phase, step, monkeypatch):
-    """Whatever the number of rows a step: of 70 steps of 8 rows every task gets 35 rows or more."""
-    data, rows, task_items = training_data(row=32), [], train.task_items
-    monkeypatch.setattr(train, "task_items", lambda task, *args: rows.append(task)
+def test_batches_repeat_and_mix(monkeypatch):
+    """The same step gives the same batch; library rows, and those without prompts, are learned
+    whole; whatever the step, every task has its turn: 35 rows or more in 70 steps of 8 rows."""
+    data, drawn, task_items = training_data(), [], corpus.task_items
+    first, second = (dataclasses.replace(recipe, row=128, unprompted=0.0)
+                     for recipe in train.PHASES)
+    tokens, targets = data.batch(first, 3)
+    assert tokens.shape == targets.shape == (8, 128)
+    assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(first, 3)))
+    for other in (data.batch(first, 4), data.batch(first, 3, held_out=True), data.batch(second, 3)):
+        assert not torch.equal(tokens, other[0])
+    for recipe, period in ((first, 3), (second, 8)):
+        whole = [bool(row.all()) for row in data.batch(recipe, 3)[1]]
+        assert whole == [r % period == 0 for r in range(8)]
+    recipe = dataclasses.replace(second, unprompted=1.0)
+    assert data.batch(recipe, 3, only="json")[1].sum() > data.batch(second, 3, only="json")[1].sum()
+    assert not data.batch(recipe, 3, held_out=True, only="json")[1].all()       # prompts stay there
+    monkeypatch.setattr(corpus, "task_items", lambda task, *args: drawn.append(task)
                         or task_items(task, *args))
-    for i in range(70):
-        data.batch(phase, 8, step + i)
-    counts = {task: rows.count(task) for task in train.TASKS}
-    assert min(counts.values()) >= 35, counts
-    assert (max(counts, key=counts.get) == "letter") == (step == 4000)
+    for recipe, step in ((first, 0), (first, 4000), (second, 0), (second, 7000)):
+        drawn.clear()
+        for i in range(70):
+            data.batch(dataclasses.replace(recipe, row=32), step + i)
+        counts = {task: drawn.count(task) for task in corpus.TASKS}
+        assert min(counts.values()) >= 35, counts
+        assert (max(counts, key=counts.get) == "letter") == (step == 4000)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_batches_keep_the_split(held_out):
-    """Every prompt in a batch, and every library window, is on its side of the split."""
-    data, prompts = training_data(row=256), 0
-    for step in range(10):
-        for row, targets in zip(*data.batch(1, 4, step, held_out, "sort")):
-            for line in data.tokenizer.decode(row.tolist()).splitlines(keepends=True):
-                prompt = line[line.find("sort "):]
-                if prompt.startswith("sort ") and prompt.endswith("\n"):
-                    assert (zlib.crc32(prompt.encode()) % 16 == 0) == held_out
-                    prompts += 1
-    assert prompts > 40
-    data.streams = {held_out: torch.full((300,), 7), not held_out: torch.full((300,), 8)}
-    assert (data.batch(1, 1, 0, held_out, "library")[0] == 7).all()
+def short_trainer(phase: int, path: Path | None = None, **choices) -> train.Trainer:
+    torch.manual_seed(0)
+    first, second = (dataclasses.replace(recipe, steps=12, **choices) for recipe in train.SMOKE)
+    model = train.build(first, train.SMOKE_MODEL)
+    if phase == 2:
+        model = train.build(second, train.SMOKE_MODEL, model)
+    return train.Trainer(model, (first, second)[phase - 1], training_data(), path)
 
 
-def test_the_published_recipe_is_diffusion_loss():
-    model, recipe = random_model(), dataclasses.replace(train.Recipe(), **train.PUBLISHED)
-    tokens = ids(5, 48)
-    masked, t = train.add_noise(recipe, torch.ones_like(tokens).bool(), seeded(4))
-    losses = train.denoiser_losses(model, recipe, tokens, masked, t)
-    torch.testing.assert_close(losses.mean(), model.diffusion_loss(tokens, 16, seeded(4)),
-                               rtol=1e-12, atol=0)
-    weighted = train.denoiser_losses(model, dataclasses.replace(recipe, weight="1/t"), tokens,
-                                     masked, t)
-    torch.testing.assert_close(weighted, losses / t[:, None].expand(5, 48)[masked])
-    targets = torch.rand(tokens.shape, generator=seeded(5)) < 0.5
-    every = train.context_losses(model, tokens, torch.ones_like(targets))
-    torch.testing.assert_close(every.mean(), model.ar_loss(tokens), rtol=1e-12, atol=0)
-    assert torch.equal(train.context_losses(model, tokens, targets),
-                       every.view(5, 47)[targets[:, 1:]])
+def test_losses_of_both_phases():
+    """As published, phase 2 has the loss of `diffusion_loss`; 1/t divides by each token's t; phase
+    1, and phase 2 with tied towers, have that of `ar_loss`, at the targets alone."""
+    tokens, targets = ids(4, 48), torch.rand(4, 48, generator=seeded(5)) < 0.5
+    published = short_trainer(2, **train.PUBLISHED)
+    loss, = published.losses(tokens, torch.ones_like(targets), published.recipe, seed=4)
+    assert loss.mean().allclose(published.model.diffusion_loss(tokens, 16, seeded(4)), 1e-6, 0)
+    recipe = dataclasses.replace(published.recipe, weight="1/t")
+    weighted, = published.losses(tokens, targets, recipe, seed=4)
+    masked, t = train.add_noise(recipe, targets, seeded(4))
+    plain, = published.losses(tokens, targets, published.recipe, seed=4)
+    assert len(plain) == masked.sum() > 20 and not (masked & ~targets).any()
+    torch.testing.assert_close(weighted, plain / t[:, None].expand(4, 48)[masked])
+    for trainer in (short_trainer(1), short_trainer(2, tied=True)):
+        *_, loss = trainer.losses(tokens, targets, trainer.recipe, seed=4)
+        logits = trainer.model.context_logits(tokens[:, :-1]).log_softmax(-1)
+        right = -logits.gather(-1, tokens[:, 1:, None])[..., 0][targets[:, 1:]]
+        check(loss, right, 1e-6)
 
 
 def test_noise_follows_the_recipe():
     targets = torch.rand(400, 64, generator=seeded(1)) < 0.7
-    recipe = train.Recipe(t_per="block", full_masks=0.25, slope=0.0)
+    recipe = dataclasses.replace(train.PHASES[1], t_per="block", full_masks=0.25, slope=0.0)
     masked, t = train.add_noise(recipe, targets, seeded(2))
     assert t.shape == (400, 4) and not (masked & ~targets).any()
     full = t == 1.0
@@ -2975,35 +2934,45 @@ def test_noise_follows_the_recipe():
     assert torch.equal(blocks[full], kept[full])
     share = blocks[~full].sum() / kept[~full].sum()                     # the mean of U[0.001, 1]
     assert abs(share - 0.5) < 0.02
-    slope, t = train.add_noise(train.Recipe(t_per="block", full_masks=0.0, slope=0.8),
-                               torch.ones_like(targets), seeded(2))
+    recipe = dataclasses.replace(recipe, full_masks=0.0, slope=0.8)
+    slope = train.add_noise(recipe, torch.ones_like(targets), seeded(2))[0]
     slope = slope.view(-1, 16).float().mean(0)
     assert slope[-1] - slope[0] > 0.2 and abs(slope.mean() - 0.5) < 0.02
 
 
-def test_the_denoiser_starts_as_the_ar_model():
-    """With gate 1, shift 0 and scale 0 at every t the first denoiser is the unconditioned one."""
-    context = train.build(train.SMOKE, train.SMOKE_MODEL)
-    model = train.build(train.Recipe(gate="copy"), train.SMOKE_MODEL, context)
-    given, block = model.prefill(ids(1, 20)), torch.full((1, 16), MASK)
-    plain = model.denoise(block, given, None)
+def test_choices_of_the_denoiser():
+    """With gate 1 the first denoiser is the AR model's network at every t, with published gates it
+    is not; tied towers are one, trained, also where weights are cast; no time is no t."""
+    block, text = torch.full((1, 16), MASK), ids(1, 20)
+    model, published = (short_trainer(2, gate=gate).model for gate in ("copy", "published"))
+    context = model.prefill(text)
+    plain = model.denoise(block, context, None)
     for t in (0.1, 1.0):
-        check(model.denoise(block, given, t), plain, 1e-6)
-    published = train.build(train.Recipe(gate="published"), train.SMOKE_MODEL, context)
-    assert error(published.denoise(block, given, 1.0), plain) > 0.1
+        check(model.denoise(block, context, t), plain, 1e-6)
+    assert error(published.denoise(block, published.prefill(text), 1.0), plain) > 0.1
+    tied = short_trainer(2, tied=True)
+    tied.autocast = True        # the frozen pass over the same weights must not cache their casts
+    tied.loss(0).backward()
+    assert tied.model.denoiser_tower is tied.model.context_tower
+    assert all(layer.mixer.in_proj.weight.grad.any()
+               for layer in tied.model.context_tower.layers if layer.kind == "M")
+    for timeless in (False, True):
+        model = short_trainer(2, timeless=timeless).model
+        with torch.no_grad():
+            model.t_block[1].weight.normal_()
+        early, late = (model.denoise(block, context, t) for t in (0.1, 1.0))
+        assert torch.equal(early, late) if timeless else error(early, late) > 1e-3
 
 
 def test_learning_rate_schedule():
-    recipe = train.Recipe(steps=(1000, 10), restart=0, peak=(2.0, 1.0), warm_up=10,
-                          decay=(0.3, 1.0), floor=0.01)
-    rates = [recipe.learning_rate(1, step) for step in range(1000)]
+    recipe = dataclasses.replace(train.PHASES[0], steps=1000, restart=0, peak=2.0, warm_up=10)
+    rates = [recipe.learning_rate(step) for step in range(1000)]
     assert rates[0] == 0.2 and rates[9:700] == [2.0] * 691
     assert rates[700:] == sorted(rates[700:], reverse=True) and rates[-1] == 0.02
     assert rates[775] == 2 * (1 - math.sqrt(0.25))              # a quarter into the decay
-    twice = dataclasses.replace(recipe, steps=(1500, 10), restart=1000)
-    assert [twice.learning_rate(1, step) for step in range(1000)] == rates
-    assert twice.learning_rate(1, 1000) == 0.1 and twice.learning_rate(1, 1499) == 0.01
-    assert twice.learning_rate(2, 0) == recipe.learning_rate(2, 0)
+    twice = dataclasses.replace(recipe, steps=1500, restart=1000)
+    assert [twice.learning_rate(step) for step in range(1000)] == rates
+    assert twice.learning_rate(1000) == 0.1 and twice.learning_rate(1499) == 0.01
 
 
 def test_balance_evens_out_the_experts():
@@ -3019,21 +2988,13 @@ def test_balance_evens_out_the_experts():
     assert router.e_score_correction_bias[0] == router.e_score_correction_bias.min()
 
 
-def short_trainer(phase: int, path: Path | None, **choices) -> train.Trainer:
-    torch.manual_seed(0)
-    recipe = dataclasses.replace(train.SMOKE, steps=(12, 12), rows=4, **choices)
-    context = train.build(recipe, train.SMOKE_MODEL)
-    model = context if phase == 1 else train.build(recipe, train.SMOKE_MODEL, context)
-    return train.Trainer(phase, model, recipe, training_data(), path)
-
-
 @pytest.mark.parametrize("phase", [1, 2])
 def test_training_resumes_exactly(phase, tmp_path):
     """Interrupted and resumed at a checkpoint, a phase ends in the same weights as in one go."""
-    whole = short_trainer(phase, tmp_path / "whole.pt")
+    whole = short_trainer(phase)
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     whole.run(every=5)
-    first = short_trainer(phase, tmp_path / "parts.pt")
+    first = short_trainer(phase, tmp_path / "phase.pt")
     step = first.train_step
 
     def interrupted():
@@ -3044,7 +3005,7 @@ def test_training_resumes_exactly(phase, tmp_path):
     first.train_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         first.run(every=5)
-    second = short_trainer(phase, tmp_path / "parts.pt")
+    second = short_trainer(phase, tmp_path / "phase.pt")
     assert second.step == 5
     second.run(every=5)
     after = whole.model.state_dict()
@@ -3055,28 +3016,6 @@ def test_training_resumes_exactly(phase, tmp_path):
     assert second.log[-1]["loss"] == whole.log[-1]["loss"]
 
 
-def test_tied_and_timeless_recipes():
-    tied = short_trainer(2, None, tied=True)
-    tied.run(every=12)
-    assert tied.model.denoiser_tower is tied.model.context_tower
-    assert tied.model.context_tower.embeddings.weight.requires_grad
-    batch = tied.data.batch(2, 4, 0)
-    assert len(tied.losses(*batch, tied.recipe, 0)) == 2        # the denoiser's and AR's
-    tied.autocast = True        # the frozen pass over the same weights must not cache their casts
-    tied.loss(0).backward()
-    assert all(layer.mixer.in_proj.weight.grad.any()
-               for layer in tied.model.context_tower.layers if layer.kind == "M")
-    timeless = short_trainer(2, None, timeless=True).model
-    context, block = timeless.prefill(ids(1, 20)), torch.full((1, 16), MASK)
-    with torch.no_grad():
-        timeless.t_block[1].weight.normal_()
-    assert torch.equal(timeless.denoise(block, context, 0.1), timeless.denoise(block, context, 1.0))
-    timed = short_trainer(2, None).model
-    with torch.no_grad():
-        timed.t_block[1].weight.normal_()
-    assert error(timed.denoise(block, context, 0.1), timed.denoise(block, context, 1.0)) > 1e-3
-
-
 def test_two_processes_make_the_same_step(tmp_path):
     """Under torchrun two processes share the sequences of a step; the weights agree with those of
     one process to 1e-3: sums in another order change gradients near zero by much of themselves,
@@ -3084,129 +3023,156 @@ def test_two_processes_make_the_same_step(tmp_path):
     script = tmp_path / "steps.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import torch, test_twotower as T, train\n"
-        "if train.WORLD > 1: torch.distributed.init_process_group('gloo')\n"
-        f"T.smoke = lambda: (T.Path({str(smoke()[0])!r}), None)\n"
+        "import torch, test_twotower as T\n"
+        "torch.distributed.init_process_group('gloo')\n"
         "for phase in (1, 2):\n"
-        "    trainer = T.short_trainer(phase, None)\n"
-        "    losses = [trainer.train_step()[0] for _ in range(3)]\n"
-        "    print(trainer.validate()['json'])\n"
-        f"    torch.save((losses, trainer.model.state_dict()), {str(tmp_path)!r}\n"
-        "               + f'/{phase}.{train.WORLD}.{train.RANK}')\n")
-    for command in ([], ["-m", "torch.distributed.run", "--nproc-per-node", 2]):
-        run = run_python(*command, script)
-        assert run.returncode == 0, run.stderr
+        f"    torch.save(T.three_steps(phase), '{tmp_path}/%d.%d' % (phase, T.train.RANK))\n")
+    run = run_python("-m", "torch.distributed.run", "--nproc-per-node", 2, script)
+    assert run.returncode == 0, run.stderr
     for phase in (1, 2):
-        (alone, one), (shared, two), (again, three) = (
-            torch.load(tmp_path / f"{phase}.{name}") for name in ("1.0", "2.0", "2.1"))
-        assert shared == again and all(torch.equal(two[name], three[name]) for name in two)
-        assert shared == pytest.approx(alone, rel=1e-5)
-        assert all(error(two[name], tensor) < 1e-3 for name, tensor in one.items()
+        losses, weights = three_steps(phase)
+        (shared, one), (again, two) = (torch.load(tmp_path / f"{phase}.{rank}") for rank in (0, 1))
+        assert shared == again and all(torch.equal(one[name], two[name]) for name in weights)
+        assert shared == pytest.approx(losses, rel=1e-5)
+        assert all(error(one[name], tensor) < 1e-3 for name, tensor in weights.items()
                    if tensor.any())
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--threads", "0"], "--threads is 0"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--device", "toaster"], "--device toaster cannot be used"),
-    (["--steps"], "unrecognized arguments"),
-    (["--out", "README.md"], "README.md"),
-    (["--bf16", "--seed", "one"], "invalid int value"),
-])
-def test_train_refuses_in_one_line(args, message):
-    run = run_python("train.py", "--smoke", *args)
-    assert run.returncode == 2
-    line, = run.stderr.splitlines()
-    assert line.startswith("train.py: ") and message in line
+def three_steps(phase: int) -> tuple[list[float], dict]:
+    """Losses of three steps and of a source's validation, and the weights after them."""
+    trainer = short_trainer(phase)
+    losses = [trainer.train_step()[0] for _ in range(3)]
+    return losses + [trainer.validate()["json"]], trainer.model.state_dict()
 
 
-def test_train_refuses_checkpoints_of_another_kind(tmp_path):
-    shutil.copytree(smoke()[0], tmp_path / "out")
-    path = tmp_path / "out" / "phase1.pt"
+def refused(program, capsys, *args) -> str:
+    """The one line that program.main(args) ends with, at exit status 2."""
+    with pytest.raises(SystemExit) as end:
+        program.main([str(arg) for arg in args])
+    line, = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith(f"{program.__name__}.py: ")
+    return line
+
+
+def test_train_runs_end_to_end(tmp_path, capsys):
+    """Both phases learn, the tokenizer round-trips, what is written decodes, recipes are compared;
+    a second run has nothing to do, and checkpoints of another kind are refused."""
+    out, smoke = tmp_path / "out", ["--smoke", "--threads", "1", "--out", str(tmp_path / "out")]
+    train.main(smoke)
+    printed = capsys.readouterr().out
+    left = [int(minutes) for minutes in re.findall(r"(\d+) min left", printed)]
+    assert len(left) == 4 and max(left) <= 5                    # not 60 times as much
+    for phase in (1, 2):
+        log = torch.load(out / f"phase{phase}.pt")["log"]
+        assert log[-1]["loss"] < min(log[0]["loss"], 0.85 * math.log(1280))
+        assert f"phase {phase} step" in printed
+    model, tokenizer = bench.load(out)
+    assert len(model.generate_mask_diffusion([tokenizer.encode("sort 1 ").ids], 20).tokens[0]) == 20
+    check_tokenizer(tokenizer)
+    train.main(smoke)
+    assert "step" not in capsys.readouterr().out
+    train.main([*smoke, "--recipes", "default", "tied towers"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["recipe"], row["mode"]) for row in rows] == [
+        (name, mode) for name in ("default", "tied towers") for mode in ("ar", "gamma 0.8")]
+    assert rows[0]["valid"] < math.log(1280) and rows[1]["passes_per_block"] <= 16
+    path = out / "phase1.pt"
     saved = torch.load(path)
     for damage, message in ((lambda: torch.save({"step": 1}, path), "delete it"),
                             (lambda: torch.save(saved | {"made_with": ""}, path), "another recipe"),
                             (lambda: path.write_bytes(path.read_bytes()[:5000]), "delete it")):
         damage()
-        run = run_python("train.py", "--smoke", "--threads", 1, "--out", tmp_path / "out")
-        line, = run.stderr.splitlines()
-        assert run.returncode == 2 and line.startswith("train.py: ") and message in line
+        assert message in refused(train, capsys, *smoke)
 
 
-def test_bench_miniature_runs(tmp_path):
-    """One item a task on the smoke model: every mode has its row and the counts add up."""
-    run = run_python("bench.py", "miniature", "--checkpoint", smoke()[0], "--items", 1,
-                     "--timed", 1, "--threads", 1, "--plot", tmp_path / "plot.png")
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
-    assert [row["mode"] for row in rows] == list(bench.MODES)
-    assert all(row["log_likelihood"] < 0 for row in rows)
-    assert rows[1]["tokens_per_denoiser_pass"] == 1 and rows[0]["denoiser_passes_per_block"] == 0
-    assert all(row["denoiser_passes_per_block"] <= 16 for row in rows
-               if row["mode"].startswith("gamma"))
-    assert all(row["tokens_per_second"] > 0 < row["context_passes_per_block"] for row in rows)
-    ar, speculative = rows[0], rows[list(bench.MODES).index("speculative")]
-    assert {task: ar[task] for task in train.TASKS} == {
-        task: speculative[task] for task in train.TASKS}
-    assert (tmp_path / "plot.png").stat().st_size > 10**4
+def check_tokenizer(tokenizer: Tokenizer):
+    assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000, 7), 0x10FFFF]))
+    for text in (everything, "", " a  b\t\n\n  c 12 345", *corpus.library(held_out=True)[:20]):
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text and 0 not in ids
+    # every byte has a token, so that byte strings round-trip through latin-1 or surrogates alike
+    vocabulary = tokenizer.get_vocab()
+    assert len(vocabulary) == 1280
+    assert all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
+    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
 
 
-@pytest.mark.parametrize("args", [("miniature", "--checkpoint", "nowhere"),
-                                  ("samples", "--checkpoint", "nowhere"),
-                                  ("recipes", "--phase1", "nowhere")])
-def test_bench_refuses_in_one_line(args):
-    run = run_python("bench.py", *args)
-    line, = run.stderr.splitlines()
-    assert run.returncode == 2 and line.startswith("bench.py: ") and "nowhere" in line
+@pytest.mark.parametrize("program, args, message", [
+    (train, "--threads 0", "--threads is 0"),
+    (train, "--seed -1", "--seed is -1"),
+    (train, "--device toaster", "--device toaster cannot be used"),
+    (train, "--steps", "unrecognized arguments"),
+    (train, "--smoke --out README.md", "README.md"),
+    (train, "--bf16 --seed one", "invalid int value"),
+    (train, "--recipes --published", "not allowed with"),
+    (train, "--recipes --out nowhere", "nowhere"),
+    (bench, "miniature --checkpoint nowhere", "nowhere"),
+    (bench, "samples --mode prose", "--mode prose"),
+    (bench, "cpu --items 5", "unrecognized arguments: --items"),
+    (bench, "batch --rounds 0", "0 must be an integer of 1 or more")])
+def test_train_and_bench_refuse_in_one_line(program, args, message, capsys):
+    assert message in refused(program, capsys, *args.split())
+
+
+def test_bench_miniature_runs(capsys, monkeypatch):
+    """Few tasks and modes: the counts add up, speculative decoding is right where AR is."""
+    monkeypatch.setattr(bench, "MODES", {name: bench.MODES[name] for name in (
+        "ar", "mock-AR", "gamma 0.8", "speculative")})
+    monkeypatch.setattr(bench, "TASKS", ("bill", "json"))
+    bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for rows in (result["rows"], result["library"]):
+        ar, mock, fast, speculative = rows
+        assert [row["mode"] for row in rows] == list(bench.MODES)
+        assert all(row["log_likelihood"] < 0 < row["tokens_per_second"] for row in rows)
+        assert mock["tokens_per_pass"] == 1 and ar["denoiser_passes_per_block"] == 0
+        assert ar["accuracy"] == speculative["accuracy"] and ar["speedup"] == 1
+        assert 0 < fast["denoiser_passes_per_block"] <= 16
+    assert result["rows"][0]["bill"] == 1
 
 
 def test_bench_alterations_do_what_they_say():
-    model = train.build(train.SMOKE, train.SMOKE_MODEL,
-                        train.build(train.SMOKE, train.SMOKE_MODEL))
+    model = short_trainer(2).model
     with torch.no_grad():
         model.t_block[1].weight.normal_()
     context, block = model.prefill(ids(1, 30)), torch.full((1, 16), MASK)
-    plain, half = model.denoise(block, context, 1.0), model.denoise(block, context, 0.5)
+    plain, half = (model.denoise(block, context, t) for t in (1.0, 0.5))
     with bench.altered(model, "t frozen"):
         assert torch.equal(model.denoise(block, context, 1.0), half) and error(plain, half) > 1e-3
-    empty = [state and MambaState(*map(torch.zeros_like, state)) if isinstance(state, MambaState)
-             else state for state in context.states]
     with bench.altered(model, "no Mamba seeding"):
         unseeded = model.denoise(block, context, 1.0)
-    context.states = empty
-    assert torch.equal(unseeded, model.denoise(block, context, 1.0))
-    assert error(unseeded, plain) > 1e-3
+    assert torch.equal(model.denoise(block, context, 1.0), plain) and error(unseeded, plain) > 1e-3
+    for state in context.states:
+        if isinstance(state, MambaState):
+            state.map(torch.Tensor.zero_)
+    assert torch.equal(model.denoise(block, context, 1.0), unseeded)
 
 
 def test_the_miniature_is_small_and_of_the_released_layout():
-    directory = MINIATURE
-    assert {path.name for path in directory.iterdir()} == {
+    assert {path.name for path in MINIATURE.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "README.md"}
-    assert sum(path.stat().st_size for path in directory.iterdir()) < 32e6
-    config = json.loads((directory / "config.json").read_text())
+    assert sum(path.stat().st_size for path in MINIATURE.iterdir()) < 32e6
+    config = json.loads((MINIATURE / "config.json").read_text())
     assert set(config["hybrid_override_pattern"]) == set("M*E")
     assert {field: config[field] for field in train.MODEL} == train.MODEL
-    keys = load_file(directory / "model.safetensors").keys()
-    kinds = {re.sub(r"\d+", "0", key) for key in keys}
-    golden_keys = load_file(GOLDEN / "cfg1" / "model.safetensors").keys()
-    assert kinds == {re.sub(r"\d+", "0", key) for key in golden_keys}
+    ours, theirs = ({re.sub(r"\d+", "0", key) for key in load_file(directory / "model.safetensors")}
+                    for directory in (MINIATURE, GOLDEN / "cfg1"))
+    assert ours == theirs
 
 
-@pytest.mark.parametrize("task", train.TASKS)
+@pytest.mark.parametrize("task", corpus.TASKS)
 def test_the_miniature_answers(task):
     """40 held-out items a task: AR and diffusion at gamma 0.8 are right at least 9 times in 10, the
     latter in far fewer passes (measured rates: miniature/README.md)."""
     model, tokenizer = miniature()
-    items = bench.task_prompts(tokenizer, task, 40)
-    ar, fast = (bench.answer(model, tokenizer, items, name) for name in ("ar", "gamma 0.8"))
-    assert ar.right >= 36 and fast.right >= 36
-    assert ar.tokens > 8 * fast.nfe
-
-
-def test_the_miniature_needs_its_mamba_seeding():
-    model, tokenizer = miniature()
-    items = bench.task_prompts(tokenizer, "json", 20)
-    assert bench.answer(model, tokenizer, items, "no Mamba seeding").right <= 1
+    prompts = corpus.task_prompts(tokenizer, task, 40)
+    ar, fast = (bench.answer(model, tokenizer, prompts, name) for name in ("ar", "gamma 0.8"))
+    assert ar["right"] >= 36 and fast["right"] >= 36
+    assert ar["tokens"] > 8 * fast["nfe"]
+    if task == "json":
+        unseeded = bench.answer(model, tokenizer, prompts[:20], "no Mamba seeding")
+        assert unseeded["right"] <= 1
 
 
 def test_sample_without_arguments_shows_a_block_being_denoised():
@@ -3653,13 +3619,26 @@ def figures():
 
 
 def test_figures(tmp_path):
+    """All that need no measurement are drawn, and those of what was measured; figures/ holds no
+    others."""
     make = figures()
     make.OUT = tmp_path
     make.main()
-    drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == set(re.findall(r"\w+\.png", make.__doc__.split("The two others")[0]))
-    assert drawn | {"miniature.png", "training.png"} == {
-        path.name for path in (HERE / "figures").glob("*.png")}
+    assert {path.name for path in tmp_path.iterdir()} == set(
+        re.findall(r"\w+\.png", make.__doc__.split("These are computed")[0]))
+    rows = [{"mode": mode, "accuracy": 0.5, "speedup": 2.0}
+            for mode in ("ar", "gamma 0.8", "speculative")]
+    table = [{"batch": 1, "1 passes": 5.0, "2 passes": 3.0}]
+    for result in ({"rows": rows}, {"gpu": "X", "random_speed_up": table,
+                                    "concentrated_speed_up": table}):
+        result["setting"] = {"what": "gpu" if "gpu" in result else "miniature"}
+        (tmp_path / "printed").write_text(f"a table\n{json.dumps(result)}\n")
+        make.measured(tmp_path / "printed")
+    for phase in (1, 2):
+        torch.save({"log": [{"step": 1, "valid": {"json": 1.0}}]}, tmp_path / f"phase{phase}.pt")
+    make.measured(tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn - {"gpu.png"} == {path.name for path in (HERE / "figures").glob("*.png")}
 
 
 def test_tutorial():
@@ -3707,35 +3686,40 @@ def test_tutorial():
 
 @needs_kernels
 def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
-    """Its tables on a small model and the CPU: experts that were hit, bytes, ratios of times."""
-    released = TwoTowerConfig(**bench.RELEASED)
+    """Its tables on a small model and the CPU: experts that were hit, costs, ratios of times; no
+    speed where a replay goes wrong."""
     # 3.70 GB outside the experts, 0.459 GB an expert in 23 layers, 0.05 GB of states
-    for gigabytes, *of in (6.50, 6, 0, 1), (19.36, 34, 0, 1), (66.4, 128, 2048, 64):
-        assert abs(bench.bytes_of_pass(released, *of) / 1e9 - gigabytes) < 0.06
-    model = TwoTower(TwoTowerConfig(**bench.SMALL)).eval()
-    times, extend = iter(range(1, 100)), kernels.Passes._extend
+    for gigabytes, *of in (6.50, 6, 1, 0, 1), (19.36, 34, 1, 0, 1), (66.4, 128, 1, 2048, 64):
+        assert abs(bench.cost_of_pass(TwoTowerConfig(), *of).bytes / 1e9 - gigabytes) < 0.06
+    step, token, two = (bench.cost_of_pass(bench.SMALL, 3, n, 40, rows, logits=n)
+                        for n, rows in ((16, 1), (1, 1), (16, 2)))
+    assert two.flops == 2 * step.flops > 20 * token.flops
+    model = TwoTower(bench.SMALL).eval()
+    times, extend = iter(range(1, 100)), kernels.Passes.extend
     monkeypatch.setattr(bench, "kernels", lambda: kernels)
     bench.concentrate_routing(model, 3)
     with torch.no_grad():
-        rows = bench.table_of_passes(model, (1, 2), 40,
-                                     lambda run: run() is None or float(next(times)), 1e9, 1e9)
+        rows, table = bench.table_of_passes(
+            model, (1, 2), 40, lambda run: (run(), float(next(times)))[1], 1e9, 1e9)
     assert [row["pass"] for row in rows[:3]] == ["AR token", "denoiser step", "block extension"]
     assert rows[0]["experts"] == 2 and rows[2]["experts"] == 3
-    with monkeypatch.context() as patch, torch.no_grad():
+    ar, denoise, extension = (row["graphs_ms"] for row in rows[3:])
+    assert table[1]["2 passes"] == 16 * ar / (2 * denoise + extension)
+    assert table[1]["ar_tokens_per_second"] == 2e3 / ar
+
+    def forgetful(self, context, *args):        # a state is not written back
+        states = [state.map(torch.clone) for state in self.mamba]
+        out = extend(self, context, *args)
+        for state, old in zip(self.mamba, states if self.recording else []):
+            state.ssm_state.copy_(old.ssm_state)
+        return out
+
+    monkeypatch.setattr(kernels.Passes, "extend", forgetful)
+    with torch.no_grad(), pytest.raises(ValueError, match="recorded passes differ"):
         bench.check_replays(model, 2, 40)
-        patch.setattr(kernels.Passes, "_extend", lambda self, *args: (      # a state goes unnoticed
-            self.mamba.clear() if self.recording else None, extend(self, *args))[1])
-        with pytest.raises(ValueError, match="recorded passes differ"):
-            bench.check_replays(model, 2, 40)
-    assert rows[4]["flops"] == 2 * rows[1]["flops"] > 10 * rows[0]["flops"]
-    table = bench.speed_ups([
-        {"batch": 4, "pass": name, "seconds": [9.0, seconds]} for name, seconds in
-        (("AR token", 1.0), ("denoiser step", 2.0), ("block extension", 3.0))])
-    assert table[0]["speed_up"][3] == 16 / 11 and table[0]["ar_tokens_per_second"] == 4
-    assert table[0]["passes_at_1"] == 6.5 and "roof" in capsys.readouterr().out
     if not torch.cuda.is_available():
-        run = run_python("bench.py", "gpu")
-        assert run.returncode == 2 and "needs a CUDA device" in run.stderr.splitlines()[-1]
+        capsys.readouterr()
+        assert "needs a CUDA device" in refused(bench, capsys, "gpu")
 
 
 def test_transformers_does_not_find_our_kernels():
@@ -3752,12 +3736,13 @@ def test_transformers_does_not_find_our_kernels():
     assert run.returncode == 0 and Path(run.stdout.strip()) == theirs, run.stderr
 
 
-def test_bench_runs():
-    """One round of the CPU measurement: both context towers agree, the last line is JSON."""
+def test_bench_cpu_runs(capsys, monkeypatch):
+    """One round: both context towers agree, the last line is JSON."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    run = run_python("bench.py", "cpu", "--rounds", 1, "--threads", 1)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.splitlines()[-1])
-    assert result["prefill_512_speedup"] > 0 and len(result["growth"]) == 6
+    monkeypatch.setattr(bench, "LENGTHS", (256, 512))
+    bench.main(["cpu", "--rounds", "1", "--threads", "1"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(value > 0 for name, value in result.items() if name not in ("setting", "growth"))
+    assert [row["context"] for row in result["growth"]] == [256, 512]
     # 2 attention layers, keys and values, 2 heads of 64 float32
-    assert {row["kv_bytes_per_token"] for row in result["growth"]} == {2 * 2 * 2 * 64 * 4}
+    assert result["kv_bytes_per_token"] == 2 * 2 * 2 * 64 * 4
