@@ -12,9 +12,7 @@ flag that is not given takes the default of twotower.py's function of that name;
 do nothing is an error. Errors are one line and exit status 2, Ctrl-C is 130.
 """
 
-from __future__ import annotations
-
-import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -22,10 +20,13 @@ import os
 import re
 import signal
 import sys
-import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -36,182 +37,158 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from twotower import DENOISER_KEYS, INDEX, KVCache, Step, TwoTower, TwoTowerConfig, Written
+from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
+                      Written, require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
 NEW_TOKENS = 128
 MASKED = "\u2591"                                   # a shaded box
-SAMPLING = ("top_k", "top_p", "seed")               # mean something above temperature 0
-KNOBS = ("block_size", "draft_length", "steps_per_block", "confidence_threshold", "mask_token_id",
-         "temperature", "top_k", "top_p")
-CONTEXT_ONLY = ("ar", "score")                      # modes without a denoiser
 SCORED_AT_ONCE = inspect.signature(TwoTower.score).parameters["tokens_per_pass"].default
 HOLE = re.compile(r"(_{3,}|\{\{[0-9]+\}\})")        # in a template
 
-
-# ---------------------------------------------------------------------------------------------
-# 1. Arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
-def fail(message):
-    print("sample.py: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+class Kind(NamedTuple):
+    """What a value must be, on the command line or in a prompt file."""
+
+    type: type
+    rule: str
+    holds: Callable[..., bool] = lambda value: True
+    metavar: str | None = None
+
+    def check(self, what: str, value):
+        require(type(value) is self.type and self.holds(value),
+                f"{what} is {value!r:.40}, but it must be {self.rule}")
 
 
-COUNT = ("an integer of 1 or more", lambda n: 1 <= n < 2**31)
-NATURAL = ("an integer in [0, 2**63)", lambda n: 0 <= n < 2**63)
+COUNT = Kind(int, "an integer of 1 or more", lambda n: 1 <= n < 2**31, "N")
+NATURAL = Kind(int, "an integer in [0, 2**63)", lambda n: 0 <= n < 2**63, "N")
+FINITE = Kind(float, "a number of 0 or more", lambda x: 0 <= x < math.inf, "X")
+FRACTION = Kind(float, "a number in (0, 1]", lambda x: 0 < x <= 1, "X")
+TEXT, FILE = Kind(str, "text", metavar="TEXT"), Kind(type(Path()), "a path", metavar="FILE")
+TEXTS = Kind(list, "a list of texts", lambda v: v and all(isinstance(x, str) for x in v))
+SEVERAL = Kind(list, "some text", all)              # of a flag that may be given again
+SWITCH = Kind(bool, "given or not")
 
+MASKS, DRAFTS, SCORE = ("mask_diffusion",), ("speculative",), ("score",)        # modes
+DENOISING = (*MASKS, *DRAFTS, "mock_ar")
+WRITING = (*DENOISING, "ar")
+MODES = (*WRITING, *SCORE)
 
 # what a line of a prompt file may hold
-LINE = {"text": (str, "text", lambda text: True), "max_new_tokens": (int, *COUNT),
-        "seed": (int, *NATURAL), "template": (str, "text", lambda text: True)}
-LINE_TO_SCORE = {
-    "text": LINE["text"], "continuation": LINE["text"],
-    "choices": (list, "a list of texts",
-                lambda texts: texts and all(isinstance(text, str) for text in texts))}
+LINE = {"text": (TEXT, MODES), "max_new_tokens": (COUNT, WRITING), "seed": (NATURAL, WRITING),
+        "template": (TEXT, MASKS), "continuation": (TEXT, SCORE), "choices": (TEXTS, SCORE)}
 
 
-def number(kind, rule: str, holds):
-    """An argparse type: a number of that kind for which holds(number), which is the rule."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
-        return value
-    return parse
+class Flag(NamedTuple):
+    """A row of the table of flags. One that would do nothing is refused."""
+
+    name: str
+    kind: Kind | tuple[str, ...]        # of texts: one of them
+    modes: tuple[str, ...]              # in which it means something
+    help: str
+    default: object = None
+    needs: tuple = ("", lambda args: True)      # what it needs, and whether that is there
+    bars: str = ""                      # flags beside which it does nothing
+
+    @property
+    def dest(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = fail
-    add = parser.add_argument
-    count, natural = number(int, *COUNT), number(int, *NATURAL)
-    finite = number(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
-    fraction = number(float, "a number in (0, 1]", lambda x: 0 < x <= 1)
-    add("prompt", nargs="?", default=None,
-        help="text to continue, - for standard input; without it a demonstration")
-    add("--prompt-file", type=Path, default=None, metavar="FILE",
-        help="the prompt, or with the suffix .jsonl many: objects with text and, if wanted, "
-             "max_new_tokens, seed and template; to score, with continuation or choices")
-    add("--checkpoint", default=MINIATURE, metavar="DIR",
-        help="config.json, tokenizer.json and safetensors, or a name on the Hugging Face Hub; "
-             "default miniature/")
-    add("--context-device", help="default cuda:0, or cpu without a GPU")
-    add("--denoiser-device", help="default cuda:1 if the context's is cuda:0, else the context's")
-    add("--dtype", choices=["bfloat16", "float16", "float32"],
-        help="of all weights but the router's; default: each tensor's own")
-    add("--backend", choices=["auto", "torch", "triton"], default="torch",
-        help="triton: kernels.py, which no GPU has run yet; auto: that on GPUs, where triton is "
-             "there; default torch")
-    add("--graphs", action="store_true", default=False,
-        help="with --backend triton: record the passes that repeat as CUDA graphs")
-    add("--plan", action="store_true", default=False,
-        help="print what would go where and how much memory it takes, and exit")
-    add("--mode", choices=["mask_diffusion", "speculative", "mock_ar", "ar", "score"],
-        default="mask_diffusion", help="speculative writes what ar does, sooner; score writes "
-        "nothing but the log-likelihoods of given continuations")
-    add("--max-new-tokens", type=count, default=None,
-        help=f"default {NEW_TOKENS}, or the length of the template")
-    add("--template", metavar="TEXT", help="what the new text must look like: ___ (three or more) "
-        "is a hole of as many tokens, {{2}} one of two; the tokens of words bring their own space")
-    add("--batch-size", type=count, default=16, help="prompts decoded together; default 16")
-    add("--block-size", type=count, help="tokens denoised together")
-    add("--draft-length", type=count, help="speculative: tokens verified together")
-    add("--steps-per-block", type=count, help="denoiser passes a block may take")
-    add("--confidence-threshold", type=finite, help="gamma: commit above it")
-    add("--mask-token-id", type=natural, help="default: the config's")
-    add("--temperature", type=finite, help="0 is greedy")
-    add("--top-k", type=count, help="draw among the k most likely tokens")
-    add("--top-p", type=fraction, help="draw among the most likely tokens holding p")
-    add("--seed", type=natural, help="of the first prompt's draws, the next has the next seed; "
-                                     "random if not given")
-    add("--stop", action="append", default=[], metavar="STRING",
-        help="end before this text; may be given again")
-    add("--watch", action="store_true",
-        help="on a terminal, show the block being denoised: fresh tokens bold and underlined")
-    add("--json", action="store_true", default=False,
-        help="one object a result on standard output instead of text")
-    add("--output", type=Path, default=None, metavar="FILE",
-        help="write results there, as with --json, each as soon as it is finished")
-    add("--resume", action="store_true", default=False,
-        help="go on after the results that --output holds already")
-    add("--trace", type=Path, default=None, metavar="FILE",
-        help="write every step there: tokens, confidences, t, commits; one object a line")
-    args = parser.parse_args()
-    check_flags(args)
+KNOBS = "decoding, as in twotower.py"
+DRAWN = ("--temperature above 0", lambda args: args.temperature)
+FLAGS = {"what to write": [
+    Flag("prompt", TEXT, MODES, "text to continue, - for standard input; else a demonstration",
+         bars="--prompt-file"),
+    Flag("--prompt-file", FILE, MODES, "the prompt, or with the suffix .jsonl many: objects with "
+         "text and, if wanted, max_new_tokens, seed, template; to score, continuation or choices"),
+    Flag("--template", TEXT, MASKS, "what the new text must look like: ___ (three or more) is a "
+         "hole of as many tokens, {{2}} one of two; the tokens of words bring their own space",
+         needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
+    Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
+    Flag("--stop", SEVERAL, WRITING, "end before this text; may be given again", bars="--plan"),
+    Flag("--mode", MODES, MODES, "speculative writes what ar does, sooner; score writes nothing "
+         "but the log-likelihoods of given continuations; default mask_diffusion", MASKS[0]),
+    Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
+         needs=DRAWN),
+    Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
+], KNOBS: [
+    Flag("--block-size", COUNT, MASKS, "tokens denoised together"),
+    Flag("--draft-length", COUNT, DRAFTS, "speculative: tokens verified together"),
+    Flag("--steps-per-block", COUNT, MASKS + DRAFTS, "denoiser passes a block may take"),
+    Flag("--confidence-threshold", FINITE, MASKS + DRAFTS, "gamma: commit above it"),
+    Flag("--mask-token-id", NATURAL, MASKS + DRAFTS, "default: the config's"),
+    Flag("--temperature", FINITE, WRITING, "0 is greedy"),
+    Flag("--top-k", COUNT, WRITING, "draw among the k most likely tokens", needs=DRAWN),
+    Flag("--top-p", FRACTION, WRITING, "draw among the most likely tokens holding p", needs=DRAWN),
+], "the model": [
+    Flag("--checkpoint", TEXT, MODES, "a directory of config.json, tokenizer.json and safetensors, "
+         "or a name on the Hugging Face Hub; default miniature/", MINIATURE),
+    Flag("--context-device", TEXT, MODES, "default cuda:0, or cpu without a GPU"),
+    Flag("--denoiser-device", TEXT, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
+    Flag("--dtype", ("bfloat16", "float16", "float32"), MODES, "of all weights but the router's"),
+    Flag("--backend", ("auto", "torch", "triton"), MODES, "triton: kernels.py, which no GPU has "
+         "run yet; auto: that on GPUs, where triton is there; default torch", "torch"),
+    Flag("--graphs", SWITCH, (*MASKS, "ar"), "record the passes that repeat as CUDA graphs",
+         needs=("--backend triton", lambda args: args.backend == "triton"), bars="--plan"),
+    Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and exit"),
+], "what comes out": [
+    Flag("--watch", SWITCH, MASKS, "on a terminal, the block being denoised: fresh tokens bold and "
+         "underlined", bars="--plan --json --output"),
+    Flag("--json", SWITCH, WRITING, "objects on standard output, not text", bars="--plan --output"),
+    Flag("--output", FILE, MODES, "for results as of --json, each when it is done", bars="--plan"),
+    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already",
+         needs=("--output, and with --temperature the --seed that the results hold", lambda args:
+                args.output and (not args.temperature or args.seed is not None)), bars="--plan"),
+    Flag("--trace", FILE, WRITING, "for every step: tokens, confidences, t, commits; an object a "
+         "line", bars="--plan --resume"),
+]}
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """Raises: ValueError for what means nothing together, and for files that are in the way."""
+    parser = ArgumentParser("sample.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: require(False, message)
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            how = ({"choices": flag.kind} if not isinstance(flag.kind, Kind) else
+                   {"action": "store_true"} if flag.kind is SWITCH else
+                   {"action": "append", "metavar": "TEXT"} if flag.kind is SEVERAL else
+                   {"type": flag.kind.type, "metavar": flag.kind.metavar})
+            how |= {} if flag.name[0] == "-" else {"nargs": "?", "metavar": flag.name}
+            group.add_argument(flag.name, default=flag.default, help=flag.help, **how)
+    args = parser.parse_args(argv)
+    given = {flag.name: flag for flags in FLAGS.values() for flag in flags
+             if getattr(args, flag.dest) != flag.default}
+    for name, (_, kind, modes, _, _, (needed, there), bars) in given.items():
+        require(args.mode in modes, f"{name} does nothing with --mode {args.mode}")
+        require(there(args), f"{name} needs {needed}")
+        for other in bars.split():
+            require(other not in given, f"{name} does nothing with {other}")
+        if isinstance(kind, Kind):
+            kind.check(name, getattr(args, given[name].dest))
+    args.stop = args.stop or []
+    args.demonstrate = not given.keys() & {"prompt", "--prompt-file", "--plan"}
+    require(args.mode not in SCORE or args.plan or str(args.prompt_file).endswith(".jsonl"),
+            "--mode score needs --prompt-file with the suffix .jsonl")
+    require(args.mode in MASKS or not args.demonstrate,
+            f"--mode {args.mode} needs a prompt; the demonstration is of mask_diffusion")
+    outputs = [path for path in (args.output, args.trace) if path]
+    files = [path.resolve() for path in (*outputs, args.prompt_file) if path]
+    require(len(set(files)) == len(files),
+            "--prompt-file, --output and --trace must be different files")
+    for path in outputs:
+        require(path.parent.is_dir(), f"{path}: its directory does not exist")
+        require(args.resume or not path.exists() or path.stat().st_size == 0,
+                f"{path} exists; give another name" + ", or --resume" * (path == args.output))
     return args
 
 
-def function(model: TwoTower | type[TwoTower], mode: str):
-    return model.score if mode == "score" else getattr(model, f"generate_{mode}")
-
-
-def given(args: argparse.Namespace, name: str) -> bool:
-    value = getattr(args, name, None)
-    return not (value is None or value is False or value == [])
-
-
-def check_flags(args: argparse.Namespace):
-    """Refuse flags that exclude each other or would do nothing."""
-    flag = {name: "--" + name.replace("_", "-") for name in vars(args)}
-    args.demonstrate = args.prompt is None and args.prompt_file is None and not args.plan
-    if args.mode == "score" and not args.plan and (
-            args.prompt_file is None or args.prompt_file.suffix != ".jsonl"):
-        fail("--mode score needs --prompt-file with the suffix .jsonl")
-    if args.demonstrate:
-        if args.mode != "mask_diffusion":
-            fail(f"--mode {args.mode} needs a prompt; the demonstration is of mask_diffusion")
-        args.prompt = DEFAULT_PROMPT
-    if args.prompt is not None and args.prompt_file is not None:
-        fail("give a prompt or --prompt-file, not both")
-    takes = inspect.signature(function(TwoTower, args.mode)).parameters
-    useless = [name for name in KNOBS if name not in takes]
-    useless += ["watch", "template"] if args.mode != "mask_diffusion" else []
-    useless += ["graphs"] if args.mode not in ("mask_diffusion", "ar") else []
-    useless += ["denoiser_device"] if args.mode in CONTEXT_ONLY else []
-    useless += ["max_new_tokens", "stop", "trace", "json"] if args.mode == "score" else []
-    for name in useless:
-        if given(args, name):
-            fail(f"{flag[name]} does nothing with --mode {args.mode}")
-    for name in SAMPLING:
-        if name in args and not getattr(args, "temperature", 0):
-            fail(f"{flag[name]} does nothing without --temperature above 0")
-    if args.graphs and args.backend != "triton":
-        fail("--graphs needs --backend triton")
-    if "" in args.stop:
-        fail("--stop needs some text")
-    if args.resume and args.output is None:
-        fail("--resume needs --output, the file to go on with")
-    if args.resume and args.trace is not None:
-        fail("--trace cannot go on with --resume; it would hold some steps twice")
-    if args.json and args.output is not None:
-        fail("--json does nothing with --output, which has the same lines")
-    if args.plan and "template" in args and args.prompt is None and args.prompt_file is None:
-        fail("--template does nothing with --plan but beside a prompt")
-    if "watch" in args and (args.json or args.output is not None):
-        fail("--watch does nothing with --json or --output")
-    for name in ("graphs", "watch", "stop", "json", "output", "resume", "trace"):
-        if args.plan and given(args, name):
-            fail(f"{flag[name]} does nothing with --plan")
-    if args.resume and getattr(args, "temperature", 0) and "seed" not in args:
-        fail("--resume of a sampled run needs its --seed; the results hold it")
-    files = [path for path in (args.prompt_file, args.output, args.trace) if path is not None]
-    if len({path.resolve() for path in files}) < len(files):
-        fail("--prompt-file, --output and --trace must be different files")
-    for path in (args.output, args.trace):
-        if path is not None and not path.parent.is_dir():
-            fail(f"{path}: its directory does not exist")
-        if path is not None and path.exists() and not args.resume and path.stat().st_size:
-            fail(f"{path} exists; give another name" + (", or --resume" * (path == args.output)))
-
-
-# ---------------------------------------------------------------------------------------------
-# 2. Prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @dataclass
@@ -220,10 +197,11 @@ class Row:
 
     index: int
     prompt: str
-    max_new_tokens: int | None = None   # None, until its length is known: that of the template
-    seed: int | None = None
-    template: str | None = None
-    choices: list[str] = field(default_factory=list)        # to be scored
+    max_new_tokens: int | None          # None, until its length is known: that of the template
+    seed: int | None
+    template: str | None
+    choices: list[str]                  # to be scored
+    settings: dict = field(default_factory=dict)            # all that the result depends on
     ids: list[int] = field(default_factory=list)
     template_ids: list[int] = field(default_factory=list)
     choice_ids: list[list[int]] = field(default_factory=list)
@@ -242,13 +220,11 @@ class Row:
             self.tokens.append(token)
             if token == eos:                        # the last one, or inside a template
                 continue
-            piece = self.stream.step(tokenizer, token) or ""
-            before, self.text = len(self.text), self.text + piece
-            found = (self.text.find(stop, max(0, before - len(stop))) for stop in stops if piece)
-            cuts = [cut for cut in found if cut >= 0]
-            if cuts:
-                self.text = self.text[:min(cuts)]
-                self.ended = "stop"
+            before = len(self.text)
+            self.text += self.stream.step(tokenizer, token) or ""
+            found = [self.text.find(stop, max(0, before - len(stop))) for stop in stops]
+            if max(found, default=-1) >= 0:
+                self.text, self.ended = self.text[:min(at for at in found if at >= 0)], "stop"
                 return
         if written.ended:
             self.ended = "eos" if self.tokens[-1] == eos else "length"
@@ -256,165 +232,133 @@ class Row:
             whole = tokenizer.decode(shown)         # with what the last bytes left unfinished
             self.text = whole if whole.startswith(self.text) else self.text
 
-    def settings(self, common: dict) -> dict:
+    def result(self) -> dict:
+        """What a line of results holds; "best" by likelihood, and by that per byte."""
+        made = {"text": self.text, "tokens": self.tokens, "ended": self.ended, "nfe": self.nfe,
+                "context_passes": self.context_passes}
         if self.choices:
-            return common | {"choices": self.choices}
-        return common | {"max_new_tokens": self.max_new_tokens, "seed": self.seed,
-                         "template": self.template}
-
-    def result(self, common: dict) -> dict:
-        if self.choices:
-            return {"index": self.index, "prompt": self.prompt} | self.scores() | {
-                "settings": self.settings(common)}
-        return {"index": self.index, "prompt": self.prompt, "text": self.text,
-                "tokens": self.tokens, "ended": self.ended, "nfe": self.nfe,
-                "context_passes": self.context_passes, "settings": self.settings(common)}
-
-    def scores(self) -> dict:
-        """What a scored row is; "best" by its likelihood, and by that per byte."""
-        counts = [len(ids) for ids in self.choice_ids]
-        sizes = [len(text.encode()) for text in self.choices]
-        per_byte = [score / size for score, size in zip(self.log_likelihoods, sizes)]
-        per_token = [score / count for score, count in zip(self.log_likelihoods, counts)]
-        choices = range(len(self.choices))
-        return {"log_likelihoods": self.log_likelihoods, "token_counts": counts,
-                "perplexity_per_token": [math.exp(min(-x, 700.0)) for x in per_token],
-                "perplexity_per_byte": [math.exp(min(-x, 700.0)) for x in per_byte],
-                "best": max(choices, key=self.log_likelihoods.__getitem__),
-                "best_per_byte": max(choices, key=per_byte.__getitem__)}
+            scores, counts = self.log_likelihoods, [len(ids) for ids in self.choice_ids]
+            per_token = [score / count for score, count in zip(scores, counts)]
+            per_byte = [score / len(text.encode()) for score, text in zip(scores, self.choices)]
+            made = {"log_likelihoods": scores, "token_counts": counts,
+                    "perplexity_per_token": [math.exp(min(-score, 700.0)) for score in per_token],
+                    "perplexity_per_byte": [math.exp(min(-score, 700.0)) for score in per_byte],
+                    "best": scores.index(max(scores)),
+                    "best_per_byte": per_byte.index(max(per_byte))}
+        return {"index": self.index, "prompt": self.prompt, **made, "settings": self.settings}
 
 
-def read_rows(args: argparse.Namespace, first_seed: int | None) -> list[Row]:
-    """The prompts, none of them checked against a tokenizer yet."""
-    if args.prompt_file is None:
-        text = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
-        what = "the prompt"
-    else:
-        text, what = args.prompt_file.read_bytes(), args.prompt_file
+def read_rows(args: Namespace) -> list[Row]:
+    """The prompts, none of them checked against a tokenizer yet; a plan can do without."""
+    if args.plan and args.prompt is None and args.prompt_file is None:
+        return []
+    data = (DEFAULT_PROMPT.encode() if args.demonstrate else
+            args.prompt_file.read_bytes() if args.prompt_file else
+            sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt))
     try:
-        text = text.decode()
+        text = data.decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{what} is not valid UTF-8") from None
-    new, template = args.max_new_tokens, getattr(args, "template", None)
-    if args.prompt_file is None or args.prompt_file.suffix != ".jsonl":
-        return [Row(0, text, new, first_seed, template)]
+        raise ValueError(f"{args.prompt_file or 'the prompt'} is not valid UTF-8") from None
+    if not args.prompt_file or args.prompt_file.suffix != ".jsonl":
+        return [Row(0, text, args.max_new_tokens, args.seed, args.template, [])]
     rows = []
     for n, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{args.prompt_file} line {n}"
-        try:
-            prompt = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        check_line(prompt, where, args.mode)
-        seed = None if first_seed is None else prompt.get("seed", first_seed + len(rows))
-        choices = prompt.get("choices", [])
-        if "continuation" in prompt:
-            choices = [prompt["continuation"]]
-        rows.append(Row(len(rows), prompt["text"], prompt.get("max_new_tokens", new), seed,
-                        prompt.get("template", template), choices))
-    if not rows:
-        raise ValueError(f"{args.prompt_file} holds no prompt")
+        if line.strip():
+            given = read_line(line, f"{args.prompt_file} line {n}", args.mode)
+            seed = None if args.seed is None else given.get("seed", args.seed + len(rows))
+            choices = [given["continuation"]] if "continuation" in given else given.get("choices")
+            rows.append(Row(len(rows), given["text"],
+                            given.get("max_new_tokens", args.max_new_tokens), seed,
+                            given.get("template", args.template), choices or []))
+    require(rows, f"{args.prompt_file} holds no prompt")
     return rows
 
 
-def check_line(prompt, where: str, mode: str):
-    kinds = LINE_TO_SCORE if mode == "score" else LINE
-    if not isinstance(prompt, dict) or "text" not in prompt:
-        raise ValueError(f"{where} must be an object with text")
-    if mode == "score" and ("continuation" in prompt) == ("choices" in prompt):
-        raise ValueError(f"{where} must have either continuation or choices")
-    if "template" in prompt and mode not in ("mask_diffusion", "score"):
-        raise ValueError(f"{where} has a template, which does nothing with --mode {mode}")
-    for name, value in prompt.items():
-        if name not in kinds:
-            raise ValueError(f"{where} has {name!r}; known are {', '.join(kinds)}")
-        kind, rule, holds = kinds[name]
-        if type(value) is not kind or not holds(value):
-            raise ValueError(f"{where}: {name} is {value!r:.40}, but it must be {rule}")
-
-
-def ids_of(text: str, what: str, tokenizer: Tokenizer, config: TwoTowerConfig,
-           whole: bool = False) -> list[int]:
-    """whole: a text of its own, before which the tokenizer may put a token."""
+def read_line(line: str, where: str, mode: str) -> dict:
+    """An object of a prompt file."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} is not valid UTF-8") from None
-    ids = tokenizer.encode(text, add_special_tokens=whole).ids
-    if ids and max(ids) >= config.vocab_size:
-        raise ValueError(f"{what} has id {max(ids)}, but the model's vocab_size is "
-                         f"{config.vocab_size}; tokenizer.json is not this model's")
-    return ids
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    require(isinstance(given, dict) and "text" in given, f"{where} must be an object with text")
+    require(mode not in SCORE or ("continuation" in given) != ("choices" in given),
+            f"{where} must have either continuation or choices")
+    known = {name: kind for name, (kind, modes) in LINE.items() if mode in modes}
+    for name, value in given.items():
+        require(name in known, f"{where} has {name!r}; known with --mode {mode} are "
+                + ", ".join(known))
+        known[name].check(f"{where}: {name}", value)
+    return given
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, mask_id: int):
-    """Fill in ids and lengths. Raises: ValueError for a text without tokens, or too long a one."""
+def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, common: dict):
+    """Fill in ids, lengths and settings. Raises: ValueError for no token, or too many."""
+    longest = config.max_position_embeddings
+
+    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
+        """whole: a text of its own, before which the tokenizer may put a token."""
+        require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
+        ids = []
+        for part in HOLE.split(text) if holes else [text]:
+            if holes and HOLE.fullmatch(part):
+                count = len(part) if part[0] == "_" else int(part[2:-2])
+                ids += [common["mask_token_id"]] * min(count, longest)
+            else:
+                ids += tokenizer.encode(part, add_special_tokens=whole).ids
+        require(ids, f"{what} holds no token" + " and no hole" * holes)
+        require(max(ids) < config.vocab_size,
+                f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
+                "tokenizer.json is not this model's")
+        return ids
+
     for row in rows:
         which = f"prompt {row.index}" if len(rows) > 1 else "the prompt"
-        row.ids = ids_of(row.prompt, which, tokenizer, config, whole=True)
-        row.choice_ids = [ids_of(text, f"a choice of {which}", tokenizer, config)
-                          for text in row.choices]
-        if not row.ids or [] in row.choice_ids:
-            raise ValueError(f"{which if not row.ids else f'a choice of {which}'} holds no token")
+        row.ids = ids_of(row.prompt, which, whole=True)
+        row.choice_ids = [ids_of(text, f"a choice of {which}") for text in row.choices]
         if row.template is not None:
-            for part in HOLE.split(row.template):
-                if HOLE.fullmatch(part):
-                    holes = len(part) if part[0] == "_" else int(part[2:-2])
-                    row.template_ids += [mask_id] * min(holes, config.max_position_embeddings)
-                else:
-                    row.template_ids += ids_of(part, f"the template of {which}", tokenizer, config)
-            if not row.template_ids:
-                raise ValueError(f"the template of {which} holds no token and no hole")
-        if row.max_new_tokens is None:
-            row.max_new_tokens = (max(map(len, row.choice_ids)) if row.choices else
-                                  len(row.template_ids) or NEW_TOKENS)
-        if row.max_new_tokens < len(row.template_ids):
-            raise ValueError(f"the template of {which} has {len(row.template_ids)} tokens, more "
-                             f"than the {row.max_new_tokens} of --max-new-tokens")
-        longest = config.max_position_embeddings
-        if len(row.ids) + row.max_new_tokens > longest:
-            raise ValueError(f"{which} has {len(row.ids)} tokens, which with {row.max_new_tokens} "
-                             f"more is above max_position_embeddings {longest}; shorten it"
-                             + ("" if row.choices else " or lower --max-new-tokens"))
+            row.template_ids = ids_of(row.template, f"the template of {which}", holes=True)
+        given = max(map(len, [row.template_ids, *row.choice_ids]))
+        row.max_new_tokens = new = row.max_new_tokens or given or NEW_TOKENS
+        require(given <= new, f"the template of {which} has {given} tokens, more than the {new} of "
+                "--max-new-tokens")
+        require(len(row.ids) + new <= longest, f"{which} has {len(row.ids)} tokens, which with "
+                f"{new} more is above max_position_embeddings {longest}; shorten it"
+                + " or lower --max-new-tokens" * (not row.choices))
+        row.settings = common | ({"choices": row.choices} if row.choices else {
+            "max_new_tokens": new, "seed": row.seed, "template": row.template})
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. The checkpoint, and where it goes
+# ---------------------------------------------------------------- the checkpoint, and where it goes
 
 
 def fetch(name: str, towers: str, plan: bool) -> Path:
     """The directory of a checkpoint: `name` itself, or what the Hub has under that name."""
     if os.path.isdir(name):
         return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        hint = "; give --checkpoint (train.py makes one)" if name == MINIATURE else ""
-        raise ValueError(f"--checkpoint {name} is not a directory{hint}")
+    require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"--checkpoint {name} is not a directory"
+            + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
     from huggingface_hub import snapshot_download
-    small = ["config.json", "tokenizer.json", INDEX]
+    wanted, shards = ["config.json", "tokenizer.json", INDEX], {"": "model.safetensors"}
     try:
-        path = Path(snapshot_download(name, allow_patterns=small, local_files_only=plan))
-        shards = ["model.safetensors"]
-        if (path / INDEX).exists():                 # only the files that are needed
-            places = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted({file for key, file in places.items()
-                             if towers == "both" or not key.startswith(DENOISER_KEYS)})
-        return Path(snapshot_download(name, allow_patterns=small + shards, local_files_only=plan))
+        path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
+        if (path / INDEX).exists():
+            shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        wanted += sorted({file for key, file in shards.items()      # only those that are needed
+                          if towers == "both" or not key.startswith(DENOISER_KEYS)})
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
+        failed = ("--plan, which downloads nothing, does not find it among what was fetched before"
+                  if plan else "fetching it from the Hugging Face Hub failed")
         raise ValueError(
-            f"--checkpoint {name} is not a directory, and "
-            + ("--plan, which downloads nothing, does not find it among what was fetched before"
-               if plan else "fetching it from the Hugging Face Hub failed")
-            + f" ({type(error).__name__}); download config.json, tokenizer.json and the "
-            f"safetensors files of https://huggingface.co/{name} where there is a connection, and "
-            "give the directory that holds them") from None
+            f"--checkpoint {name} is not a directory, and {failed} ({type(error).__name__}); "
+            "download config.json, tokenizer.json and the safetensors files of "
+            f"https://huggingface.co/{name} where there is a connection, and give the directory "
+            "that holds them") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    require(path.is_file(), f"{path} is missing")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:              # the package raises nothing more specific
@@ -424,21 +368,23 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def devices(args: argparse.Namespace) -> list[str]:
+def devices(args: Namespace) -> list[str]:
     """The context tower's device, and the denoiser's in modes that have one."""
     gpus = torch.cuda.device_count()
-    first = getattr(args, "context_device", "cuda:0" if gpus else "cpu")
+    first = args.context_device or ("cuda:0" if gpus else "cpu")
     second = "cuda:1" if gpus > 1 and first in ("cuda", "cuda:0") else first
-    chosen = [first]
-    if args.mode not in CONTEXT_ONLY:
-        chosen.append(getattr(args, "denoiser_device", second))
-    for device, name in zip(chosen, ("context", "denoiser")):
+    places = [first, args.denoiser_device or second][:2 if args.mode in DENOISING else 1]
+    for i, (tower, place) in enumerate(zip(("context", "denoiser"), places)):
         try:
-            torch.zeros(1, device=device).item()            # fails on "meta" too
+            there = torch.zeros(1, device=place)
+            there.item()                            # fails on "meta" too
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--{name}-device {device} cannot be used: {reason}") from None
-    return [str(torch.empty(0, device=device).device) for device in chosen]
+            raise ValueError(f"--{tower}-device {place} cannot be used: "
+                             + str(error).splitlines()[0]) from None
+        places[i] = str(there.device)
+    require(not args.graphs or len(set(places)) == 1, "--graphs needs both towers on one device; "
+            "give --context-device and --denoiser-device")
+    return places
 
 
 def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str]) -> dict:
@@ -446,24 +392,17 @@ def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str
 
     model is a skeleton, on the meta device: its states have sizes and no data.
     """
-    context = [*model.context_tower.parameters(), *model.context_tower.buffers(),
-               model.context_lm_head.weight]
-    everything = [*model.parameters(), *model.buffers()]
-    total = sum(tensor.nbytes for tensor in everything)
-    first = sum(tensor.nbytes for tensor in context)
-    states = dict.fromkeys(("KV cache", "SSM states", "conv states"), 0)
-    for state in model.context_tower.empty_states(rows, length):
-        if isinstance(state, KVCache):
-            states["KV cache"] += state.key_cache.nbytes + state.value_cache.nbytes
-        elif state is not None:
-            states["SSM states"] += state.ssm_state.nbytes
-            states["conv states"] += state.conv_state.nbytes
-    table: dict[str, dict[str, int]] = {}
-    for place, weights in zip(places, (first, total - first)):
-        one = table.setdefault(place, {})
-        one["weights"] = one.get("weights", 0) + weights
-        one |= states                                   # held once where both towers are
-        one["logits"] = rows * width * model.config.vocab_size * 4
+    states, held = Context(model.context_tower, rows, length).states, {}
+    for what, names in (("KV cache", ("key_cache", "value_cache")),
+                        ("SSM states", ("ssm_state",)), ("conv states", ("conv_state",))):
+        held[what] = sum(getattr(state, name).nbytes
+                         for state in states for name in names if hasattr(state, name))
+    held["logits"] = rows * width * model.config.vocab_size * 4
+    table = {place: {"weights": 0} | held for place in places}      # states: once on each
+    for name, tensor in model.state_dict().items():
+        tower = 0 if name.startswith("context_") else 1
+        if tower < len(places):
+            table[places[tower]]["weights"] += tensor.nbytes
     return table
 
 
@@ -473,513 +412,373 @@ def free_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def readable(nbytes: int) -> str:
     power = min(max(nbytes.bit_length() - 1, 10) // 10, 3)
     return f"{nbytes / 2**(10 * power):.1f} {' KMG'[power]}iB"
 
 
-def plan(model: TwoTower, rows: list[Row], batch: int, width: int, args: argparse.Namespace,
-         places: list[str]):
-    """Print what goes where, for `batch` rows at once in passes of `width` tokens.
+def plan(model: TwoTower, rows: list[Row], args: Namespace, width: int, places: list[str]):
+    """Print what goes where, for a batch of the longest rows in passes of `width` tokens.
 
     Raises: ValueError if it does not fit, naming what would.
     """
+    batch = min(args.batch_size, sum(len(row.choices) or 1 for row in rows) or args.batch_size)
     prompt = max((len(row.ids) for row in rows), default=0)
     new = max((row.max_new_tokens for row in rows), default=args.max_new_tokens or NEW_TOKENS)
-    length = prompt + -(-new // width) * width
-    longest = model.config.max_position_embeddings
-    if max(prompt + new, width) > longest:
-        of_a_block = "--draft-length" if args.mode == "speculative" else "--block-size"
-        raise ValueError(f"{prompt} + {new} tokens and blocks of {width} are too many for "
-                         f"max_position_embeddings {longest}; lower --max-new-tokens or "
-                         f"{of_a_block}")
-    table = memory(model, batch, length, width, places)
-    for place, parts in table.items():
-        print(f"{place}: {towers_at(place, places)}: "
-              + ", ".join(f"{what} {readable(nbytes)}" for what, nbytes in parts.items())
-              + f"; together {readable(sum(parts.values()))} of {readable(free_memory(place))} "
-              "free", file=sys.stderr)
+    length, longest = prompt + -(-new // width) * width, model.config.max_position_embeddings
+    require(max(prompt + new, width) <= longest, f"{prompt} + {new} tokens and blocks of {width} "
+            f"are too many for max_position_embeddings {longest}; lower --max-new-tokens or "
+            + ("--draft-length" if args.mode in DRAFTS else "--block-size"))
+
+    def towers(place: str) -> str:
+        return " and ".join(f"{tower} tower" for tower, at in zip(("context", "denoiser"), places)
+                            if at == place)
+
+    def full(rows: int, places: list[str]) -> list[str]:
+        return [place for place, parts in memory(model, rows, length, width, places).items()
+                if sum(parts.values()) > free_memory(place)]
+
+    for place, parts in memory(model, batch, length, width, places).items():
+        each = ", ".join(f"{what} {readable(nbytes)}" for what, nbytes in parts.items())
+        print(f"{place}: {towers(place)}: {each}; together {readable(sum(parts.values()))} of "
+              f"{readable(free_memory(place))} free", file=sys.stderr)
     if args.plan:
-        one = memory(model, 1, 1, width, places[:1])[places[0]]
+        one = memory(model, 1, 1, width, places)[places[0]]
         print(f"batch of {batch}, {length} tokens a row; a cached token takes {one['KV cache']} "
               f"bytes, a row's SSM states {one['SSM states']} and conv states "
               f"{one['conv states']}", file=sys.stderr)
-    full = [place for place, parts in table.items() if sum(parts.values()) > free_memory(place)]
-    if not full:
-        return
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    pairs = [[first, second] for first in devices for second in devices if len(places) > 1]
-    ways = [(f"--context-device {first} --denoiser-device {second}", batch, [first, second])
-            for first, second in pairs]
-    ways += [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
-    ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
-             for place in [*places[:1], *devices, "cpu"] if len(places) > 1]
-    for way, rows_at_once, where in ways:
-        table = memory(model, rows_at_once, length, width, where)
-        if all(sum(parts.values()) <= free_memory(place) for place, parts in table.items()):
-            break
-    else:
-        way = "a device with more memory, or " + (
-            "shorter texts" if args.mode == "score" else "fewer --max-new-tokens")
-    raise ValueError(f"{towers_at(full[0], places)} on {full[0]} would not fit; what would: {way}")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    ways = [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
+    if len(places) > 1:
+        ways = [(f"--context-device {first} --denoiser-device {second}", batch, [first, second])
+                for first in gpus for second in gpus] + ways
+        ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
+                 for place in [places[0], *gpus, "cpu"]]
+    less = "shorter texts" if args.mode in SCORE else "fewer --max-new-tokens"
+    ways += [(f"a device with more memory, or {less}", 0, [])]
+    for place in full(batch, places):
+        way = next(way for way, *what in ways if not full(*what))
+        raise ValueError(f"{towers(place)} on {place} would not fit; what would: {way}")
 
 
-def towers_at(place: str, places: list[str]) -> str:
-    names = ("context tower", "denoiser tower")
-    return " and ".join(name for name, at in zip(names, places) if at == place)
-
-
-def load(model: TwoTower, files: dict[str, Path], places: list[str]):
-    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    columns = "loading", BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True,
-                  disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        model.fill(files, places[0], places[-1], lambda nbytes: bar.advance(task, nbytes))
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. Outputs: each is told of steps, of text that grew, and of rows that ended, in input order
+# ----------------------------------------------------------------------------------- what comes out
 
 
 class Output:
-    def step(self, step: Step, rows: list[Row]):
-        pass
+    """Results in a file or as JSON, or text; and the trace. Rows end in the order of the input."""
 
-    def grow(self, row: Row):
-        pass
-
-    def end(self, row: Row):
-        pass
-
-    def interrupt(self, row: Row):
-        """Ctrl-C: the row stays as it is."""
-        self.end(row)
-
-    def close(self):
-        pass
-
-
-class PlainText(Output):
-    """One prompt: text as it comes. Many: each when its turn has come, under a line of its own."""
-
-    def __init__(self, many: bool, stops: list[str]):
-        self.many, self.started, self.printed = many, False, 0
-        self.held_back = max(map(len, stops), default=1) - 1        # may turn out to be a stop
-
-    def grow(self, row: Row):
-        if self.many:
-            return
-        if not self.started:
-            print(row.prompt, end="")
-            self.started = True
-        ready = row.text if row.ended else row.text[:max(0, len(row.text) - self.held_back)]
-        print(ready[self.printed:], end="", flush=True)
-        self.printed = max(self.printed, len(ready))
-
-    def end(self, row: Row):
-        if self.many:
-            print(f"--- {row.index}\n{row.prompt}{row.text}", flush=True)
-        else:
-            self.grow(row)
-            print(flush=True)
-
-
-class Demonstration(Output):
-    """The prompt, then for every denoiser pass a line: the block as it stands after it."""
-
-    def __init__(self, tokenizer: Tokenizer, mask_id: int):
-        self.tokenizer, self.mask_id, self.block_index = tokenizer, mask_id, None
+    def __init__(self, args: Namespace, tokenizer: Tokenizer, mask_id: int, many: bool, keep: int):
+        """keep: bytes of --output that an earlier run has written."""
+        self.tokenizer, self.mask_id = tokenizer, mask_id
+        self.form = ("file" if args.output else "json" if args.json or args.mode in SCORE else
+                     "in place" if args.watch and sys.stdout.isatty() else
+                     "steps" if args.demonstrate else "many" if many else "stream")
+        self.results, self.trace = (path and open(path, "ab", buffering=0)
+                                    for path in (args.output, args.trace))
+        if args.resume:
+            self.results.truncate(keep)             # half a line goes
+        self.live = Live(transient=True, auto_refresh=False)
+        self.held_back = max(map(len, args.stop), default=1) - 1    # may turn out to be a stop
+        self.printed, self.block_index = 0, None
 
     def step(self, step: Step, rows: list[Row]):
-        if self.block_index is None:
-            print(f"{rows[0].prompt}\n{MASKED} is a masked token; a line shows a block after one "
-                  "denoiser pass")
-        if step.block_index != self.block_index:
-            self.block_index = step.block_index
-            before = step._replace(after=step.before)
-            print(f"\nblock {step.block_index}  " + self.line(before))
-        print("         " + self.line(step), flush=True)
+        for r, row in enumerate(step.rows if self.trace else []):
+            if step.committed[r].any():             # else this row's block was finished
+                write_line(self.trace, {
+                    "index": rows[row].index, "block": step.block_index, "step": step.step,
+                    "t": float(step.t[r]), "before": step.before[r].tolist(),
+                    "after": step.after[r].tolist(), "committed": step.committed[r].int().tolist(),
+                    "confidence": step.confidence[r].tolist()})
+        if self.form == "in place":
+            self.show(step, rows[step.rows[0]])
+        elif self.form == "steps":
+            if self.block_index is None:
+                print(f"{rows[0].prompt}\n{MASKED} is a masked token; a line shows a block after "
+                      "one denoiser pass")
+            if step.block_index != self.block_index:
+                self.block_index = step.block_index
+                print(f"\nblock {step.block_index}  {self.line(step, step.before)}")
+            print(f"         {self.line(step, step.after)}", flush=True)
 
-    def line(self, step: Step) -> str:
-        line = "".join(text for _, text in pieces(step, 0, self.tokenizer, self.mask_id))
-        return line.replace("\n", "\u21b5")
+    def block(self, step: Step, ids: torch.Tensor) -> Text:
+        """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
+        def style(pair) -> str:
+            return "dim" if pair[0] == self.mask_id else "bold underline" if pair[1] else ""
 
-    def end(self, row: Row):
-        print(f"\n{row.text}", flush=True)
+        text = Text()
+        for name, group in groupby(zip(ids[0].tolist(), step.committed[0].tolist()), style):
+            run = [token for token, _ in group]
+            text.append(MASKED * len(run) if name == "dim" else self.tokenizer.decode(run), name)
+        return text
 
+    def line(self, step: Step, ids: torch.Tensor) -> str:
+        return self.block(step, ids).plain.replace("\n", "\u21b5")
 
-class Watch(Output):
-    """The text with the block being denoised, in place; the finished text stays."""
-
-    def __init__(self, tokenizer: Tokenizer, mask_id: int):
-        self.tokenizer, self.mask_id, self.live = tokenizer, mask_id, None
-
-    def step(self, step: Step, rows: list[Row]):
-        if self.live is None:
-            self.live = Live(transient=True, auto_refresh=False)
-            self.live.start()
-        row, console = rows[step.rows[0]], self.live.console
+    def show(self, step: Step, row: Row):
+        """The text with the block being denoised, in place of what was shown before."""
+        self.live.start()                           # does nothing where it has been
+        console = self.live.console
         text = Text((row.prompt + row.text)[-console.width * console.height:])
-        for kind, piece in pieces(step, 0, self.tokenizer, self.mask_id):
-            text.append(piece, {"fresh": "bold underline", "masked": "dim"}.get(kind, ""))
-        lines = text.wrap(console, console.width)
+        lines = text.append(self.block(step, step.after)).wrap(console, console.width)
         self.live.update(Text("\n").join(lines[2 - console.height:]), refresh=True)
 
+    def grow(self, row: Row):
+        if self.form == "stream":
+            ready = len(row.text) - (0 if row.ended else self.held_back)
+            text = row.prompt + row.text[:max(0, ready)]
+            print(text[self.printed:], end="", flush=True)
+            self.printed = max(self.printed, len(text))
+
     def end(self, row: Row):
-        self.close()
-        print(row.prompt + row.text, flush=True)
+        self.grow(row)
+        self.live.stop()                            # which wipes what it shows
+        if self.form == "file":
+            return write_line(self.results, row.result(), "; it holds the results of prompts "
+                              f"before {row.index}, and --resume goes on after them")
+        print(json.dumps(row.result()) if self.form == "json" else
+              f"--- {row.index}\n{row.prompt}{row.text}" if self.form == "many" else
+              f"\n{row.text}" if self.form == "steps" else
+              row.prompt + row.text if self.form == "in place" else "", flush=True)
 
     def close(self):
-        if self.live is not None:
-            self.live.stop()                        # which wipes it
-            self.live = None
+        self.live.stop()
+        for file in filter(None, (self.results, self.trace)):
+            file.close()
 
 
-def pieces(step: Step, r: int, tokenizer: Tokenizer, mask_id: int):
-    """The block of row r as (kind, text): masked, fresh (committed in this step) or settled."""
-    kinds = ["masked" if token == mask_id else "fresh" if new else "settled"
-             for token, new in zip(step.after[r].tolist(), step.committed[r].tolist())]
-    for kind, group in groupby(zip(kinds, step.after[r].tolist()), lambda pair: pair[0]):
-        tokens = [token for _, token in group]
-        yield kind, MASKED * len(tokens) if kind == "masked" else tokenizer.decode(tokens)
+def write_line(file, value: dict, hint: str = ""):
+    """Append JSON to an unbuffered file; a line that does not get there whole is taken back."""
+    line, start = json.dumps(value).encode() + b"\n", file.tell()
+    try:
+        while line:
+            line = line[file.write(line):]
+    except OSError as error:
+        file.truncate(start)
+        raise OSError(f"{file.name}: {error.strerror}{hint}") from None
 
 
-class JsonLines(Output):
-    """Results as JSON, one line each."""
-
-    def __init__(self, common: dict):
-        self.common = common
-
-    def end(self, row: Row):
-        print(json.dumps(row.result(self.common)), flush=True)
-
-
-class ResultFile(Output):
-    """The same lines in a file, after the `keep` bytes of an earlier run."""
-
-    def __init__(self, path: Path, common: dict, keep: int):
-        self.path, self.common = path, common
-        self.file = open(path, "ab", buffering=0)
-        if keep < self.file.tell():
-            self.file.truncate(keep)                # half a line
-
-    def end(self, row: Row):
-        line = json.dumps(row.result(self.common)).encode() + b"\n"
-        start = self.file.tell()
-        try:
-            while line:
-                line = line[self.file.write(line):]
-        except OSError as error:
-            os.truncate(self.path, start)           # no half a line
-            raise OSError(f"{self.path}: {error.strerror}; it holds the results of prompts before "
-                          f"{row.index}, and --resume goes on after them") from None
-
-    def interrupt(self, row: Row):
-        pass                                        # it will be written again
-
-    def close(self):
-        self.file.close()
-
-
-def finished(path: Path, rows: list[Row], common: dict) -> tuple[int, int]:
+def finished(path: Path, rows: list[Row]) -> tuple[int, int]:
     """How many results an interrupted run left in the file, and their bytes.
 
     Raises: ValueError if they are not results of these prompts and settings.
     """
     data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
-    start = b'{"index": %d,' % len(lines)
-    if rest[:len(start)] != start[:len(rest)]:
-        raise ValueError(f"{path} line {len(lines) + 1} is not a result of sample.py")
-    for n, line in enumerate(lines):
-        where = f"{path} line {n + 1}"
-        if n >= len(rows):
-            raise ValueError(f"{where}: there are only {len(rows)} prompts")
+    start, foreign = b'{"index": %d,' % len(lines), "{} line {} is not a result of sample.py"
+    require(rest[:len(start)] == start[:len(rest)], foreign.format(path, len(lines) + 1))
+    require(len(lines) <= len(rows),
+            f"{path} line {len(rows) + 1}: there are only {len(rows)} prompts")
+    for n, (line, row) in enumerate(zip(lines, rows), 1):
         try:
             result = json.loads(line)
             made = {"prompt": result["prompt"]} | result["settings"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{where} is not a result of sample.py") from None
-        wanted = {"prompt": rows[n].prompt} | rows[n].settings(common)
-        for name in wanted:
-            if made.get(name) != wanted[name]:
-                raise ValueError(f"{where} was made with {name} {made.get(name)!r:.60}, not "
-                                 f"{wanted[name]!r:.60}; --resume needs the same")
+            raise ValueError(foreign.format(path, n)) from None
+        for name, wanted in ({"prompt": row.prompt} | row.settings).items():
+            require(made.get(name) == wanted, f"{path} line {n} was made with {name} "
+                    f"{made.get(name)!r:.60}, not {wanted!r:.60}; --resume needs the same")
     return len(lines), len(data) - len(rest)
 
 
-class Trace(Output):
-    """Every step of every row as a line of JSON."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "w", encoding="utf-8")
-
-    def step(self, step: Step, rows: list[Row]):
-        for r, row in enumerate(step.rows):
-            if step.committed[r].any():             # else this row's block was finished
-                self.file.write(json.dumps({
-                    "index": rows[row].index, "block": step.block_index, "step": step.step,
-                    "t": float(step.t[r]), "before": step.before[r].tolist(),
-                    "after": step.after[r].tolist(), "committed": step.committed[r].int().tolist(),
-                    "confidence": step.confidence[r].tolist()}) + "\n")
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
+# ----------------------------------------------------------------------------------------- decoding
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Decoding
-
-
-class Interrupt:
-    """Ctrl-C, to be noticed between two passes, so that no output is half done or done twice;
-    pressed again it acts at once."""
-
-    def __init__(self):
-        self.pressed = False
-        signal.signal(signal.SIGINT, self.press)
-
-    def press(self, *_):
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check(self):
-        if self.pressed:
-            raise KeyboardInterrupt
-
-
-def decode(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: argparse.Namespace,
-           knobs: dict, outputs: list[Output]):
-    """Write after every row, `batch_size` of them at a time."""
-    interrupt = Interrupt()
-    generate, eos = function(model, args.mode), model.config.eos_token_id
-    for start in range(0, len(rows), args.batch_size):
-        batch = rows[start:start + args.batch_size]
-        waiting = list(batch)
-
-        def on_tokens(written: Written) -> bool:
-            interrupt.check()
-            row = batch[written.row]
-            row.take(written, tokenizer, eos, args.stop)
-            for output in outputs:
-                output.grow(row)
-            while waiting and waiting[0].ended:
-                for output in outputs:
-                    output.end(waiting[0])
-                waiting.pop(0)
-            return row.ended == "stop"
-
-        def on_step(step: Step):
-            interrupt.check()
-            for output in outputs:
-                output.step(step, batch)
-
-        generators = [torch.Generator().manual_seed(row.seed) for row in batch
-                      if row.seed is not None]
-        templates = [row.template_ids or None for row in batch]
-        own = {"template": templates} if any(templates) else {}
-        try:
-            generate([torch.tensor(row.ids) for row in batch],
-                     [row.max_new_tokens for row in batch], eos_token_id=eos,
-                     generator=generators or None, on_step=on_step, on_tokens=on_tokens, **knobs,
-                     **own)
-        except KeyboardInterrupt:
-            for row in waiting:
-                row.ended = row.ended or "interrupted"
-                for output in outputs:
-                    output.interrupt(row)
-            raise
-        except ValueError as error:                 # its rows count from the batch's first
-            which = f"prompts {batch[0].index} to {batch[-1].index}: " if len(rows) > 1 else ""
-            raise ValueError(f"{which}{error}") from None
-
-
-def score(model: TwoTower, rows: list[Row], args: argparse.Namespace, outputs: list[Output]):
-    """Log-likelihoods of every row's choices, `batch_size` of them at a time."""
-    interrupt = Interrupt()
-    asked = [(row, ids) for row in rows for ids in row.choice_ids]
-    for start in range(0, len(asked), args.batch_size):
-        batch = asked[start:start + args.batch_size]
-        interrupt.check()
-        scores = model.score([torch.tensor(row.ids) for row, _ in batch],
-                             [torch.tensor(ids) for _, ids in batch])
-        for (row, ids), total in zip(batch, scores.total.tolist()):
-            row.log_likelihoods.append(total)
-            row.tokens += ids
-            row.context_passes += -(-(len(row.ids) + len(ids) - 1) // SCORED_AT_ONCE)
-            if len(row.log_likelihoods) == len(row.choices):
-                row.ended = "scored"
-                for output in outputs:
-                    output.end(row)
-
-
-def choose_knobs(args: argparse.Namespace, model: TwoTower) -> dict:
-    """Every sampling knob of the mode: as given, or twotower.py's default."""
-    takes = inspect.signature(function(model, args.mode)).parameters
-    knobs = {name: getattr(args, name, takes[name].default) for name in KNOBS if name in takes}
-    if "mask_token_id" in knobs:
-        if knobs["mask_token_id"] is None:
-            knobs["mask_token_id"] = model.config.mask_token_id
-        if knobs["mask_token_id"] >= model.config.vocab_size:
-            raise ValueError(f"--mask-token-id is {knobs['mask_token_id']}, but it must be below "
-                             f"vocab_size {model.config.vocab_size}")
+def choose_knobs(args: Namespace, config: TwoTowerConfig) -> dict:
+    """Every option of the mode: as given, or twotower.py's default."""
+    functions = Decoding, getattr(TwoTower, f"generate_{args.mode}", TwoTower.score)
+    default = {name: one.default for function in functions
+               for name, one in inspect.signature(function).parameters.items()}
+    default["mask_token_id"] = config.mask_token_id
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    knobs = {flag.dest: (default | given)[flag.dest]
+             for flag in FLAGS[KNOBS] if args.mode in flag.modes}
+    require(knobs.get("mask_token_id", 0) < config.vocab_size, f"--mask-token-id is "
+            f"{args.mask_token_id}, but it must be below vocab_size {config.vocab_size}")
     return knobs
 
 
-def open_outputs(args: argparse.Namespace, many: bool, common: dict, keep: int,
-                 tokenizer: Tokenizer) -> list[Output]:
-    if args.output is not None:
-        outputs = [ResultFile(args.output, common, keep)]
-    elif args.json or args.mode == "score":
-        outputs = [JsonLines(common)]
-    elif "watch" in args and sys.stdout.isatty():
-        outputs = [Watch(tokenizer, common["mask_token_id"])]
-    elif args.demonstrate:
-        outputs = [Demonstration(tokenizer, common["mask_token_id"])]
-    else:
-        outputs = [PlainText(many, args.stop)]
-    return outputs + ([] if args.trace is None else [Trace(args.trace)])
+def decode(model: TwoTower, tokenizer: Tokenizer, batch: list[Row], args: Namespace, knobs: dict,
+           output: Output, check: Callable[[], None]):
+    """Write after every row. check: is called between passes."""
+    waiting, eos = list(batch), model.config.eos_token_id
+    templates = [row.template_ids or None for row in batch]
+    more = {"template": templates} if any(templates) else {}
+
+    def on_tokens(written: Written) -> bool:
+        check()
+        row = batch[written.row]
+        row.take(written, tokenizer, eos, args.stop)
+        output.grow(row)
+        while waiting and waiting[0].ended:
+            output.end(waiting.pop(0))
+        return row.ended == "stop"
+
+    def on_step(step: Step):
+        check()
+        output.step(step, batch)
+
+    try:
+        getattr(model, f"generate_{args.mode}")(
+            [torch.tensor(row.ids) for row in batch], [row.max_new_tokens for row in batch],
+            eos_token_id=eos, seed=None if args.seed is None else [row.seed for row in batch],
+            on_step=on_step, on_tokens=on_tokens, **knobs, **more)
+    except KeyboardInterrupt:
+        for row in waiting if output.form != "file" else []:        # there --resume writes them
+            row.ended = row.ended or "interrupted"
+            output.end(row)
+        raise
+    except ValueError as error:                     # its rows count from the batch's first
+        raise ValueError(f"prompts from {batch[0].index}: {error}") from None
 
 
-def run(args: argparse.Namespace) -> int:
-    towers = "context" if args.mode in CONTEXT_ONLY else "both"
-    first_seed, rows, tokenizer = None, [], None
-    if getattr(args, "temperature", 0):
-        first_seed = getattr(args, "seed", torch.Generator().seed() >> 1)
-    places = devices(args)
-    if args.graphs and len(set(places)) > 1:
-        raise ValueError("--graphs needs both towers on one device; give --context-device and "
-                         "--denoiser-device")
-    if args.prompt is not None or args.prompt_file is not None:     # a plan can do without
-        rows = read_rows(args, first_seed)
+def score(model: TwoTower, batch: list[tuple[Row, list[int]]], output: Output):
+    """Log-likelihoods of rows' choices."""
+    scores = model.score([torch.tensor(row.ids) for row, _ in batch],
+                         [torch.tensor(ids) for _, ids in batch])
+    for (row, ids), total in zip(batch, scores.total.tolist()):
+        row.log_likelihoods.append(total)
+        row.tokens += ids
+        row.context_passes += -(-(len(row.ids) + len(ids) - 1) // SCORED_AT_ONCE)
+        if len(row.log_likelihoods) == len(row.choices):
+            row.ended = "scored"
+            output.end(row)
+
+
+def write(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: Namespace, knobs: dict,
+          output: Output, seconds: dict[str, float]) -> int:
+    """Decode or score, `batch_size` at a time, up to the end or to Ctrl-C, which is noticed between
+    passes, so that no output is half done; pressed again it acts at once. Returns the exit status.
+    """
+    pressed, began, seconds["prefill"], tower = [], None, 0.0, model.context_tower
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    def check():
+        if pressed:
+            raise KeyboardInterrupt
+
+    def on_pass(*_):                        # of the context tower: a batch's first is its prefill
+        nonlocal began
+        if began is not None:
+            if tower.device.type == "cuda":
+                torch.cuda.synchronize(tower.device)
+            seconds["prefill"], began = seconds["prefill"] + perf_counter() - began, None
+
+    scoring, start = args.mode in SCORE, perf_counter()
+    asked = [(row, ids) for row in rows for ids in row.choice_ids] if scoring else rows
+    tower.register_forward_hook(on_pass)
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        for i in range(0, len(asked), args.batch_size):
+            check()
+            batch, began = asked[i:i + args.batch_size], None if scoring else perf_counter()
+            if scoring:
+                score(model, batch, output)
+            else:
+                decode(model, tokenizer, batch, args, knobs, output, check)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        output.close()
+        signal.signal(signal.SIGINT, before)
+        seconds["decode"] = perf_counter() - start - seconds["prefill"]
+    return 0
+
+
+def run(args: Namespace) -> int:
+    """Everything in its order; returns the exit status."""
+    if args.temperature and args.seed is None:
+        args.seed = torch.Generator().seed() >> 1
+    places, rows = devices(args), read_rows(args)
+    towers, many = "both" if args.mode in DENOISING else "context", len(rows) > 1
     directory = fetch(args.checkpoint, towers, args.plan)
-    if rows:
-        tokenizer = load_tokenizer(directory)
-    dtype = getattr(torch, args.dtype) if "dtype" in args else None
-    model, files = TwoTower.skeleton(directory, dtype=dtype, towers=towers)
-    knobs = choose_knobs(args, model)
-    encode(rows, tokenizer, model.config, knobs.get("mask_token_id"))
-    common = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
-              "dtype": name_of(model.context_lm_head.weight.dtype), "backend": args.backend} | knobs
-    many = len(rows) > 1
-    if "watch" in args and min(len(rows), args.batch_size) > 1:
-        raise ValueError("--watch shows one row at a time; give --batch-size 1")
-    done, keep = finished(args.output, rows, common) if args.resume else (0, 0)
+    tokenizer = load_tokenizer(directory) if rows else None
+    model, files = TwoTower.skeleton(directory, towers=towers,
+                                     dtype=args.dtype and getattr(torch, args.dtype))
+    knobs = choose_knobs(args, model.config)
+    dtype = str(model.context_lm_head.weight.dtype).removeprefix("torch.")
+    encode(rows, tokenizer, model.config, {"checkpoint": args.checkpoint, "mode": args.mode,
+           "stop": args.stop, "dtype": dtype, "backend": args.backend} | knobs)
+    require(not args.watch or min(len(rows), args.batch_size) < 2,
+            "--watch shows one row at a time; give --batch-size 1")
+    done, keep = finished(args.output, rows) if args.resume else (0, 0)
     if args.resume and done == len(rows):
         print(f"{args.output} is complete: {done} results", file=sys.stderr)
         return 0
     rows = rows[done:]
-    at_once = sum(len(row.choices) or 1 for row in rows) or args.batch_size
     width = knobs.get("block_size", knobs.get("draft_length", 1))
-    if args.mode == "score":
-        longest = max((len(row.ids) + row.max_new_tokens for row in rows), default=SCORED_AT_ONCE)
-        width = min(longest, SCORED_AT_ONCE)
-    plan(model, rows, min(args.batch_size, at_once), width, args, places)
+    if args.mode in SCORE:
+        lengths = [len(row.ids) + row.max_new_tokens for row in rows]
+        width = min(max(lengths, default=SCORED_AT_ONCE), SCORED_AT_ONCE)
+    plan(model, rows, args, width, places)
     if args.plan:
         return 0
-
     model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
-    outputs = open_outputs(args, many, common, keep, tokenizer)
-    start = time.perf_counter()
-    load(model, files, places)
+    output = Output(args, tokenizer, knobs.get("mask_token_id"), many, keep)
+    start, columns = perf_counter(), (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress("loading", *columns, console=Console(stderr=True), transient=True,
+                  disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=sum(x.nbytes for x in model.state_dict().values()))
+        model.fill(files, places[0], places[-1], lambda nbytes: bar.advance(task, nbytes))
     model.use(args.backend, args.graphs)
-    seconds = {"load": time.perf_counter() - start, "prefill": 0.0}
-    if args.mode != "score":
-        time_prefills(model, seconds)
-    status, start = 0, time.perf_counter()
-    try:
-        if args.mode == "score":
-            score(model, rows, args, outputs)
-        else:
-            decode(model, tokenizer, rows, args, knobs, outputs)
-    except KeyboardInterrupt:
-        status = 130
-    finally:
-        for output in outputs:
-            output.close()
-    seconds["decode"] = time.perf_counter() - start - seconds["prefill"]
-    print(facts(rows, args, model, places, seconds, knobs, first_seed), file=sys.stderr)
+    seconds = {"load": perf_counter() - start}
+    status = write(model, tokenizer, rows, args, knobs, output, seconds)
+    print(facts(rows, args, knobs, places, seconds, dtype, model.backend), file=sys.stderr)
     return status
 
 
-def time_prefills(model: TwoTower, seconds: dict[str, float]):
-    """Add up the time of the context passes that start from nothing."""
-    began = 0.0
-
-    def before(_, args):
-        nonlocal began
-        began = time.perf_counter()
-
-    def after(_, args, output):
-        if args[2].end == args[0].shape[1]:                 # nothing was cached: the prompt
-            if model.context_tower.device.type == "cuda":
-                torch.cuda.synchronize(model.context_tower.device)
-            seconds["prefill"] += time.perf_counter() - began
-
-    model.context_tower.register_forward_pre_hook(before)
-    model.context_tower.register_forward_hook(after)
-
-
-def peak_memory(places: list[str]) -> str:
-    peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
-             for place in dict.fromkeys(places) if place.startswith("cuda")]
-    try:
-        import resource
-    except ImportError:                                     # not on Windows
-        return ", ".join(peaks) or "unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return ", ".join([*peaks, f"host {readable(host)}"])
-
-
-def facts(rows: list[Row], args: argparse.Namespace, model: TwoTower, places: list[str],
-          seconds: dict, knobs: dict, first_seed: int | None) -> str:
-    rows = [row for row in rows if row.ended]           # all, unless interrupted
+def facts(rows: list[Row], args: Namespace, knobs: dict, places: list[str],
+          seconds: dict[str, float], dtype: str, backend: str) -> str:
+    """What was done, how fast and with which settings, in a line."""
+    rows = [row for row in rows if row.ended]               # all, unless interrupted
     tokens, nfe = sum(len(row.tokens) for row in rows), sum(row.nfe for row in rows)
     passes = sum(row.context_passes for row in rows)
-    parts = [f"{args.mode} on {' and '.join(dict.fromkeys(places))}",
-             f"{len(rows)} prompt{'s' * (len(rows) != 1)}",
-             f"{tokens} tokens", f"{nfe} denoiser passes", f"{passes} context passes",
-             f"{tokens / max(nfe or passes, 1):.2f} tokens per pass"]
-    parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
-    parts += [f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
-              f"peak memory {peak_memory(places)}",
-              f"dtype {name_of(model.context_lm_head.weight.dtype)}",
-              f"backend {model.backend}" + " with graphs" * args.graphs,
-              f"batch_size {args.batch_size}",
-              *(f"stop {stop!r}" for stop in args.stop)]
-    if args.mode != "score":
-        parts += [f"max_new_tokens {max((row.max_new_tokens for row in rows), default=0)}"]
-    parts += [f"{name} {value}" for name, value in knobs.items() if value is not None]
-    parts += [f"seed {first_seed}"] if first_seed is not None else []
-    return ", ".join(parts)
+    peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
+             for place in dict.fromkeys(places) if place.startswith("cuda")]
+    with contextlib.suppress(ImportError):                  # on Windows
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peaks.append(f"host {readable(peak)}")
+    return ", ".join([
+        f"{args.mode} on {' and '.join(dict.fromkeys(places))}",
+        f"{len(rows)} prompt{'s' * (len(rows) != 1)}", f"{tokens} tokens",
+        f"{nfe} denoiser passes", f"{passes} context passes",
+        f"{tokens / max(nfe or passes, 1):.2f} tokens per pass",
+        *(f"{name} {value:.2f} s" for name, value in seconds.items()),
+        f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
+        f"peak memory {', '.join(peaks) or 'unknown'}", f"dtype {dtype}",
+        f"backend {backend}{' with graphs' if args.graphs else ''}",
+        f"batch_size {args.batch_size}", *(f"stop {stop!r}" for stop in args.stop),
+        *([] if args.mode in SCORE else
+          [f"max_new_tokens {max((row.max_new_tokens for row in rows), default=0)}"]),
+        *(f"{name} {value}" for name, value in knobs.items() if value is not None),
+        *([] if args.seed is None else [f"seed {args.seed}"])])
 
 
-def main():
-    sys.stdout.reconfigure(errors="replace")                # "?" where a terminal lacks a letter
-    status, message = 0, None
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status; what is wrong is said in a line."""
     try:
-        status = run(parse_args())
+        status = run(parse(argv))
         sys.stdout.flush()
+        return status
     except BrokenPipeError:                                 # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError) as error:    # a RuntimeError is out of memory
-        message = error
+        print("sample.py:", *str(error).split(), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        status = 130
-    if message is not None:
-        # what could not be written (a full disk) must not fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail(message)
-    sys.exit(status)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")                # "?" where a terminal lacks a letter
+    status = main()
+    try:
+        sys.stdout.flush()
+    except OSError:                     # what cannot be written must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

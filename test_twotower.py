@@ -2220,13 +2220,29 @@ def test_logits_that_are_not_finite_name_the_place(where):
 
 # ----------------------------------------------------------------------------- the command line
 
+import io  # noqa: E402
+
+import sample as cli  # noqa: E402
+
+
 def tokenizer() -> Tokenizer:
     return miniature()[1]
 
 
-def sample(*args, directory: Path = MINIATURE, **options):
-    return run_python(HERE / "sample.py", "--checkpoint", directory, *args, cwd=directory.parent,
-                      **options)
+def sample(*args, directory: Path = MINIATURE) -> subprocess.CompletedProcess:
+    """sample.py's main in this process, where it must leave the signal handler as it was."""
+    argv = [str(arg) for arg in ("--checkpoint", directory, *args)]
+    handler, out, err = signal.getsignal(signal.SIGINT), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(argv)
+    assert signal.getsignal(signal.SIGINT) is handler
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+
+
+def start_sample(*args, directory: Path = MINIATURE, **options) -> subprocess.Popen:
+    command = [sys.executable, HERE / "sample.py", "--checkpoint", directory, *args]
+    return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8",
+                            stderr=subprocess.PIPE, **options)
 
 
 def one_line(run, message: str):
@@ -2236,74 +2252,61 @@ def one_line(run, message: str):
     assert line.startswith("sample.py: ") and message in line, line
 
 
+def results_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
 @functools.cache
 def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) -> list[int]:
     """The tokens of a single row by way of twotower.py, from the miniature."""
-    generator = None if seed is None else [seeded(seed)]
     return getattr(miniature()[0], f"generate_{mode}")(
-        torch.tensor([tokenizer().encode(prompt).ids]), new, eos_token_id=2, generator=generator,
-        **knobs).tokens[0].tolist()
+        [tokenizer().encode(prompt).ids], new, eos_token_id=2, seed=seed, **knobs
+    ).tokens[0].tolist()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_sample_prints_what_the_model_writes(mode):
-    mode = mode.removeprefix("generate_")
-    flags, knobs = ["--context-device", "cpu"], {}
-    if mode == "speculative":
-        flags += ["--draft-length", 12, "--steps-per-block", 2]
-        knobs = dict(draft_length=12, steps_per_block=2)
-    if mode == "mask_diffusion":
-        flags += ["--denoiser-device", "cpu", "--block-size", 8, "--steps-per-block", 6,
-                  "--confidence-threshold", 0.5, "--mask-token-id", 4]
-        knobs = dict(block_size=8, steps_per_block=6, confidence_threshold=0.5, mask_token_id=4)
-    run = sample("--mode", mode, "--max-new-tokens", 21, *flags, "Hello")
-    assert run.returncode == 0, run.stderr
-    model, steps = miniature()[0], []
-    result = getattr(model, f"generate_{mode}")(
-        torch.tensor([tokenizer().encode("Hello").ids]), 21, eos_token_id=2,
-        on_step=steps.append, **knobs)
-    new = result.tokens[0].tolist()
-    assert run.stdout == "Hello" + tokenizer().decode(new) + "\n"
+@pytest.mark.parametrize("mode, flags", [
+    ("ar", ""), ("mock_ar", "--denoiser-device cpu"),
+    ("speculative", "--denoiser-device cpu --draft-length 12 --steps-per-block 2"),
+    ("mask_diffusion", "--denoiser-device cpu --block-size 8 --steps-per-block 6 "
+     "--confidence-threshold 0.5 --mask-token-id 4")])
+def test_sample_prints_what_the_model_writes(mode, flags):
+    words = flags.replace("--denoiser-device cpu", "").split()
+    knobs = {name[2:].replace("-", "_"): json.loads(n) for name, n in zip(words[::2], words[1::2])}
+    run = sample("--mode", mode, *"--max-new-tokens 21 --context-device cpu Hello".split(),
+                 *flags.split())
+    result = getattr(miniature()[0], f"generate_{mode}")(
+        [tokenizer().encode("Hello").ids], 21, eos_token_id=2, **knobs)
+    new, nfe, passes = result.tokens[0].tolist(), int(result.nfe), int(result.context_passes)
+    assert run.stdout == "Hello" + tokenizer().decode(new) + "\n", run.stderr
     placement, facts = run.stderr.splitlines()
     assert placement.startswith("cpu: context tower" + " and denoiser tower" * (mode != "ar"))
-    nfe, passes = int(result.nfe), int(result.context_passes)
     assert facts.startswith(
         f"{mode} on cpu, 1 prompt, {len(new)} tokens, {nfe} denoiser passes, {passes} context "
         f"passes, {len(new) / (nfe or passes):.2f} tokens per pass, load ")
-    for fact in ("prefill ", "decode ", "tokens/s", "peak memory host ", "max_new_tokens 21",
-                 "temperature 0.0", *(f"{name} {value}" for name, value in knobs.items())):
+    for fact in ("prefill ", "peak memory host ", "max_new_tokens 21", "temperature 0.0",
+                 *(f"{name} {value}" for name, value in knobs.items())):
         assert fact in facts
-    decode, speed = (float(re.search(pattern, facts)[1]) for pattern in (
-        r"decode ([\d.]+) s", r" ([\d.]+) tokens/s"))
-    slow, fast = len(new) / (decode + 0.01) - 0.05, len(new) / (decode - 0.01) + 0.05   # rounded
-    assert decode < 0.2 or slow < speed < fast
-
-
-def test_sample_stops_at_eos(tmp_path):
-    """The text of a run without EOS, cut before the token that is now EOS."""
-    new = written("mask_diffusion", LETTER, 40)
-    eos = new[20]
-    directory = copy_checkpoint(tmp_path, MINIATURE)
-    config(eos_token_id=eos)(directory)
-    run = sample("--max-new-tokens", 40, LETTER, directory=directory)
-    assert run.stdout == LETTER + tokenizer().decode(new[:new.index(eos)]) + "\n"
-    assert f" {new.index(eos) + 1} tokens, " in run.stderr
+    decode, speed = map(float, re.search(r"decode ([\d.]+) s, ([\d.]+) tokens/s", facts).groups())
+    assert (decode - 0.01) * (speed - 0.1) < len(new) < (decode + 0.01) * (speed + 0.1)  # rounded
 
 
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
-def test_sample_stops_at_a_string(mode):
-    """The text before the first stop string, whether one prompt streams or many are printed."""
-    text = tokenizer().decode(written(mode, LETTER, 60))
-    for long in (text[:12], text[5:30]):            # nothing of a stop is shown while it comes
-        flags = ["--mode", mode, "--max-new-tokens", 60, "--stop", long]
-        assert sample(*flags, LETTER).stdout == f"{LETTER}{text[:text.index(long)]}\n"
-    stops = [text[30:33], text[44:46]]
-    cut = text[:min(text.index(stop) for stop in stops)]
-    flags = ["--mode", mode, "--max-new-tokens", 60, "--stop", stops[0], "--stop", stops[1]]
-    assert sample(*flags, LETTER).stdout == f"{LETTER}{cut}\n"
-    result = json.loads(sample(*flags, "--json", LETTER).stdout)
-    assert (result["text"], result["ended"]) == (cut, "stop")
-    assert result["tokens"] == written(mode, LETTER, 60)[:len(result["tokens"])]
+def test_sample_stops(mode):
+    """Before EOS, or the first stop string, of which nothing is shown while it comes."""
+    new = written(mode, LETTER, 128)
+    text = tokenizer().decode(new[:-1])
+    assert new[-1] == 2 and len(new) % 16               # EOS, within a block
+    flags = ["--mode", mode, LETTER]
+    for stops in ([], [text[:12]], [text[20:30], text[5:30]], [text[30:33], text[44:46]]):
+        cut = text[:min([len(text), *map(text.index, stops)])]
+        args = [*flags, *(word for stop in stops for word in ("--stop", stop))]
+        assert sample(*args).stdout == f"{LETTER}{cut}\n"
+        result, = results_of(sample(*args, "--json").stdout)
+        tokens = result["tokens"]
+        assert (result["text"], result["ended"]) == (cut, "stop" if stops else "eos")
+        assert tokens == new[:len(tokens)] and (tokens == new) == (not stops)
+        before = tokenizer().decode(tokens[:-1])        # no token but the last completes a stop
+        assert not any(stop in before for stop in stops)
 
 
 def test_sample_is_seeded():
@@ -2324,13 +2327,13 @@ def prompts_file(path: Path, lines: list) -> Path:
 
 
 def test_sample_reads_prompts_from_files_and_standard_input(tmp_path):
-    text = "two\nlines\n"
-    (tmp_path / "prompt.txt").write_text(text)
+    text = "two\nlines \u00e9\n"
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
     expected = text + tokenizer().decode(written("ar", text, 12)) + "\n"
     flags = ["--mode", "ar", "--max-new-tokens", 12]
     assert sample(*flags, "--prompt-file", tmp_path / "prompt.txt").stdout == expected
-    assert sample(*flags, "-", input=text).stdout == expected
-    many = prompts_file(tmp_path / "many.jsonl", [{"text": "ab"}, {"text": text}])
+    assert run_python(HERE / "sample.py", *flags, "-", input=text).stdout == expected
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": "ab"}, "", {"text": text}])
     expected = "".join(f"--- {i}\n{prompt}{tokenizer().decode(written('ar', prompt, 12))}\n"
                        for i, prompt in enumerate(["ab", text]))
     assert sample(*flags, "--prompt-file", many).stdout == expected
@@ -2346,21 +2349,16 @@ def test_many_prompts_are_written_as_each_alone(tmp_path, flags, knobs):
     """Ragged batches, lengths and seeds of their own; results in input order."""
     many = prompts_file(tmp_path / "many.jsonl", MANY)
     run = sample(*flags, "--prompt-file", many, "--json", "--batch-size", 4, "--max-new-tokens", 9)
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    results = results_of(run.stdout)
     assert [result["index"] for result in results] == list(range(len(MANY))), run.stderr
     for i, (line, result) in enumerate(zip(MANY, results)):
-        seed, new = line.get("seed", 3 + i), line.get("max_new_tokens", 9)
-        tokens = written("mask_diffusion", line["text"], new, seed if knobs else None, **knobs)
+        seed = line.get("seed", 3 + i) if knobs else None
+        new = line.get("max_new_tokens", 9)
+        tokens = written("mask_diffusion", line["text"], new, seed, **knobs)
         assert result["tokens"] == tokens and result["text"] == tokenizer().decode(tokens)
         assert result["prompt"] == line["text"] and result["settings"]["max_new_tokens"] == new
-        assert result["settings"]["seed"] == (seed if knobs else None)
+        assert result["settings"]["seed"] == seed
     assert f"{len(MANY)} prompts, {sum(len(r['tokens']) for r in results)} tokens" in run.stderr
-
-
-def start_sample(*args, directory: Path = MINIATURE, **options) -> subprocess.Popen:
-    command = [sys.executable, HERE / "sample.py", "--checkpoint", directory, *args]
-    return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8",
-                            stderr=subprocess.PIPE, **options)
 
 
 def endless(tmp_path: Path) -> Path:
@@ -2370,61 +2368,66 @@ def endless(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits, terminals are POSIX's")
+
+
+@posix
+@pytest.mark.parametrize("how", ["killed", "interrupted", "full disk"])
+def test_a_run_cut_short_goes_on_where_it_was(how, tmp_path):
     """Nothing is lost or doubled, whatever is left of the line being written."""
-    lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 30} for i in range(20)]
-    flags = ["--prompt-file", prompts_file(tmp_path / "many.jsonl", lines), "--batch-size", 3]
-    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    assert sample(*flags, "--output", whole).returncode == 0
-    process = start_sample(*flags, "--output", killed)
-    while process.poll() is None and not (killed.exists() and killed.stat().st_size):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    before = killed.read_bytes()
-    assert 0 < len(before) < len(whole.read_bytes()) and whole.read_bytes().startswith(before)
-    with open(killed, "ab") as file:
-        file.write(whole.read_bytes()[len(before):len(before) + 20])
-    one_line(sample(*flags, "--output", killed), "exists; give another name, or --resume")
-    one_line(sample(*flags, "--output", killed, "--resume", "--max-new-tokens", 5, "--stop", "q"),
-             "was made with stop [], not ['q']; --resume needs the same")
-    one_line(sample(*flags, "--output", killed, "--resume", "--dtype", "bfloat16"),
-             "was made with dtype 'float32', not 'bfloat16'; --resume needs the same")
-    prompts, before_that = flags[1], flags[1].read_bytes()
-    one_line(sample(*flags, "--output", prompts, "--resume"), "must be different files")
-    (tmp_path / "notes.txt").write_bytes(b"somebody's own")
-    one_line(sample(*flags, "--output", tmp_path / "notes.txt", "--resume"),
-             "notes.txt line 1 is not a result of sample.py")
-    assert prompts.read_bytes() == before_that
-    assert (tmp_path / "notes.txt").read_bytes() == b"somebody's own"
-    resumed = sample(*flags, "--output", killed, "--resume")
-    assert resumed.returncode == 0 and resumed.stdout == "", resumed.stderr
-    assert killed.read_bytes() == whole.read_bytes()
-    assert f"{20 - before.count(10)} prompts" in resumed.stderr
-    again = sample(*flags, "--output", killed, "--resume")
-    assert again.returncode == 0 and "is complete: 20 results" in again.stderr
-    assert killed.read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
-def test_a_full_disk_loses_no_result(tmp_path):
     import resource
-    lines = [{"text": "Hello", "max_new_tokens": 20}] * 6
-    flags = ["--prompt-file", prompts_file(tmp_path / "many.jsonl", lines), "--batch-size", 2]
-    whole, full = tmp_path / "whole.jsonl", tmp_path / "full.jsonl"
-    assert sample(*flags, "--output", whole).returncode == 0
-    limit = len(whole.read_bytes()) // 2
-    run = sample(*flags, "--output", full,
-                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert run.returncode == 2 and "full.jsonl: File too large; it holds the" in run.stderr
-    complete = full.read_bytes()
-    assert complete == whole.read_bytes()[:whole.read_bytes()[:limit].rfind(b"\n") + 1] != b""
-    assert sample(*flags, "--output", full, "--resume").returncode == 0
-    assert full.read_bytes() == whole.read_bytes()
+    lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 30} for i in range(14)]
+    prompts = prompts_file(tmp_path / "many.jsonl", lines)
+    flags = ["--prompt-file", prompts, "--batch-size", 3, "--output"]
+    out = tmp_path / "whole.jsonl"
+    assert sample(*flags, out).returncode == 0
+    whole, out = out.read_bytes(), tmp_path / "out.jsonl"
+    limit = len(whole) // 2 if how == "full disk" else resource.RLIM_INFINITY
+    process = start_sample(*flags, out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+    while how != "full disk" and process.poll() is None and not (
+            out.exists() and out.stat().st_size):
+        time.sleep(0.005)
+    if how != "full disk":
+        process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == {"killed": -9, "interrupted": 130, "full disk": 2}[how], err
+    assert how != "full disk" or "out.jsonl: File too large; it holds the results of prom" in err
+    before = out.read_bytes()
+    assert whole.startswith(before) and 0 < len(before) < len(whole)
+    assert how == "killed" or before.endswith(b"\n")
+    out.write_bytes(before + whole[len(before):len(before) + 20])
+    resumed = sample(*flags, out, "--resume")
+    assert resumed.returncode == 0 and resumed.stdout == "", resumed.stderr
+    assert f"{14 - before.count(10)} prompts" in resumed.stderr and out.read_bytes() == whole
+    again = sample(*flags, out, "--resume")
+    assert again.returncode == 0 and "is complete: 14 results" in again.stderr
+    assert out.read_bytes() == whole
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_resuming_touches_no_other_file(tmp_path):
+    prompts = prompts_file(tmp_path / "many.jsonl", [{"text": "a"}, {"text": "b"}])
+    out, notes = tmp_path / "out.jsonl", tmp_path / "notes.txt"
+    flags = ["--prompt-file", prompts, "--max-new-tokens", 3, "--output"]
+    assert sample(*flags, out).returncode == 0
+    notes.write_bytes(b"somebody's own")
+    kept = [path.read_bytes() for path in (out, notes, prompts)]
+    fewer = prompts_file(tmp_path / "fewer.jsonl", [{"text": "a"}])
+    for args, message in (
+            ([out], "exists; give another name, or --resume"),
+            ([out, "--resume", "--max-new-tokens", 5, "--stop", "q"],
+             "was made with stop [], not ['q']; --resume needs the same"),
+            ([out, "--resume", "--dtype", "bfloat16"], "with dtype 'float32', not 'bfloat16'"),
+            ([out, "--resume", "--prompt-file", fewer], "line 2: there are only 1 prompts"),
+            ([prompts, "--resume"], "must be different files"),
+            ([notes, "--resume"], "notes.txt line 1 is not a result of sample.py")):
+        one_line(sample(*flags, *args), message)
+    assert kept == [path.read_bytes() for path in (out, notes, prompts)]
+
+
+@posix
 def test_interrupting_keeps_what_was_written(tmp_path):
+    """Of a single prompt, and of a row of JSON."""
     process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
                            directory=endless(tmp_path), stdout=subprocess.PIPE)
     text = "Hello" + tokenizer().decode(written("ar", "Hello", 3))
@@ -2448,62 +2451,54 @@ def test_interrupting_keeps_what_was_written(tmp_path):
         assert result["text"] == tokenizer().decode(result["tokens"])
         assert result["ended"] == "interrupted" or result["tokens"] == first["tokens"]
 
-    many = prompts_file(tmp_path / "some.jsonl", [{"text": "Hello"}] * 20)
-    flags = ["--prompt-file", many, "--batch-size", 2, "--max-new-tokens", 30, "--output"]
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    assert sample(*flags, whole).returncode == 0
-    process = start_sample(*flags, out)
-    while process.poll() is None and not (out.exists() and out.stat().st_size):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 130 and whole.read_bytes().startswith(out.read_bytes())
-    assert sample(*flags, out, "--resume").returncode == 0       # unfinished rows are not in it
-    assert out.read_bytes() == whole.read_bytes()
 
-
-@pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX")
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+@posix
+def test_a_reader_that_goes_away_is_no_error_but_a_full_disk_is(tmp_path):
     process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
                            directory=endless(tmp_path), stdout=subprocess.PIPE)
     assert process.stdout.read(5) == "Hello"
     process.stdout.close()
     assert process.stderr.readline().startswith("cpu: context tower")
     assert process.stderr.read() == "" and process.wait() == 0
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as disk:
+            process = start_sample("--max-new-tokens", 4, "Hello", stdout=disk)
+            err = process.communicate()[1]
+        assert process.returncode == 2 and "No space left" in err.splitlines()[-1]
 
 
 def test_trace_holds_every_step(tmp_path):
     """Replayed, the commits of the trace give the text."""
-    many = prompts_file(tmp_path / "many.jsonl", MANY)
-    flags = ["--prompt-file", many, "--max-new-tokens", 30, "--batch-size", 4, "--json"]
+    lines = [*MANY, {"text": LETTER, "template": "Dear____,"}]
+    flags = ["--prompt-file", prompts_file(tmp_path / "many.jsonl", lines), "--max-new-tokens", 30,
+             "--batch-size", 4, "--json"]
     run = sample(*flags, "--trace", tmp_path / "trace.jsonl")
-    steps = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    steps, results = results_of((tmp_path / "trace.jsonl").read_text()), results_of(run.stdout)
     assert len(steps) == sum(result["nfe"] for result in results)
     for result in results:
-        mine, blocks = [step for step in steps if step["index"] == result["index"]], {}
-        for step in mine:
-            block = blocks.setdefault(step["block"], [MASK] * 16)
+        blocks = {}
+        for step in (step for step in steps if step["index"] == result["index"]):
+            block = blocks.setdefault(step["block"], list(step["before"]))
             assert step["before"] == block and step["t"] == block.count(MASK) / 16
             assert all(0 <= p <= 1 for p in step["confidence"])
             for i, commit in enumerate(step["committed"]):
-                if commit:
-                    assert block[i] == MASK
-                    block[i] = step["after"][i]
+                assert not commit or block[i] == MASK
+                block[i] = step["after"][i] if commit else block[i]
             assert step["after"] == block
         tokens = [token for block in blocks.values() for token in block]
         assert tokens[:len(result["tokens"])] == result["tokens"]
+    first = [step["before"] for step in steps if step["step"] == 0 and step["index"] < len(MANY)]
+    assert first and all(before == [MASK] * 16 for before in first)
     assert sample(*flags).stdout == run.stdout
 
 
-@pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX")
-def test_watch_shows_the_block_in_place(tmp_path):
+@posix
+def test_watch_shows_the_block_in_place():
     """On a terminal masks and fresh (bold, underlined) tokens appear; elsewhere nothing does."""
     import pty
     flags = ["--max-new-tokens", "30", "--watch", "Hello"]
-    plain = sample(*flags)
     text = "Hello" + tokenizer().decode(written("mask_diffusion", "Hello", 30)) + "\n"
-    assert plain.stdout == text and "\x1b" not in plain.stdout
+    assert sample(*flags).stdout == text
     master, slave = pty.openpty()
     terminal = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     process = start_sample(*flags, stdout=slave, env=terminal)
@@ -2519,172 +2514,173 @@ def test_watch_shows_the_block_in_place(tmp_path):
 
 def test_sample_fills_templates(tmp_path):
     """Holes by length in both notations; the text around them stays; a line may have its own."""
-    model, _ = miniature()
-
     def filled(*parts: str | int) -> str:
         template = [token for part in parts for token in (
             [MASK] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
-        result = model.generate_mask_diffusion([tokenizer().encode(LETTER).ids], template=template,
-                                               eos_token_id=2)
-        return tokenizer().decode(result.tokens[0].tolist())
+        return tokenizer().decode(written("mask_diffusion", LETTER, None, template=tuple(template)))
 
     expected = filled("Dear", 4, "\nyour_order", 12, " on __Monday.")
     run = sample("--template", "Dear____\nyour_order{{12}} on __Monday.", LETTER)
     assert run.stdout == LETTER + expected + "\n", run.stderr
     assert expected.startswith("Dear") and expected.endswith(" on __Monday.")
-    many = prompts_file(tmp_path / "many.jsonl", [
-        {"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER},
-        {"text": LETTER, "template": "___ and then", "max_new_tokens": 9}])
-    run = sample("--template", "Dear____", "--prompt-file", many, "--json")
-    first, second, third = map(json.loads, run.stdout.splitlines())
-    assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
-    assert " and then" in third["text"] and len(third["tokens"]) == 9
-    assert first["settings"]["template"] == "Hello{{3}}."
-    lines = [{"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER, "max_new_tokens": 3}]
-    trace = tmp_path / "trace.jsonl"
-    flags = ["--prompt-file", prompts_file(tmp_path / "two.jsonl", lines * 2), "--output"]
-    for size in (1, 3):                                     # no batch gets another's templates
-        out = tmp_path / f"out{size}.jsonl"
-        run = sample(*flags, out, "--batch-size", size, *["--trace", trace] * (size == 3))
-        assert run.returncode == 0, run.stderr
-        results = [json.loads(line) for line in out.read_text().splitlines()]
-        assert [len(result["tokens"]) for result in results] == [
-            3 + len(tokenizer().encode("Hello").ids) + 1, 3] * 2
-    steps = [json.loads(line) for line in trace.read_text().splitlines()]
-    assert len(steps) == sum(result["nfe"] for result in results)
+    lines = [{"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER}, {"text": LETTER,
+             "template": "___ and then", "max_new_tokens": 9}]
+    flags = ["--template", "Dear____", "--json", "--prompt-file",
+             prompts_file(tmp_path / "many.jsonl", lines * 2)]
+    for size in (1, 4):                                 # no batch gets another's templates
+        results = results_of(sample(*flags, "--batch-size", size).stdout)
+        for first, second, third in (results[:3], results[3:]):
+            assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
+            assert " and then" in third["text"] and len(third["tokens"]) == 9
+            assert first["settings"]["template"] == "Hello{{3}}."
     fixed = tokenizer().decode(tokenizer().encode("Yes</s>no").ids)     # EOS inside, as any token
     assert sample("--template", "Yes</s>no", LETTER).stdout == f"{LETTER}{fixed}\n"
     flags = ["--max-new-tokens", 5, "--output", tmp_path / "one.jsonl", LETTER]
     assert sample("--template", "x____", *flags).returncode == 0
     one_line(sample("--resume", *flags), "was made with template 'x____', not None")
-    shown = run_python("sample.py", "--template", '{"city": "{{12}}').stdout
+    shown = sample("--template", '{"city": "{{12}}').stdout
     assert shown.startswith("json city=") and 'block 0  {"city": "\u2591' in shown
 
 
 def test_sample_scores(tmp_path):
-    model, _ = miniature()
     right = "Dear Dora,\nyour order 2203 of 16 maps"
     lines = [{"text": LETTER, "choices": [right.replace("Dora", "Adam"), right, "Dear"]},
-             {"text": "import", "continuation": " \u00e9tat"}]
-    file, out = prompts_file(tmp_path / "ask.jsonl", lines), tmp_path / "out.jsonl"
-    run = sample("--mode", "score", "--prompt-file", file, "--batch-size", 3)
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+             {"text": "import", "continuation": " \u00e9tat"},
+             {"text": LETTER, "choices": [right.replace("2203", "7140"), "Q"]}]
+    flags = ["--mode", "score", "--prompt-file", prompts_file(tmp_path / "ask.jsonl", lines)]
+    results = results_of(sample(*flags, "--batch-size", 3).stdout)
     for line, result in zip(lines, results, strict=True):
+        scores, per_byte = result["log_likelihoods"], result["perplexity_per_byte"]
         for i, text in enumerate(line.get("choices", [line.get("continuation")])):
-            given, asked = (torch.tensor(tokenizer().encode(t).ids) for t in (line["text"], text))
-            total = float(model.score([given], [asked]).total)
-            assert result["log_likelihoods"][i] == pytest.approx(total, abs=1e-4)
+            given, asked = (tokenizer().encode(t).ids for t in (line["text"], text))
+            total = float(miniature()[0].score([given], [asked]).total)
+            assert scores[i] == pytest.approx(total, abs=1e-4)
             assert result["perplexity_per_token"][i] == pytest.approx(
                 math.exp(-total / len(asked)), rel=1e-4)
-            assert result["perplexity_per_byte"][i] == pytest.approx(
-                math.exp(-total / len(text.encode())), rel=1e-4)
-        best = max(range(len(result["token_counts"])), key=lambda i: result["log_likelihoods"][i])
-        assert result["best"] == best
-        per_byte = result["perplexity_per_byte"]
+            assert per_byte[i] == pytest.approx(math.exp(-total / len(text.encode())), rel=1e-4)
+            assert result["token_counts"][i] == len(asked)
+        assert result["best"] == scores.index(max(scores))
         assert result["best_per_byte"] == per_byte.index(min(per_byte))
     wrong, likely, _ = results[0]["perplexity_per_byte"]
     assert likely < wrong and results[0]["best_per_byte"] != 0
-    flags = ["--mode", "score", "--prompt-file", file, "--output", out]
-    assert sample(*flags).returncode == 0
+    assert (results[2]["best"], results[2]["best_per_byte"]) == (1, 0)
+    out = tmp_path / "out.jsonl"
+    assert sample(*flags, "--output", out).returncode == 0
     whole = out.read_bytes()
     out.write_bytes(whole[:whole.index(b"\n") + 9])
-    assert sample(*flags, "--resume").returncode == 0
-    resumed = [json.loads(line) for line in out.read_text().splitlines()]
-    for a, b in zip(resumed, results, strict=True):     # in other batches: to the last digits
+    assert sample(*flags, "--output", out, "--resume").returncode == 0
+    for a, b in zip(results_of(out.read_text()), results, strict=True):
+        # in other batches: to the last digits
         assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], abs=1e-4)
         assert (a["token_counts"], a["settings"]) == (b["token_counts"], b["settings"])
-    for line, message in (
-            ({"text": "a"}, "line 1 must have either continuation or choices"),
-            ({"text": "a", "choices": []}, "choices is [], but it must be a list of texts"),
-            ({"text": "a", "continuation": ""}, "a choice of the prompt holds no token"),
-            ({"text": "a", "continuation": "b", "seed": 1}, "line 1 has 'seed'")):
-        prompts_file(tmp_path / "ask.jsonl", [line])
-        one_line(sample(*flags[:4]), message)
+
+
+def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
+    """Every option of twotower.py's functions, in every mode."""
+    everywhere = {"temperature", "top_k", "top_p", "seed", "max_new_tokens"}
+    for mode in ("mask_diffusion", "speculative", "mock_ar", "ar", "score"):
+        function = TwoTower.score if mode == "score" else getattr(TwoTower, f"generate_{mode}")
+        takes = set(inspect.signature(function).parameters) | (
+            everywhere if mode != "score" else set())
+        for name in everywhere | {"block_size", "draft_length", "steps_per_block", "template",
+                                  "confidence_threshold", "mask_token_id"}:
+            flags = ["--" + name.replace("_", "-"), 1 if name != "temperature" else 0.5]
+            flags += ["--temperature", 1] * (name in ("top_k", "top_p", "seed") and mode != "score")
+            run = sample("--plan", "--mode", mode, *flags, "Hi")
+            if name in takes:
+                assert run.returncode == 0, run.stderr
+            else:
+                one_line(run, f"{flags[0]} does nothing with --mode {mode}")
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--mode", "ar"], "--mode ar needs a prompt"),
-    (["--mode", "ar", "--template", "___", "Hi"], "--template does nothing with --mode ar"),
-    (["--mode", "ar", "--mask-token-id", "0", "Hi"], "--mask-token-id does nothing"),
-    (["--mode", "ar", "--confidence-threshold", "0", "Hi"], "--confidence-threshold does nothing"),
-    (["--mode", "score", "--temperature", "0", "--prompt-file", "x.jsonl"], "--temperature does"),
-    (["--mode", "score", "--json", "--prompt-file", "x.jsonl"], "--json does nothing"),
-    (["--mode", "score"], "--mode score needs --prompt-file"),
-    (["--graphs", "Hi"], "--graphs needs --backend triton"),
-    (["--graphs", "--backend", "triton", "--mode", "speculative", "Hi"], "--graphs does nothing"),
-    (["--plan", "--template", "___"], "--template does nothing with --plan but beside a prompt"),
-    (["--mode", "speculative", "--draft-length", "5000", "Hi"],
-     "lower --max-new-tokens or --draft"),
-    (["--template", "", "Hi"], "the template of the prompt holds no token and no hole"),
-    (["--template", "{{9}}", "--max-new-tokens", "8", "Hi"], "has 9 tokens, more than the 8"),
-    (["--draft-length", "8", "Hi"], "--draft-length does nothing with --mode mask_diffusion"),
-    (["--mode", "speculative", "--block-size", "8", "Hi"], "--block-size does nothing"),
-    (["--mode", "score", "Hi"], "--mode score needs --prompt-file with the suffix .jsonl"),
-    ([""], "the prompt holds no token"),
-    (["--mode", "fast", "Hi"], "invalid choice: 'fast'"),
-    (["--blocksize", "8", "Hi"], "unrecognized arguments"),
-    (["--block-size", "0", "Hi"], "--block-size: 0 must be an integer of 1 or more"),
-    (["--block-size", "eight", "Hi"], "--block-size: eight must be an integer"),
-    (["--batch-size", "-1", "Hi"], "--batch-size: -1 must be"),
-    (["--max-new-tokens", "-5", "Hi"], "--max-new-tokens: -5 must be"),
-    (["--max-new-tokens", "999999", "Hi"], "max_position_embeddings 4096"),
-    (["--mode", "ar", "--steps-per-block", "4", "Hi"], "does nothing with --mode ar"),
-    (["--mode", "mock_ar", "--watch", "Hi"], "--watch does nothing with --mode mock_ar"),
-    (["--mode", "ar", "--denoiser-device", "cpu", "Hi"], "--denoiser-device does nothing"),
-    (["--mask-token-id", "1280", "Hi"], "--mask-token-id is 1280, but it must be below vocab_size"),
-    (["--top-k", "5", "Hi"], "--top-k does nothing without --temperature above 0"),
-    (["--temperature", "-1", "Hi"], "--temperature: -1 must be a number of 0 or more"),
-    (["--temperature", "1", "--seed", "-1", "Hi"], "--seed: -1 must be"),
-    (["--temperature", "1", "--top-p", "1.5", "Hi"], "--top-p: 1.5 must be a number in (0, 1]"),
-    (["--confidence-threshold", "nan", "Hi"], "--confidence-threshold: nan must be"),
-    (["--context-device", "cuda:99", "Hi"], "--context-device cuda:99 cannot be used"),
-    (["--context-device", "toaster", "Hi"], "--context-device toaster cannot be used"),
-    (["--denoiser-device", "meta", "Hi"], "--denoiser-device meta cannot be used"),
-    (["--stop", "", "Hi"], "--stop needs some text"),
-    (["--resume", "Hi"], "--resume needs --output"),
-    (["--json", "--output", "new.jsonl", "Hi"], "--json does nothing with --output"),
-    (["--watch", "--json", "Hi"], "--watch does nothing with --json"),
-    (["--plan", "--stop", "x"], "--stop does nothing with --plan"),
-    (["--plan", "--max-new-tokens", "5000"], "max_position_embeddings 4096"),
-    (["--block-size", "5000", "Hi"], "max_position_embeddings 4096"),
-    (["--steps-per-block", "1" + "0" * 20, "Hi"], "--steps-per-block: 1"),
-    (["--output", "o", "--trace", "./o", "Hi"], "must be different files"),
-    (["--output", "o", "--resume", "--temperature", "1", "Hi"], "needs its --seed"),
-    (["--output", "no/where.jsonl", "Hi"], "no/where.jsonl: its directory does not exist"),
-    (["--trace", "README.md", "Hi"], "README.md exists; give another name"),
-    (["--prompt-file", "README.md", "Hi"], "give a prompt or --prompt-file, not both"),
-    (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-    ([b"\xff\xfe"], "the prompt is not valid UTF-8"),
+    ("--mode ar", "--mode ar needs a prompt; the demonstration is of mask_diffusion"),
+    ("--mode score Hi", "--mode score needs --prompt-file with the suffix .jsonl"),
+    ("--mode fast Hi", "invalid choice: 'fast'"),
+    ("--blocksize 8 Hi", "unrecognized arguments"),
+    ("--block-size eight Hi", "argument --block-size: invalid int value: 'eight'"),
+    *[(f"{flag} {value} --temperature 1 Hi", f"{flag} is {value}, but it must be {rule}")
+      for flag, value, rule in (
+          ("--block-size", 0, "an integer of 1 or more"), ("--batch-size", -1, "an integer of 1"),
+          ("--max-new-tokens", -5, "an integer of 1"), ("--steps-per-block", 10**20, "an integer"),
+          ("--seed", -1, "an integer in [0, 2**63)"), ("--top-p", 1.5, "a number in (0, 1]"),
+          ("--confidence-threshold", "nan", "a number of 0 or more"))],
+    ("--temperature -1 Hi", "--temperature is -1.0, but it must be a number of 0 or more"),
+    ("--stop '' Hi", "--stop is [''], but it must be some text"),
+    ("--mask-token-id 1280 Hi", "--mask-token-id is 1280, but it must be below vocab_size 1280"),
+    *[(f"{args} Hi", f"{args.split()[0]} needs {needed}") for args, needed in (
+        ("--top-k 5", "--temperature above 0"), ("--seed 0 --temperature 0", "--temperature above"),
+        ("--graphs", "--backend triton"), ("--resume", "--output"),
+        ("--resume --output o --temperature 1", "--output, and with --temperature the --seed"))],
+    ("--plan --template ___", "--template needs a prompt beside --plan"),
+    *[(f"{args} {other}", f"{args.split()[0]} does nothing with {other.removesuffix(' o')}")
+      for args, other in (
+          *((args, "--plan") for args in ("--stop x", "--json", "--output o", "--trace t")),
+          ("--watch", "--plan"), ("--graphs --backend triton", "--plan"),
+          *((f"{args} --prompt-file two.jsonl", "--mode score") for args in (
+              "--stop x", "--json", "--trace t", "--watch", "--denoiser-device cpu")),
+          ("--graphs --backend triton Hi", "--mode speculative"), ("--watch Hi", "--mode mock_ar"),
+          ("--json Hi", "--output o"), ("--watch Hi", "--json"),
+          ("--watch Hi", "--output o"), ("--trace t Hi --output o", "--resume"))],
+    ("--prompt-file two.jsonl Hi", "prompt does nothing with --prompt-file"),
+    ("--watch --prompt-file two.jsonl", "--watch shows one row at a time; give --batch-size 1"),
+    ("''", "the prompt holds no token"),
+    ("--template '' Hi", "the template of the prompt holds no token and no hole"),
+    ("--template {{9}} --max-new-tokens 8 Hi", "has 9 tokens, more than the 8"),
+    ("--max-new-tokens 999999 Hi", "max_position_embeddings 4096"),
+    ("--plan --max-new-tokens 5000", "max_position_embeddings 4096"),
+    ("--block-size 5000 Hi", "lower --max-new-tokens or --block-size"),
+    ("--mode speculative --draft-length 5000 Hi", "lower --max-new-tokens or --draft-length"),
+    *[(f"--{flag} {place} Hi", f"--{flag} {place} cannot be used") for flag, place in (
+        ("context-device", "cuda:99"), ("context-device", "toaster"), ("denoiser-device", "meta"))],
+    ("--output o --trace ./o Hi", "must be different files"),
+    ("--output no/where.jsonl Hi", "no/where.jsonl: its directory does not exist"),
+    ("--trace two.jsonl Hi", "two.jsonl exists; give another name"),
+    ("--prompt-file nowhere.txt", "nowhere.txt"),
+    ("\udcff\udcfe", "the prompt is not valid UTF-8"),
+    ("--template '\udcff' Hi", "the template of the prompt is not valid UTF-8"),
 ])
-def test_sample_refuses_in_one_line(args, message):
-    one_line(sample(*args), message)
+def test_sample_refuses_in_one_line(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    two = prompts_file(tmp_path / "two.jsonl", [{"text": "a"}, {"text": "b"}]).read_bytes()
+    one_line(sample(*shlex.split(args)), message)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [two]
+    if "toaster" in args or "\udcff" in args:       # a process of its own says the same
+        one_line(run_python(HERE / "sample.py", *map(os.fsencode, shlex.split(args))), message)
 
 
-@pytest.mark.parametrize("lines, message", [
-    (["", "  "], "holds no prompt"),
-    ([{"text": "a"}, "", "{text: a}"], "line 3 is not JSON"),
-    ([{"text": "a"}, {"prompt": "b"}], "line 2 must be an object with text"),
-    ([{"text": "a"}, ["b"]], "line 2 must be an object with text"),
-    ([{"text": 7}], "line 1: text is 7, but it must be text"),
-    ([{"text": "a", "max_new_tokens": 0}], "line 1: max_new_tokens is 0"),
-    ([{"text": "a", "seed": "x"}], "line 1: seed is 'x'"),
-    ([{"text": "a", "seed": 2**70}], "line 1: seed is 1180591620717411303424"),
-    (["[" * 10**5], "line 1 is not JSON"),
-    ([{"text": "a", "temperature": 1}], "line 1 has 'temperature'; known are text"),
-    ([{"text": "a"}, {"text": ""}], "prompt 1 holds no token"),
-    ([{"text": "a"}, {"text": "b" * 5000}], "prompt 1 has 5000 tokens"),
-    ([{"text": "a"}, {"text": "\ud800"}], "prompt 1 is not valid UTF-8"),
+@pytest.mark.parametrize("lines, message, mode", [
+    (["", "  "], "holds no prompt", "ar"),
+    ([{"text": "a"}, "", "{text: a}"], "line 3 is not JSON", "ar"),
+    ([{"text": "a"}, {"prompt": "b"}], "line 2 must be an object with text", "ar"),
+    ([{"text": "a"}, ["b"]], "line 2 must be an object with text", "ar"),
+    ([{"text": 7}], "line 1: text is 7, but it must be text", "ar"),
+    ([{"text": "a", "max_new_tokens": 0}], "line 1: max_new_tokens is 0", "ar"),
+    ([{"text": "a", "max_new_tokens": True}], "line 1: max_new_tokens is True", "ar"),
+    ([{"text": "a", "seed": "x"}], "line 1: seed is 'x'", "ar"),
+    ([{"text": "a", "seed": 2**70}], "line 1: seed is 1180591620717411303424", "ar"),
+    (["[" * 10**5], "line 1 is not JSON", "ar"),
+    ([{"text": "a", "temperature": 1}], "line 1 has 'temperature'; known", "mask_diffusion"),
+    ([{"text": "a", "template": "___"}], "line 1 has 'template'; known", "ar"),
+    ([{"text": "a"}, {"text": ""}], "prompt 1 holds no token", "ar"),
+    ([{"text": "a"}, {"text": "b" * 5000}], "prompt 1 has 5000 tokens", "ar"),
+    ([{"text": "a"}, {"text": "\ud800"}], "prompt 1 is not valid UTF-8", "ar"),
+    ([{"text": "a"}], "line 1 must have either continuation or choices", "score"),
+    ([{"text": "a", "choices": []}], "choices is [], but it must be a list of texts", "score"),
+    ([{"text": "a", "continuation": ""}], "a choice of the prompt holds no token", "score"),
+    ([{"text": "a", "continuation": "b", "seed": 1}], "line 1 has 'seed'; known", "score"),
 ])
-def test_a_prompt_file_is_checked_before_anything_is_written(lines, message, tmp_path):
-    many = prompts_file(tmp_path / "many.jsonl", lines)
-    one_line(sample("--prompt-file", many, "--json"), message)
+def test_a_prompt_file_is_checked_before_anything_is_written(lines, message, mode, tmp_path):
+    many, out = prompts_file(tmp_path / "many.jsonl", lines), tmp_path / "out.jsonl"
+    one_line(sample("--mode", mode, "--prompt-file", many, "--output", out), message)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: shutil.rmtree(d), "is not a directory"),
     (gone("tokenizer.json"), "tokenizer.json is missing"),
     (cut("tokenizer.json", 300), "tokenizer.json is no tokenizer"),
-    (cut("config.json", 300), "config.json is not valid JSON"),
+    (cut("config.json", 300), "is not valid JSON"),
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
      "id 128"),
@@ -2698,25 +2694,22 @@ def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_pat
 def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
     """A name that is no directory is fetched; for AR no file with only denoiser tensors."""
     import huggingface_hub
-
-    import sample as cli
     write_headers(tmp_path, TINY, 4)
     asked = []
 
     def snapshot_download(name, *, allow_patterns, local_files_only):
-        asked.append((name, allow_patterns, local_files_only))
+        asked.append((list(allow_patterns), local_files_only))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert cli.fetch("some/model", "both", False) == tmp_path
     assert cli.fetch("some/model", "context", True) == tmp_path
-    everything, context = ([p for p in asked[i][1] if p.startswith("model-")] for i in (1, 3))
-    assert len(everything) == 4 and context == everything[:len(context)] and len(context) == 2
-    small = ["config.json", "tokenizer.json", twotower.INDEX]
-    assert [asked[i][1][:3] for i in range(4)] == [small] * 4 and len(asked[0][1]) == 3
-    assert asked[1][1] == small + everything
-    assert [asked[i][2] for i in range(4)] == [False, False, True, True]
     assert cli.fetch(str(tmp_path), "both", False) == tmp_path and len(asked) == 4
+    small = ["config.json", "tokenizer.json", twotower.INDEX]
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) == 4         # the towers are alike: two hold nothing but the denoiser
+    assert asked == [(small, False), (small + shards, False),
+                     (small, True), (small + shards[:2], True)]
     run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
                      env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
     one_line(run, "https://huggingface.co/some/model where there is a connection")
@@ -2747,23 +2740,26 @@ def test_dtype():
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     """With made-up free memory and GPUs."""
-    import sample as cli
     model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
-    args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False)
-    one = sum(cli.memory(model, 1, 112, 16, ["cpu"] * 2)["cpu"].values())
-    four = sum(cli.memory(model, 4, 112, 16, ["cpu"] * 2)["cpu"].values())
-    apart = cli.memory(model, 4, 112, 16, ["cpu", "cuda:0"])
-    assert sum(parts["weights"] for parts in apart.values()) == cli.memory(
-        model, 4, 112, 16, ["cpu"] * 2)["cpu"]["weights"]
-    alone = sum(cli.memory(model, 4, 112, 16, ["cpu"])["cpu"].values())
-    assert alone < one < four and alone < sum(apart["cuda:0"].values()) < four
+    args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False, batch_size=4)
+
+    def needed(rows: int, *places: str) -> dict[str, int]:
+        table = cli.memory(model, rows, 112, 16, places)
+        return {place: sum(parts.values()) for place, parts in table.items()}
+
+    one, four, alone = (needed(*what)["cpu"] for what in (
+        (1, "cpu", "cpu"), (4, "cpu", "cpu"), (4, "cpu")))
+    apart = needed(4, "cpu", "cuda:0")
+    assert alone == apart["cpu"] < one < four and alone < apart["cuda:0"] < four
+    assert sum(apart.values()) - four == four - sum(     # all but the weights is there twice
+        tensor.nbytes for tensor in model.state_dict().values())
 
     def verdict(places: list[str], **free: int) -> str | None:
         gpus = [place for place in free if place != "cpu"]
         monkeypatch.setattr(cli, "free_memory", lambda place: free[place.replace(":", "")])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         try:
-            return cli.plan(model, [], 4, 16, args, places)
+            return cli.plan(model, [], args, 16, places)
         except ValueError as error:
             return str(error).partition("what would: ")[2]
 
@@ -2772,7 +2768,7 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     assert verdict(["cpu"] * 2, cpu=alone) == "--mode ar, the context tower alone on cpu"
     assert verdict(["cpu"] * 2, cpu=alone - 1).startswith("a device with more memory")
     assert verdict(["cpu"], cpu=one, cuda0=0) is None
-    half = max(sum(parts.values()) for parts in apart.values())
+    half = max(apart.values())
     assert verdict(["cuda:0"] * 2, cpu=0, cuda0=half, cuda1=half) == (
         "--context-device cuda:0 --denoiser-device cuda:1")
     assert verdict(["cuda:0", "cuda:1"], cpu=0, cuda0=alone, cuda1=0) == (
