@@ -3374,22 +3374,25 @@ def test_the_published_code_in_an_environment_of_its_own(tmp_path):
 # ------------------------------------------------------------------------------------- the rest
 
 def test_readme():
-    """The sample commands run as they stand, the Python lines on another checkpoint and device; the
-    test command is the one CI runs; the counts are right."""
+    """Of the two set-up lines one runs as it stands, the other is what CI runs; the Python lines
+    run on another checkpoint and device; what is linked is there, and so is every flag."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-                for line in block.splitlines()]
-    test = "python -m pytest -q -rs -n 2 test_twotower.py"
-    assert test in commands and (HERE / ".ci" / "run").read_text().splitlines()[-1] == test
-    for program, *args in map(shlex.split, (line for line in commands if "sample.py" in line)):
-        run = run_python(*args)
-        assert program == "python" and run.returncode == 0, run.stderr
-        assert run.stdout and run.stderr.splitlines()[-1].startswith("mask_diffusion on ")
+    commands, = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    show, test = (line.removeprefix("pip install -r requirements.txt && ")
+                  for line in commands.splitlines())
+    assert test == (HERE / ".ci" / "run").read_text().splitlines()[-1]
+    run = run_python(*shlex.split(show)[1:])
+    assert run.returncode == 0 and run.stdout, run.stderr
+    assert run.stderr.splitlines()[-1].startswith("mask_diffusion on ")
     code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = f"directory = {str(GOLDEN / 'cfg1')!r}\n" + re.sub(r"cuda:\d", "cpu", code)
     run = run_python("-c", code)
     assert run.returncode == 0 and "tensor([" in run.stdout, run.stderr
-    assert f"{len(BROKEN)} kinds of broken checkpoint" in text
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (HERE / link).exists(), link
+    for program, flags in re.findall(r"python (\w+\.py)(.*)", text):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", flags):
+            assert f'"{flag}"' in (HERE / program).read_text(encoding="utf-8"), (program, flag)
 
 
 def figures():
