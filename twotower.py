@@ -187,7 +187,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
     Args: y, z (..., d_inner); weight (d_inner). Returns: (..., d_inner) in y's dtype.
     """
-    v = (wide(y) * F.silu(wide(z))).unflatten(-1, (groups, -1))
+    v = F.silu(wide(z)).mul_(wide(y)).unflatten(-1, (groups, -1))
     v = F.rms_norm(v, v.shape[-1:], eps=eps).flatten(-2)
     return (v * weight).to(y.dtype)
 
@@ -209,7 +209,8 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         out = x[:, :L] * taps[0]
         for w in range(1, W):               # W shifted products beat a depthwise conv1d on CPU
             out.addcmul_(x[:, w:w + L], taps[w])
-    return F.silu(out if bias is None else out + wide(bias)).to(inputs.dtype)
+    out = out if bias is None else out.add_(wide(bias))
+    return F.silu(out, inplace=True).to(inputs.dtype)
 
 
 def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, float],
@@ -1070,7 +1071,7 @@ class TwoTower(Module):
 
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_ar(self, prompts, max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                     **options) -> Generation:
         """Continue prompts with the context tower, one token at a time."""
@@ -1080,7 +1081,7 @@ class TwoTower(Module):
             logits = run.extend(run.newest(1), "last")
         return run.result()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_mock_ar(self, prompts, max_new_tokens: int | Sequence[int],
                          temperature: float = 0.0, **options) -> Generation:
         """The denoiser as an AR model, a check of the plumbing.
@@ -1098,7 +1099,7 @@ class TwoTower(Module):
                 return run.result()
             run.extend(run.newest(2)[:, :1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_mask_diffusion(self, prompts, max_new_tokens: int | Sequence[int] | None = None,
                                 block_size: int = 16, steps_per_block: int = 16,
                                 mask_token_id: int | None = None, temperature: float = 0.0, *,
@@ -1128,7 +1129,7 @@ class TwoTower(Module):
                 return run.result()
             run.extend(run.newest(block_size))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_speculative(self, prompts, max_new_tokens: int | Sequence[int],
                              draft_length: int = 16, steps_per_block: int = 1,
                              mask_token_id: int | None = None, temperature: float = 0.0, *,
@@ -1537,10 +1538,11 @@ class Decoding:
         self.context.select(going)
         return bool(going)
 
+    @torch.inference_mode(False)                # tensors that can be trained on
     def result(self) -> Generation:
-        return Generation([torch.tensor(text[len(prompt):], dtype=torch.long)
-                           for text, prompt in zip(self.texts, self.prompts)],
-                          self.nfe, self.context_passes)
+        tokens = [torch.tensor(text[len(prompt):], dtype=torch.long)
+                  for text, prompt in zip(self.texts, self.prompts)]
+        return Generation(tokens, self.nfe.clone(), self.context_passes.clone())
 
 
 # ---------------------------------------------------------------------------------------------
