@@ -1662,11 +1662,12 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
 
 def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]:
     """A tensor (n,) of ids for each row, empty where there is no template."""
+    rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
+    require(template is None or isinstance(template, Sequence | Tensor), rule)
     one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
                                all(isinstance(token, int) for token in template))
     templates = [template] * rows if one else template
-    require(len(templates) == rows, "template must be ids, or one sequence of them (or None) for "
-            f"each of {rows} prompts")
+    require(len(templates) == rows, rule)
     return [torch.empty(0, dtype=torch.long) if ids is None else
             check_text(ids, f"template {row}", config) for row, ids in enumerate(templates)]
 
