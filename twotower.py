@@ -499,7 +499,8 @@ class KVCache:
         """Put k, v (..., G, K) at rows and slots (...) int64; return the first `end` slots of all
         rows, two views (B, G, end, K)."""
         self.reserve(end)
-        self.key_cache[rows, :, slots], self.value_cache[rows, :, slots] = k, v
+        for cache, new in ((self.key_cache, k), (self.value_cache, v)):
+            cache[rows, :, slots] = new.to(cache.dtype)             # other only under autocast
         return self.key_cache[:, :, :end], self.value_cache[:, :, :end]
 
 

@@ -4,6 +4,7 @@
     scan.png        how far back the heads of a trained Mamba-2 layer read
     masks.png       who attends to whom when all blocks of a text are trained in one pass
     denoising.png   the miniature filling blocks, pass by pass
+    denoising.gif   the same as a moving picture
     cost.png        experts read by a pass, and the speed-up that bytes allow
 
 These are computed from the bundled miniature or the released sizes, and the line numbers in the
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
 
@@ -145,6 +147,46 @@ def denoising(model: TwoTower, tokenizer: Tokenizer):
             "each token, the probability of the denoiser's best guess there", fontsize=9)
     ax.axis("off")
     figure.savefig(OUT / "denoising.png", dpi=150)
+
+
+def film(model: TwoTower, tokenizer: Tokenizer):
+    """The same passes as a moving picture: each block's tokens as they are committed."""
+    steps = []
+    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 64, eos_token_id=2,
+                                  on_step=steps.append)
+    blocks = 1 + steps[-1].block_index
+    figure, ax = plt.subplots(figsize=(10, 0.62 * blocks + 1.1), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0, h_pad=0)
+    ax.set(xlim=(0, 16), ylim=(-blocks + 0.95, 2.1))
+    ax.axis("off")
+    ax.text(0, 1.75, PROMPT.strip(), fontsize=10, family="monospace")
+    caption = ax.text(0, 1.2, "", fontsize=10)
+    cells = {}
+    for y in range(blocks):
+        for x in range(16):
+            box = ax.add_patch(Rectangle((x, -y), 0.96, 0.86, facecolor="#e9ecef",
+                                         edgecolor="#adb5bd"))
+            cells[y, x] = box, ax.text(x + 0.48, -y + 0.43, "", ha="center", va="center",
+                                       fontsize=9)
+
+    def draw(frame: int):
+        """Frame 0 is all masks; frame i is what stands after pass i-1."""
+        step = steps[max(0, frame - 1)]
+        for x in range(16 * (frame > 0)):
+            token, (box, label) = int(step.after[0, x]), cells[step.block_index, x]
+            if token != model.config.mask_token_id:
+                text = tokenizer.decode([token], skip_special_tokens=False)
+                label.set_text(text.replace("\n", "↵").replace(" ", "␣"))
+                box.set_facecolor("#ffb703" if step.committed[0, x] else "white")
+        for (y, _), (box, _) in cells.items():
+            if y < step.block_index:
+                box.set_facecolor("white")
+        caption.set_text("grey: masked    orange: committed in this pass" + (
+            f"    block {step.block_index}, pass {step.step}, t = {float(step.t[0]):.2f}"
+            if frame else ""))
+
+    frames = [0, *range(1, len(steps) + 1), *[len(steps)] * 3]
+    FuncAnimation(figure, draw, frames).save(OUT / "denoising.gif", PillowWriter(fps=1.2), dpi=90)
 
 
 def cost():
@@ -274,6 +316,7 @@ def main():
     scan(model, tokenizer.encode(PROMPT).ids)
     masks(model)
     denoising(model, tokenizer)
+    film(model, tokenizer)
     cost()
     plt.close("all")
 
