@@ -1845,14 +1845,16 @@ def test_kernels_compile_for_an_h100():
 
 @quiet
 @needs_kernels
-@pytest.mark.parametrize("mode, new", [("mask_diffusion", 8), ("ar", 3), ("speculative", 6)])
-def test_the_miniature_writes_the_same_with_kernels(mode, new):
+@pytest.mark.parametrize("mode, new, knobs", [
+    ("ar", 3, {}), ("mask_diffusion", 8, dict(block_size=8, steps_per_block=3)),
+    ("speculative", 4, dict(draft_length=4))])
+def test_the_miniature_writes_the_same_with_kernels(mode, new, knobs):
     torch_model, tokenizer = miniature()
     model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton")
     assert (torch_model.backend, model.backend) == ("torch", "triton")
-    prompts = [tokenizer.encode(text).ids for text in (
-        LETTER, "class Point label:str width:int height:int color:str\n")]
-    expected, got = (getattr(m, f"generate_{mode}")(prompts, new) for m in (torch_model, model))
+    prompts = [tokenizer.encode(text).ids for text in ("class Point label:str\n", "import os\n")]
+    expected, got = (getattr(m, f"generate_{mode}")(prompts, new, **knobs)
+                     for m in (torch_model, model))
     assert texts(expected) == texts(got) and expected.nfe.equal(got.nfe)
 
 
