@@ -1228,14 +1228,14 @@ class TwoTower(Module):
         tensors = self.state_dict()
         for name, parts in checkpoint_tensors(self).items():
             device = context_device if name.startswith("context_") else denoiser_device
-            tensor = torch.empty_like(tensors[name], device=device)
+            tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
             for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
                 with safe_open(files[key], "pt", device=str(tensor.device)) as file:
                     part.copy_(file.get_tensor(key))
-            set_tensor(self, name, tensor)
             if on_load is not None:
                 on_load(tensor.nbytes)
+        self.load_state_dict(tensors, assign=True)
         return self
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
@@ -1732,40 +1732,30 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
             [(name, tensor)] for name, tensor in model.state_dict().items()}
 
 
-def set_tensor(model: nn.Module, name: str, tensor: Tensor):
-    """Replace a parameter or buffer, whatever the new dtype and device."""
-    owner, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner)
-    setattr(owner, leaf, nn.Parameter(tensor) if leaf in owner._parameters else tensor)
-
-
 def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for names that begin with one of `unread`; of a broken promise without shape."""
-    index, single = directory / INDEX, directory / "model.safetensors"
-    found: dict[str, tuple] = {}
+    index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
     if index.exists():
-        places = read_json(index).get("weight_map")
-        require(isinstance(places, dict) and bool(places), f"{index} has no weight_map")
-        for key, name in places.items():
+        weight_map = read_json(index).get("weight_map")
+        require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+        for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
             if not key.startswith(unread):
-                found[key] = directory / name, None, None
-    for path in sorted({path for path, _, _ in found.values()} or {single}):
+                places[key] = directory / name
+    for path in sorted(set(places.values()) or {single}):
         require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    place, shape, _ = found.get(key, (path, None, None))
-                    require(shape is None and place == path,
-                            f"tensor {key} is in {path.name}, and {place.name} is its place too")
-                    if not key.startswith(unread):
-                        part = file.get_slice(key)
-                        found[key] = path, part.get_shape(), part.get_dtype()
+                for key in (key for key in file.keys() if not key.startswith(unread)):
+                    place, part = places.setdefault(key, path), file.get_slice(key)
+                    require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
+                            "its place too")
+                    found[key] = path, part.get_shape(), part.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
-    return found
+    return {key: found.get(key, (path, None, None)) for key, path in places.items()}
 
 
 def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtype | None):
@@ -1779,9 +1769,10 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
             keys = dtypes | keys
-        set_tensor(model, name, torch.empty_like(tensors[name], dtype=own))
+        tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
+    model.load_state_dict(tensors, assign=True)
 
 
 def save_checkpoint(model: TwoTower, directory: Path, max_shard_bytes: int):
