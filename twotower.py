@@ -1244,7 +1244,35 @@ class TwoTower(Module):
         Every file is written under another name first, so that none is ever half-written; files
         of a checkpoint that was there before are replaced or removed.
         """
-        save_checkpoint(self, Path(directory), max_shard_bytes)
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
+        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
+                "which a context tower alone must not replace; save it elsewhere")
+        shards, size = [{}], 0
+        for key, part in (pair for parts in checkpoint_tensors(self).values() for pair in parts):
+            size += part.nbytes
+            if shards[-1] and size > max_shard_bytes:
+                shards.append({})
+                size = part.nbytes
+            shards[-1][key] = part.contiguous()
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards):
+            write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
+        files = {"config.json": dataclasses.asdict(self.config) | {
+            "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
+        if len(shards) > 1:
+            total = sum(part.nbytes for shard in shards for part in shard.values())
+            files[INDEX] = {
+                "metadata": {"total_size": total},
+                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        for name, value in files.items():
+            write(directory / name, lambda path: path.write_text(
+                json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+        for path in old:
+            if path.name not in (*names, *files):
+                path.unlink()
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
@@ -1773,38 +1801,6 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
     model.load_state_dict(tensors, assign=True)
-
-
-def save_checkpoint(model: TwoTower, directory: Path, max_shard_bytes: int):
-    """See `TwoTower.save_pretrained`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-    require(not old or model.denoiser_tower is not None, f"{directory} holds a checkpoint, which a "
-            "context tower alone must not replace; save it elsewhere")
-    shards, size = [{}], 0
-    for key, part in (pair for parts in checkpoint_tensors(model).values() for pair in parts):
-        if shards[-1] and size + part.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = part
-        size += part.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        shard = {key: part.contiguous() for key, part in shard.items()}
-        write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-    files = {"config.json": dataclasses.asdict(model.config) | {
-        "torch_dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch.")}}
-    if len(shards) > 1:
-        files[INDEX] = {
-            "metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    for name, value in files.items():
-        write(directory / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n",
-                                                             encoding="utf-8"))
-    for path in old:
-        if path.name not in (*names, *files):
-            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------
