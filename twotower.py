@@ -1161,10 +1161,10 @@ class TwoTower(Module):
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
             masked = (place > 0).expand_as(block)           # AR itself may have chosen the mask id
-            block = run.fill(block, masked, place < run.left()[:, None], greedy=True)
+            block = run.fill(block, masked, place < run.left[run.live, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
             right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
-            kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left())              # (R,)
+            kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left[run.live])      # (R,)
             run.check_finite(confidence, place < kept[:, None])
             run.context.settle(kept)
             going = run.append([row[:n] for row, n in zip(ids, kept)])
@@ -1435,21 +1435,15 @@ class Decoding:
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
+        # what each row may still get: (n,) tokens of its template, and how many in all (B,)
         self.templates = check_templates(template, rows, model.config)
-        self.limits = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
+        self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
         self.seeds = check_seeds(seed, rows)
         self.live = list(range(rows))                   # R rows are still being written
         self.texts = [prompt.tolist() for prompt in self.prompts]       # with what is written
         self.nfe = torch.zeros(rows, dtype=torch.long)
         self.context_passes = torch.zeros(rows, dtype=torch.long)
         self.block_index = 0
-
-    def written(self, row: int) -> int:
-        return len(self.texts[row]) - len(self.prompts[row])
-
-    def left(self) -> Tensor:
-        """(R,): how many tokens each live row may still get."""
-        return torch.tensor([self.limits[row] - self.written(row) for row in self.live])
 
     def newest(self, n: int) -> Tensor:
         """(R, n): the newest tokens of each live row."""
@@ -1459,7 +1453,8 @@ class Decoding:
                 repeats: bool = False) -> Tensor | None:
         """Begin the context; returns the logits (R, 1, V) after it. repeats: what follows are equal
         passes over the same rows, which can be recorded."""
-        self.context = self.model._prefill(prompts, max(self.limits) + self.block_size, logits)
+        self.context = self.model._prefill(prompts, int(self.left.max()) + self.block_size,
+                                           logits)
         self.context_passes += self.context.lengths > 0
         if repeats and self.model.graphs:
             self.context.passes = kernels().Passes(self.model, self.context, Pass.behind)
@@ -1521,9 +1516,9 @@ class Decoding:
         block = torch.full((len(self.live), self.block_size), self.mask_token_id)
         wanted = torch.ones_like(block, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            rest = self.templates[row][self.written(row):][:self.block_size]
+            rest = self.templates[row][:self.block_size]
             block[r, :len(rest)] = rest
-            if len(self.templates[row]) == self.limits[row]:
+            if len(self.templates[row]) == self.left[row]:
                 wanted[r, len(rest):] = False
         return block, wanted
 
@@ -1550,12 +1545,12 @@ class Decoding:
         that end leave the context. Returns whether any goes on."""
         going = []
         for r, row in enumerate(self.live):
-            written = self.written(row)
-            ids = new[r][:self.limits[row] - written].tolist()
-            eos_from = max(0, len(self.templates[row]) - written)
-            ended = written + len(ids) == self.limits[row]
-            if self.eos_token_id in ids[eos_from:]:
-                ids, ended = ids[:ids.index(self.eos_token_id, eos_from) + 1], True
+            ids, template = new[r][:int(self.left[row])].tolist(), len(self.templates[row])
+            ended = len(ids) == self.left[row]
+            if self.eos_token_id in ids[template:]:
+                ids, ended = ids[:ids.index(self.eos_token_id, template) + 1], True
+            self.templates[row] = self.templates[row][len(ids):]
+            self.left[row] -= len(ids)
             self.texts[row] += ids
             if self.on_tokens is not None:
                 passes = int(self.nfe[row]), int(self.context_passes[row])
@@ -1700,8 +1695,8 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
-                 config: TwoTowerConfig) -> list[int]:
-    """How many tokens each row may get: as given, or as many as its template has."""
+                 config: TwoTowerConfig) -> Tensor:
+    """(B,) int64: how many tokens each row may get: as given, or as many as its template has."""
     limits = ([len(template) for template in templates] if max_new_tokens is None else
               list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else
               [max_new_tokens] * len(prompts))
@@ -1712,7 +1707,7 @@ def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
     for row, (template, new) in enumerate(zip(templates, limits)):
         require(len(template) <= new, f"template {row} has {len(template)} tokens, more than the "
                 f"{new} of max_new_tokens")
-    return limits
+    return torch.tensor(limits)
 
 
 def check_seeds(seed: int | Sequence[int] | None, rows: int) -> Tensor:
