@@ -354,28 +354,27 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
         up_bias (E, F) and down_bias (E, D) or None.
     Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
-    experts, order = topk_ids.flatten().sort(stable=True)       # (T*A) slots grouped by expert
-    token, product = order // topk_ids.shape[1], product_by_expert(experts, x, up)
+    experts, order = topk_ids.flatten().sort(stable=True)       # T*A slots grouped by expert
+    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
+    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
+        # a loop over the experts hit: grouped_mm takes no float64 and no rows that begin between
+        # 16 bytes, and on a CPU visits all experts, which a few slots do not repay
+        hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:    # each row times its expert's weight
+            return torch.cat([F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
+    else:
+        ends = torch.searchsorted(experts, torch.arange(len(up), device=x.device), right=True).int()
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:    # the same; never asks the host
+            return F.grouped_mm(rows, weight.mT, offs=ends)
+    token = order // topk_ids.shape[1]
     h = product(x[token], up)
     h = (h if up_bias is None else h + up_bias[experts]).relu_().square()
     h = product(h, down)
     h = wide(h if down_bias is None else h + down_bias[experts])
     h = h * topk_weights.flatten()[order, None].to(h.dtype)
     return torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
-
-
-def product_by_expert(experts: Tensor, x: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of rows (n, in) and weight (E, out, in): each row through the weight of its
-    expert, (n, out). experts (n) int64 ascending; x and up as for `moe_experts`."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
-    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
-        # a loop over the experts hit: grouped_mm takes no float64 and no rows that begin between
-        # 16 bytes, and on a CPU visits all experts, which a few slots do not repay
-        hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
-        return lambda rows, weight: torch.cat(
-            [F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
-    ends = torch.searchsorted(experts, torch.arange(len(up), device=x.device), right=True).int()
-    return lambda rows, weight: F.grouped_mm(rows, weight.mT, offs=ends)    # never asks the host
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
@@ -880,13 +879,13 @@ class TwoTower(Module):
     @torch.no_grad()
     def extend(self, context: Context, tokens: Tensor) -> Tensor:
         """Append tokens (B, L) int64 to the context; returns their logits (B, L, V) float32."""
-        check_ids(tokens, "tokens", self.config, (len(context.lengths), None))
+        tokens = check_ids(tokens, "tokens", self.config, (len(context.lengths), None))
         check_length(int(context.lengths.max()) + tokens.shape[1], self.config)
         return self._extend(context, tokens, logits="all")
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) -> (B, L, V) float32 in one causal pass; differentiable."""
-        check_ids(tokens, "tokens", self.config)
+        tokens = check_ids(tokens, "tokens", self.config)
         return self._extend(Context(self.context_tower, *tokens.shape), tokens, "all", keep="none")
 
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None) -> Context:
@@ -938,17 +937,18 @@ class TwoTower(Module):
         check_length(max(map(len, texts)), self.config)
         # causality keeps the padding behind a text from changing anything in it
         tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
         first = min(map(len, prompts)) - 1              # whose logits are the first to be used
-        context = Context(self.context_tower, *tokens[:, 1:].shape)
-        pieces = []                                     # (B, up to tokens_per_pass)
-        for read, labels in zip(tokens[:, :-1].split(tokens_per_pass, dim=1),
-                                tokens[:, 1:].split(tokens_per_pass, dim=1)):
-            used = int(context.lengths[0]) + read.shape[1] > first
-            logits = self._extend(context, read, "all" if used else None)
-            pieces.append(-F.cross_entropy(logits.mT, labels.to(logits.device), reduction="none")
-                          .cpu() if used else torch.zeros(labels.shape))
+        context = Context(self.context_tower, *labels.shape)
+        by_token = wide(self.context_lm_head.weight.new_zeros(labels.shape, device="cpu"))
+        for start in range(0, labels.shape[1], tokens_per_pass):
+            piece = slice(start, start + tokens_per_pass)
+            used = piece.stop > first
+            logits = self._extend(context, inputs[:, piece], "all" if used else None)
+            if used:
+                wanted = labels[:, piece].to(logits.device)
+                by_token[:, piece] = -F.cross_entropy(logits.mT, wanted, reduction="none")
             logits = context.logits = None              # before the next pass makes its own
-        by_token = torch.cat(pieces, dim=1)
         scores = [row[len(prompt) - 1:len(text) - 1]
                   for row, prompt, text in zip(by_token, prompts, texts)]
         for row, one in enumerate(scores):
@@ -968,7 +968,7 @@ class TwoTower(Module):
         Returns: (B, Q, V) float32 logits; the context stays as it was (but for scratch slots).
         """
         self._need_denoiser()
-        check_ids(block, "block", self.config, (len(context.lengths), None))
+        block = check_ids(block, "block", self.config, (len(context.lengths), None))
         return self._denoise(block, context, check_t(t, (len(block),)))
 
     def _need_denoiser(self):
@@ -1011,8 +1011,8 @@ class TwoTower(Module):
         Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
-        check_ids(clean, "clean", self.config)
-        check_ids(noisy, "noisy", self.config, clean.shape)
+        clean = check_ids(clean, "clean", self.config)
+        noisy = check_ids(noisy, "noisy", self.config, clean.shape)
         (B, M), device = clean.shape, self.denoiser_tower.device
         require(block_size >= 1 and M % block_size == 0,
                 f"clean has {M} tokens a row, no multiple of block_size {block_size}")
@@ -1427,7 +1427,8 @@ class Decoding:
                  seed: int | Sequence[int] | None = None,
                  on_step: Callable[[Step], None] | None = None,
                  on_tokens: Callable[[Written], bool | None] | None = None):
-        self.model, self.on_step, self.on_tokens = model, on_step, on_tokens
+        self.model, self.on_step = model, on_step or (lambda step: None)
+        self.on_tokens = on_tokens or (lambda written: None)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.block_size, self.steps_per_block = block_size, steps_per_block
         self.mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
@@ -1435,10 +1436,13 @@ class Decoding:
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
-        # what each row may still get: (n,) tokens of its template, and how many in all (B,)
+        # what each row still gets: (n,) tokens of its template, and at most how many in all (B,)
         self.templates = check_templates(template, rows, model.config)
         self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
-        self.seeds = check_seeds(seed, rows)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seeds = check_rows(seed, "seed", 0, rows)
+        seeds = seeds if isinstance(seed, Sequence) else range(seed, seed + rows)
+        self.seeds = torch.tensor([one % 2**63 for one in seeds])                    # (B,)
         self.live = list(range(rows))                   # R rows are still being written
         self.texts = [prompt.tolist() for prompt in self.prompts]       # with what is written
         self.nfe = torch.zeros(rows, dtype=torch.long)
@@ -1502,13 +1506,9 @@ class Decoding:
         everywhere = torch.ones_like(ids, dtype=torch.bool)
         self.check_finite(confidence, everywhere)
         if report:
-            self.report(0, torch.ones(len(ids)), torch.full_like(ids, self.mask_token_id), ids,
-                        everywhere, confidence)
+            self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)),
+                              torch.full_like(ids, self.mask_token_id), ids, everywhere, confidence))
         return ids
-
-    def report(self, step: int, *what: Tensor):
-        if self.on_step is not None:
-            self.on_step(Step(list(self.live), self.block_index, step, *what))
 
     def next_block(self) -> tuple[Tensor, Tensor]:
         """For each live row its template's tokens, where it has some, and masks (R, Q); and which
@@ -1537,7 +1537,8 @@ class Decoding:
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
             before, block, masked = block, ids.where(commits, block), masked & ~commits
-            self.report(step, t, before, block, commits, confidence)
+            self.on_step(Step(self.live, self.block_index, step, t, before, block, commits,
+                              confidence))
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
@@ -1552,10 +1553,8 @@ class Decoding:
             self.templates[row] = self.templates[row][len(ids):]
             self.left[row] -= len(ids)
             self.texts[row] += ids
-            if self.on_tokens is not None:
-                passes = int(self.nfe[row]), int(self.context_passes[row])
-                ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
-            if not ended:
+            passes = int(self.nfe[row]), int(self.context_passes[row])
+            if not (self.on_tokens(Written(row, ids, ended, *passes)) or ended):
                 going.append(r)
         self.live, self.block_index = [self.live[r] for r in going], self.block_index + 1
         self.context.select(going)
@@ -1579,49 +1578,54 @@ def require(ok: bool, message: str):
 
 def check_config(c: TwoTowerConfig):
     """Raise for the first field that breaks its rule."""
+    def check(name: str, holds: bool, rule: str):
+        require(holds, f"config: {name} is {getattr(c, name)!r}, but {rule}")
+
     def number(v) -> bool:
         return type(v) in (int, float)
 
     types = {
-        "int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
-        "float": (lambda v: number(v) and 0 < v < math.inf, "it must be a positive number"),
-        "bool": (lambda v: type(v) is bool, "it must be true or false"),
-        "str": (lambda v: type(v) is str, "it must be text"),
+        "int": (lambda v: type(v) is int and v > 0, "a positive integer"),
+        "float": (lambda v: number(v) and 0 < v < math.inf, "a positive number"),
+        "bool": (lambda v: type(v) is bool, "true or false"),
+        "str": (lambda v: type(v) is str, "text"),
         "tuple[float, float]": (lambda v: type(v) is tuple and len(v) == 2 and all(map(number, v))
-                                and 0 <= v[0] <= v[1], "it must be [low, high], 0 <= low <= high"),
+                                and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
         "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
-                       f"it must be an id below vocab_size {c.vocab_size}")}
-    rules = [(field.name, *types[field.type]) for field in dataclasses.fields(c)]
-    rules += [(name, lambda v, parts=parts: v % getattr(c, parts) == 0, f"it must be a multiple of "
-               f"{parts} {getattr(c, parts)}") for name, parts in (
-                   ("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups"),
-                   ("n_routed_experts", "n_group"))]
-    rules += [
-        ("hybrid_override_pattern", lambda v: set(v) <= set("M*E-"),
-         "its letters must be M (Mamba-2), * (attention), E (MoE) or - (MLP)"),
-        ("hybrid_override_pattern", lambda v: len(v) == c.num_hidden_layers,
-         f"num_hidden_layers is {c.num_hidden_layers}"),
-        ("n_group", lambda v: v == 1 or c.n_routed_experts >= 2 * v, "each needs two experts"),
-        ("topk_group", lambda v: v <= c.n_group, f"n_group is {c.n_group}"),
-        ("num_experts_per_tok", lambda v: v <= c.n_routed_experts,
-         f"there are {c.n_routed_experts} experts"),
-        ("time_step_min", lambda v: v <= c.time_step_max, f"time_step_max is {c.time_step_max}"),
-        ("mask_token_id", lambda v: v is not None, "decoding needs one"),
-        ("mlp_hidden_act", lambda v: v == "relu2", "only relu2 is supported"),
-        ("mamba_hidden_act", lambda v: v == "silu", "only silu is supported"),
-        ("tie_word_embeddings", lambda v: not v, "each tower has its own head")]
-    for name, holds, rule in rules:
-        require(holds(getattr(c, name)), f"config: {name} is {getattr(c, name)!r}, but {rule}")
+                       f"an id below vocab_size {c.vocab_size}")}
+    for field in dataclasses.fields(c):
+        holds, what = types[field.type]
+        check(field.name, holds(getattr(c, field.name)), f"it must be {what}")
+    for name, other in (("num_attention_heads", "num_key_value_heads"),
+                        ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group")):
+        whole = getattr(c, other)
+        check(name, getattr(c, name) % whole == 0, f"it must be a multiple of {other} {whole}")
+    for name, other in (("topk_group", "n_group"), ("num_experts_per_tok", "n_routed_experts"),
+                        ("time_step_min", "time_step_max")):
+        most = getattr(c, other)
+        check(name, getattr(c, name) <= most, f"{other} is {most}")
+    for name, only in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu"),
+                       ("tie_word_embeddings", False)):
+        check(name, getattr(c, name) == only, f"only {only} is supported")
+    check("hybrid_override_pattern", set(c.hybrid_override_pattern) <= set("M*E-"),
+          "its letters must be M (Mamba-2), * (attention), E (MoE) or - (MLP)")
+    check("hybrid_override_pattern", len(c.hybrid_override_pattern) == c.num_hidden_layers,
+          f"num_hidden_layers is {c.num_hidden_layers}")
+    check("n_group", c.n_group == 1 or c.n_routed_experts >= 2 * c.n_group, "each needs 2 experts")
+    check("mask_token_id", c.mask_token_id is not None, "decoding needs one")
 
 
-def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
-              shape: tuple = (None, None)) -> Tensor:
-    """Raise unless ids are int64, of the vocabulary and of that shape; None is any size from 1."""
-    if not (isinstance(ids, Tensor) and ids.dtype == torch.long and ids.dim() == len(shape) and all(
-            size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape))):
-        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.40}"
-        sizes = ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
-        raise ValueError(f"{name} must be int64 ids of shape ({sizes}), got {got}")
+def check_ids(ids, name: str, config: TwoTowerConfig, shape: tuple = (None, None)) -> Tensor:
+    """ids as an int64 tensor, all of the vocabulary, of that shape; None is any size from 1."""
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
+    fits = ids.dim() == len(shape) and all(
+        size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape))
+    require(fits and ids.dtype == torch.long, f"{name} must be int64 ids of shape ("
+            + ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
+            + f"), got {ids.dtype} {tuple(ids.shape)}")
     V, (low, high) = config.vocab_size, map(int, ids.aminmax())
     require(low >= 0 and high < V,
             f"{name} holds id {low if low < 0 else high}, but ids must be in [0, {V})")
@@ -1632,15 +1636,7 @@ def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
 def check_texts(texts, name: str, config: TwoTowerConfig) -> list[Tensor]:
     """A tensor (L,) of ids for each of one or more texts."""
     require(len(texts) > 0, f"there is no {name}")
-    return [check_text(ids, f"{name} {i}", config) for i, ids in enumerate(texts)]
-
-
-def check_text(ids, name: str, config: TwoTowerConfig) -> Tensor:
-    try:
-        ids = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
-    return check_ids(ids, name, config, (None,))
+    return [check_ids(ids, f"{name} {i}", config, (None,)) for i, ids in enumerate(texts)]
 
 
 def check_length(length: int, config: TwoTowerConfig):
@@ -1691,18 +1687,15 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]
     require(len(templates) == rows, "template must be ids, or one sequence of them (or None) for "
             f"each of {rows} prompts")
     return [torch.empty(0, dtype=torch.long) if ids is None else
-            check_text(ids, f"template {row}", config) for row, ids in enumerate(templates)]
+            check_ids(ids, f"template {row}", config, (None,)) for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
                  config: TwoTowerConfig) -> Tensor:
     """(B,) int64: how many tokens each row may get: as given, or as many as its template has."""
-    limits = ([len(template) for template in templates] if max_new_tokens is None else
-              list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else
-              [max_new_tokens] * len(prompts))
-    require(len(limits) == len(prompts) and all(type(n) is int and n > 0 for n in limits),
-            f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more, for all or for each "
-            f"of {len(prompts)} prompts; only a template can do without")
+    if max_new_tokens is None and all(map(len, templates)):
+        max_new_tokens = [len(template) for template in templates]
+    limits = check_rows(max_new_tokens, "max_new_tokens", 1, len(prompts))
     check_length(max(len(prompt) + new for prompt, new in zip(prompts, limits)), config)
     for row, (template, new) in enumerate(zip(templates, limits)):
         require(len(template) <= new, f"template {row} has {len(template)} tokens, more than the "
@@ -1710,15 +1703,13 @@ def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
     return torch.tensor(limits)
 
 
-def check_seeds(seed: int | Sequence[int] | None, rows: int) -> Tensor:
-    """(rows,) int64."""
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(rows)]
-    require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} prompts")
-    require(all(type(one) is int and one >= 0 for one in seeds),
-            f"seed is {seed!r}, but it must be an integer of 0 or more, or one for each prompt")
-    return torch.tensor([one % 2**63 for one in seeds])
+def check_rows(value, name: str, least: int, rows: int) -> list[int]:
+    """One integer of `least` or more for each row: those given, or the one given."""
+    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    require(len(values) == rows and all(type(v) is int and v >= least for v in values), f"{name} "
+            f"is {value!r}, but it must be an integer of {least} or more, for all or for each of "
+            f"{rows} prompts")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
