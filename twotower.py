@@ -6,14 +6,12 @@ key/value cache or a Mamba-2 state. The **denoiser tower** fills a block of mask
 parallel over a few steps: its layer i reads the context tower's cache or state of layer i, and
 adaLN tells it how much of the block is still masked.
 
-In this order: configuration; the formulas; what passes carry; layers and towers; the model, with
-training and four ways of decoding; then what these lean on: a running generation, checks of
-arguments, checkpoint files, kernels. A denoiser step from the top: `generate_mask_diffusion`,
-`Decoding.fill`, `TwoTower._denoise`, `Tower`, `Layer`, `Attention`, `attention`.
-
-Needs torch, einops and safetensors; works when copied alone. Parameter names are those of the
-checkpoint; the one exception is that the experts of a layer are stacked, so that
-`experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]` here.
+Order: configuration, formulas, what passes carry, layers and towers, the model with training and
+four ways of decoding; then what these lean on. A denoiser step from the top:
+`generate_mask_diffusion`, `Decoding.fill`, `TwoTower._denoise`, `Tower`, `Layer`, `Attention`,
+`attention`. Needs torch, einops and safetensors; works when copied alone. Parameter names are the
+checkpoint's, but that `experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]` here. README.md
+lists where this deviates from the released code.
 
 Sources: arXiv 2606.26493v2 (TwoTower); arXiv 2405.21060 (Mamba-2, "SSD"); arXiv 2412.19437 2.1.2
 (sigmoid routing with a correction bias); arXiv 2310.00426 2.3 (adaLN-single); the checkpoint
@@ -28,8 +26,6 @@ Dimension key, used in every shape comment ("f32": float32, or float64 in a floa
     R rows of a batch that are still being written
 
 A, B, C, D and dt of a Mamba-2 layer are tensors, named as in its paper; batch is b beside them.
-
-README.md lists where this deviates from the released code.
 """
 
 from __future__ import annotations
@@ -114,10 +110,8 @@ class TwoTowerConfig:
 
     @classmethod
     def from_dict(cls, given: dict) -> TwoTowerConfig:
-        """What config.json holds; fields that the model does not use are ignored.
-
-        Raises: ValueError naming the field that is missing or impossible.
-        """
+        """What config.json holds; fields that the model does not use are ignored. Raises:
+        ValueError naming the field that is missing or impossible."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in names[:names.index("n_group")]:
             require(name in given, f"config: field {name!r} is missing")
@@ -153,10 +147,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32.
-
-    Returned in the weight's dtype, the model's: x may be a float32 residual stream.
-    """
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32; returned in the weight's
+    dtype, the model's, as x may be a float32 residual stream."""
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(weight.dtype)
 
 
@@ -195,8 +187,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise causal convolution, then SiLU, in float32.
 
-    Args:
-        inputs (b, W-1+L, channels): the L new inputs behind the W-1 before them.
+    Args: inputs (b, W-1+L, channels), the L new ones behind the W-1 before them;
         weight (channels, 1, W), bias (channels) or None.
     Returns: (b, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
     """
@@ -386,11 +377,8 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
 
 
 def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
-    """The best token but the mask token, and its probability under the softmax without it.
-
-    Args: logits (..., V) f32.
-    Returns: ids (...) int64; probabilities (...) f32, NaN where a logit is not finite.
-    """
+    """The best token but the mask token, and its `probability`: logits (..., V) f32 -> ids (...)
+    int64, probabilities (...) f32."""
     ids = without(logits, mask_token_id).argmax(-1)
     return ids, probability(logits, ids, mask_token_id)
 
@@ -473,11 +461,8 @@ def window(x: Tensor, starts: Tensor, width: int) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of an attention layer in buffers with room to grow.
-
-    Slots past a row's length are scratch: a denoiser writes its block there, reads context and
-    block as one piece without copying the cache, and leaves the context as it was.
-    """
+    """Keys and values of an attention layer in buffers with room to grow. Slots past a row's length
+    are scratch: a denoiser writes its block there and leaves the context as it was."""
 
     key_cache: Tensor               # (B, G, capacity, K)
     value_cache: Tensor             # (B, G, capacity, K)
@@ -505,9 +490,8 @@ class KVCache:
 class Context:
     """What the context tower knows of a batch of rows: `prefill` makes it, `extend` grows it.
 
-    lengths (B,) int64 on the host: tokens read so far, per row.
-    logits (B, V) float32: the context head after each row's last token; None where not computed.
-    states: per layer a KVCache (attention), a MambaState (Mamba-2) or None (MoE, MLP).
+    lengths (B,) int64 on the host: tokens read so far. logits (B, V) float32: after each row's last
+    token; None where not computed. states: of each layer a KVCache, a MambaState or None.
     """
 
     def __init__(self, tower: Tower, rows: int, capacity: int):
@@ -546,10 +530,8 @@ class Context:
         return at._replace(last_seen=at.last_seen[:1]) if uniform else at
 
     def settle(self, counts: Tensor):
-        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs.
-
-        Keys and values past a row's length are scratch anyway; no layer runs again.
-        """
+        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs; no layer
+        runs again. (Keys and values past a row's length are scratch anyway.)"""
         for state in self.states:
             if isinstance(state, MambaState):
                 state.settle(counts)
@@ -580,16 +562,13 @@ class Context:
 # ---------------------------------------------------------------------------------------------
 # Layers and towers; attribute names are the checkpoint's
 
-# what layers call by name, so that a model can be given those of kernels.py instead (see `use`)
+# what layers call as self.ops: the functions above, or those of kernels.py (see `TwoTower.use`)
 OPERATIONS = ("rms_norm", "modulate_then_norm", "norm_then_modulate", "add_gated",
               "gated_rms_norm", "causal_conv1d", "ssd_rates", "ssd_scan", "ssd_step", "attention",
               "route", "moe_experts", "most_likely")
 
 
 class Module(nn.Module):
-    """A module that calls OPERATIONS as self.ops: those above, unless `TwoTower.use` chose others.
-    """
-
     ops = SimpleNamespace(**{name: globals()[name] for name in OPERATIONS})
 
 
@@ -868,9 +847,8 @@ class TwoTower(Module):
     def prefill(self, prompts: Tensor | Sequence[Tensor], *, reserve: int = 0) -> Context:
         """Read prompts with the context tower.
 
-        Args:
-            prompts: (B, L) int64, or a list of ids for each row, of any lengths >= 1.
-            reserve: room to allocate in the caches for this many more tokens a row.
+        Args: prompts (B, L) int64, or a list of ids for each row, of any lengths >= 1; reserve:
+            room to allocate in the caches for this many more tokens a row.
         Returns: a Context; its logits are those after each row's last token.
         Raises: ValueError for an empty prompt, an id out of range, too long a prompt.
         """
@@ -898,10 +876,8 @@ class TwoTower(Module):
 
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
                 counts: Tensor | None = None, keep: str = "end") -> Tensor | None:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None.
-
-        keep: of a `Pass`; after "inputs", `Context.settle` says how many tokens stay.
-        """
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None;
+        keep: of a `Pass`; after "inputs", `Context.settle` says how many tokens stay."""
         if context.passes is not None:
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
@@ -922,10 +898,9 @@ class TwoTower(Module):
     def score(self, prompts, continuations, tokens_per_pass: int = 512) -> Scores:
         """Log-probabilities of continuations of prompts under the context tower.
 
-        Args:
-            prompts, continuations: as for `prefill`, one continuation for each prompt.
+        Args: prompts, continuations: as for `prefill`, one continuation for each prompt;
             tokens_per_pass: longer texts take several passes, whose memory grows with the text
-                only by the KV cache and a mask of one pass's queries over it.
+            only by the KV cache and a mask of one pass's queries over it.
         Raises: ValueError as `prefill` does, or for logits that are not finite.
         """
         prompts = check_texts(prompts, "prompt", self.config)
@@ -962,9 +937,8 @@ class TwoTower(Module):
     def denoise(self, block: Tensor, context: Context, t: Tensor | float | None = None) -> Tensor:
         """One denoiser pass over a noisy block that follows each row's context.
 
-        Args:
-            block (B, Q) int64, masked positions hold mask_token_id.
-            t (B,) or a number in [0, 1]: the masked fraction; None: no modulation and no gate.
+        Args: block (B, Q) int64, masked positions hold mask_token_id; t (B,) or a number in [0, 1],
+            the masked fraction; None: no modulation and no gate.
         Returns: (B, Q, V) float32 logits; the context stays as it was (but for scratch slots).
         """
         self._need_denoiser()
@@ -1004,11 +978,9 @@ class TwoTower(Module):
         the context's states after block b-1. Equal to `denoise` block by block; differentiable in
         the denoiser's parameters only. The denoiser takes each block as a row.
 
-        Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) for one noise
-            level per sequence as published, or (B, n) for one per block; None: no modulation and
-            no gate, which with block_size 1 is mock-AR over a whole text.
-        Returns: (B, M, V) float32.
-        Source: arXiv 2606.26493, training.
+        Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
+            (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR.
+        Returns: (B, M, V) float32. Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
         clean = check_ids(clean, "clean", self.config)
@@ -1040,8 +1012,7 @@ class TwoTower(Module):
         One t ~ U[0.001, 1] per sequence; each token is masked with probability t; mean
         cross-entropy over all masked positions, labels not shifted, no 1/t weight.
 
-        Args:
-            masked (B, M) bool and t, as for `diffusion_logits`: other noise than that.
+        Args: masked (B, M) bool and t, as for `diffusion_logits`: other noise than that;
             reduction: "mean" gives a scalar, "none" the loss of each masked position.
         """
         if masked is None:
@@ -1084,11 +1055,8 @@ class TwoTower(Module):
     @torch.inference_mode()
     def generate_mock_ar(self, prompts, max_new_tokens: int | Sequence[int],
                          temperature: float = 0.0, **options) -> Generation:
-        """The denoiser as an AR model, a check of the plumbing.
-
-        It reads the last token with no time conditioning, given the context before that token, so
-        the context stays one token behind the text.
-        """
+        """The denoiser as an AR model, a check of the plumbing: it reads the last token, without
+        time conditioning, given the context before it, which stays one token behind the text."""
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, **options)
         run.prefill([prompt[:-1] for prompt in run.prompts], None)
@@ -1113,10 +1081,9 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: ids that the new text begins with, mask_token_id where it is to be filled in;
-                one sequence for all rows, or one (or None) for each. Its tokens stand in their
-                blocks from the first step as if committed. The text ends with the template unless
-                max_new_tokens is larger; EOS ends it only after the template.
+            template: ids that the new text begins with, as if committed, mask_token_id where it is
+                to be filled in; one sequence for all rows, or one (or None) for each. The text ends
+                with it unless max_new_tokens is larger; EOS ends it only after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
@@ -1138,16 +1105,15 @@ class TwoTower(Module):
 
         The denoiser drafts the rest of a block whose first token is known; one context pass over
         the block gives AR's choice after each of its tokens. The draft is kept as far as it is what
-        AR chose; AR's choice after that begins the next block.
-
-        The same token for token, sampled too, as far as a pass over a block rounds as passes over
-        single tokens do: tested in float32; in bfloat16 a near tie may fall the other way.
+        AR chose; AR's choice after that begins the next block. The same token for token, sampled
+        too, but where a pass over a block rounds unlike single tokens: tested in float32; in
+        bfloat16 a near tie may fall the other way.
 
         Args:
             draft_length: tokens of a block, the known one included.
             steps_per_block, mask_token_id, confidence_threshold: of the drafts, which are greedy,
-                as for `generate_mask_diffusion`. By default one pass fills the whole draft: wrong
-                tokens cost nothing but the rest of their block, a second pass costs a pass.
+                as for `generate_mask_diffusion`. By default one pass fills the whole draft: a
+                wrong token costs only the rest of its block.
         Source: arXiv 2211.17192 (speculative decoding), with AR's draw in place of rejection.
         """
         self._need_denoiser()
@@ -1178,14 +1144,12 @@ class TwoTower(Module):
                         towers: str = "both", backend: str = "torch") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
-        Every name and shape is checked against the headers before any tensor is read; each tensor
-        then goes straight to its tower's device, so that the host holds one at a time.
+        Names and shapes are checked against the headers before any tensor is read; each tensor then
+        goes straight to its tower's device, so that the host holds one at a time.
 
-        Args:
-            context_device, denoiser_device: None is torch's default device, and the context's.
-            dtype: None keeps each tensor's own; the router is float32 at least in any case.
-            towers: "both", or "context" to read and hold nothing of the denoiser.
-            backend: see `use`.
+        Args: context_device, denoiser_device: None is torch's default device, and the context's;
+            dtype: None keeps each tensor's own; the router is float32 at least in any case;
+            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
@@ -1221,10 +1185,8 @@ class TwoTower(Module):
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
-        """Read the tensors of a `skeleton` from its files, each to its tower's device.
-
-        on_load: called with the bytes of each tensor that was loaded.
-        """
+        """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
+        called with the bytes of each."""
         tensors = self.state_dict()
         for name, parts in checkpoint_tensors(self).items():
             device = context_device if name.startswith("context_") else denoiser_device
@@ -1240,10 +1202,7 @@ class TwoTower(Module):
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
         """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-
-        Every file is written under another name first, so that none is ever half-written; files
-        of a checkpoint that was there before are replaced or removed.
-        """
+        No file is ever half-written; those of an older checkpoint are replaced or removed."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
@@ -1276,8 +1235,7 @@ class TwoTower(Module):
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
-        gradients), "auto" those of kernels.py on GPUs where it and triton are there; `backend` then
-        says which they are.
+        gradients), "auto" the latter on GPUs where they can be had; `backend` then says which.
 
         graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
         graphs, for the rows at hand: worth it where rows end together. Needs "triton".
@@ -1305,10 +1263,8 @@ class TwoTower(Module):
 
 def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
-    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus.
-
-    top_p keeps the most likely tokens, up to and including the one that takes their total past it.
-    """
+    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus: the
+    most likely tokens, up to and including the one that takes their total past top_p."""
     logits = logits.double() / temperature          # float32 overflows at tiny temperatures
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
@@ -1327,10 +1283,9 @@ def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
-    """U(0, 1) numbers that depend on (seed, position, step, token id) and on nothing else.
-
-    So a row draws the same whatever stands beside it, on every device, and speculative decoding
-    draws what AR does. Counter-based: splitmix64's mixing function, whose products wrap in int64.
+    """U(0, 1) numbers that depend on (seed, position, step, token id) and on nothing else: a row
+    draws the same whatever stands beside it, on every device, and speculative decoding draws what
+    AR does. Counter-based: splitmix64's mixing function, whose products wrap in int64.
 
     Args: seeds (R), positions (R, Q) int64: of a token in its text. Returns: (R, Q, V) float64.
     """
@@ -1348,10 +1303,9 @@ def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
 
 def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
                    steps_left: int) -> Tensor:
-    """Which masked positions take their prediction in this step, row by row.
-
-    All of them on the last step; else as many as are more confident than the threshold, but at
-    least one and at least an even share of what is left; the most confident ones go first.
+    """Which masked positions take their prediction in this step, row by row: all on the last step;
+    else as many as are more confident than the threshold, but at least one and at least an even
+    share of what is left; the most confident ones go first.
 
     Args: confidence (R, Q); masked (R, Q) bool; steps_left counts this step (1 = the last).
     Returns: (R, Q) bool, a subset of masked.
@@ -1408,8 +1362,7 @@ class Decoding:
 
     Args:
         prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
-        block_size, steps_per_block, mask_token_id, confidence_threshold, template: see
-            `generate_mask_diffusion`.
+        block_size .. template: see `generate_mask_diffusion`.
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
         eos_token_id: ends a row; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
@@ -1471,12 +1424,9 @@ class Decoding:
 
     def predict(self, logits: Tensor, step: int = 0, mask_token_id: int | None = None,
                 greedy: bool = False) -> tuple[Tensor, Tensor]:
-        """What a pass proposes for the next Q places of each row; never the mask token, if given.
-
-        Args: logits (R, Q, V) f32.
-        Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
-        temperature 1, or NaN where a logit is not finite; both on the host.
-        """
+        """What a pass with logits (R, Q, V) proposes for the next Q places of each row, never the
+        mask token, if given: ids (R, Q), and as confidence (R, Q) their `probability` at
+        temperature 1; both on the host."""
         if greedy or self.temperature == 0:
             ids, confidence = self.model.ops.most_likely(logits, mask_token_id)
         else:
@@ -1506,8 +1456,9 @@ class Decoding:
         everywhere = torch.ones_like(ids, dtype=torch.bool)
         self.check_finite(confidence, everywhere)
         if report:
-            self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)),
-                              torch.full_like(ids, self.mask_token_id), ids, everywhere, confidence))
+            before = torch.full_like(ids, self.mask_token_id)
+            self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)), before, ids,
+                              everywhere, confidence))
         return ids
 
     def next_block(self) -> tuple[Tensor, Tensor]:
