@@ -530,8 +530,8 @@ class Context:
         return at._replace(last_seen=at.last_seen[:1]) if uniform else at
 
     def settle(self, counts: Tensor):
-        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs; no layer
-        runs again. (Keys and values past a row's length are scratch anyway.)"""
+        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs. No
+        layer runs again: keys and values past a row's length are scratch anyway."""
         for state in self.states:
             if isinstance(state, MambaState):
                 state.settle(counts)
@@ -582,9 +582,8 @@ class Mamba2(Module):
         self.in_proj = nn.Linear(c.hidden_size, sum(self.split), bias=c.use_bias)
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
                                 bias=c.use_conv_bias)               # holds the weights only
-        self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
-        self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(c.mamba_num_heads))
+                                            for _ in range(3))
         self.norm = nn.RMSNorm(c.d_inner)                           # the same: see gated_rms_norm
         self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
@@ -659,8 +658,9 @@ class Attention(Module):
 class MLP(nn.Module):
     """down(relu(up(x))^2): a dense layer, or the shared expert of an MoE layer."""
 
-    def __init__(self, config: TwoTowerConfig, width: int):
+    def __init__(self, config: TwoTowerConfig, width: int | None = None):
         super().__init__()
+        width = width or config.intermediate_size
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
@@ -725,9 +725,7 @@ class Layer(Module):
         super().__init__()
         self.kind, self.eps = kind, config.layer_norm_epsilon
         self.norm = nn.RMSNorm(config.hidden_size)                  # holds the weight only
-        self.mixer = {"M": lambda: Mamba2(config), "*": lambda: Attention(config),
-                      "E": lambda: MoE(config),
-                      "-": lambda: MLP(config, config.intermediate_size)}[kind]()
+        self.mixer = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}[kind](config)
 
     def forward(self, x: Tensor, state: KVCache | MambaState | None, at: Pass,
                 modulation: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
