@@ -582,8 +582,12 @@ class Mamba2(Module):
         self.in_proj = nn.Linear(c.hidden_size, sum(self.split), bias=c.use_bias)
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
                                 bias=c.use_conv_bias)               # holds the weights only
-        self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(c.mamba_num_heads))
-                                            for _ in range(3))
+        self.A_log = nn.Parameter(torch.arange(1, c.mamba_num_heads + 1).log())
+        self.D = nn.Parameter(torch.ones(c.mamba_num_heads))
+        # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
+        low, high = math.log(c.time_step_min), math.log(c.time_step_max)
+        dt = torch.empty(c.mamba_num_heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.norm = nn.RMSNorm(c.d_inner)                           # the same: see gated_rms_norm
         self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
@@ -816,28 +820,15 @@ class TwoTower(Module):
             self.t_embedder = TimestepEmbedder(D)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
             self.scale_shift_tables = nn.ParameterList(
-                torch.empty(3, D) for _ in range(config.num_hidden_layers))
+                torch.randn(3, D) / D ** 0.5 for _ in range(config.num_hidden_layers))
         if not self.context_lm_head.weight.is_meta:
             self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module):
-        c = self.config
-        if isinstance(module, nn.ParameterList):
-            for table in module:
-                nn.init.normal_(table, std=c.hidden_size ** -0.5)
-        elif isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
-            nn.init.normal_(module.weight, std=c.initializer_range)
+        if isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Mamba2):
-            # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
-            low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            with torch.no_grad():
-                dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp()
-                dt = dt.clamp(min=c.time_step_floor)
-                module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-                module.A_log.copy_(torch.arange(1, c.mamba_num_heads + 1).log())
-                module.D.fill_(1.0)
 
     # -- context tower ------------------------------------------------------------------------
 
