@@ -520,14 +520,13 @@ class Context:
         """Of L tokens behind the rows, the first counts (B,) of each real; fields: of a `Pass`."""
         lengths = self.lengths.tolist()
         longest, uniform = max(lengths), min(lengths) == max(lengths)
-        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)._replace(**fields)
-        if counts is not None and int(counts.min()) < L:
-            at = at._replace(counts=counts.to(device))
-        if uniform and (L == 1 or not causal):
-            return at._replace(last_seen=None)
-        if longest == 0 and causal:
-            return at._replace(last_seen=None, is_causal=True)
-        return at._replace(last_seen=at.last_seen[:1]) if uniform else at
+        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)
+        all_seen = uniform and (L == 1 or not causal)
+        is_causal = causal and longest == 0 and not all_seen
+        last_seen = None if all_seen or is_causal else at.last_seen[:1] if uniform else at.last_seen
+        padded = counts is not None and int(counts.min()) < L
+        return at._replace(last_seen=last_seen, is_causal=is_causal,
+                           counts=counts.to(device) if padded else None, **fields)
 
     def settle(self, counts: Tensor):
         """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs. No
@@ -543,8 +542,8 @@ class Context:
         if device == self.device:
             return self.states
         if self._replica is None:
-            self._replica = [state.map(lambda x: x[:, :, :0].to(device))
-                             if isinstance(state, KVCache) else None for state in self.states]
+            self._replica = [state and state.map(lambda x: x[:, :, :0].to(device))   # still empty
+                             for state in self.states]
         if not torch.equal(self._sent, self.lengths):
             slots = torch.arange(int(self.lengths.max()))
             new = (slots >= self._sent[:, None]) & (slots < self.lengths[:, None])
