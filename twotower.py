@@ -863,15 +863,17 @@ class TwoTower(Module):
         return context
 
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
-                counts: Tensor | None = None, keep: str = "end") -> Tensor | None:
+                counts: Tensor | None = None, keep: str = "end",
+                block_size: int | None = None) -> Tensor | None:
         """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None;
-        keep: of a `Pass`; after "inputs", `Context.settle` says how many tokens stay."""
+        keep, block_size: of a `Pass`; after "inputs" `Context.settle` says how many tokens stay."""
         if context.passes is not None:
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
-        at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep)
+        at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep,
+                               block_size=block_size)
         hidden = self.context_tower(tokens, context.states, at)
-        if keep == "end":
+        if keep != "inputs":
             context.lengths = context.lengths + (L if counts is None else counts)
         context.logits = None
         if logits is None:
@@ -982,10 +984,7 @@ class TwoTower(Module):
             t = t.reshape(B, -1).expand(B, n).flatten()
         context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
-            at = context.next_pass(M, context.device, causal=True, keep="blocks",
-                                   block_size=block_size)
-            self.context_tower(clean, context.states, at)
-        context.lengths = context.lengths + M
+            self._extend(context, clean, None, keep="blocks", block_size=block_size)
         block = torch.arange(M, device=device) // block_size
         mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)   # (M, 2M)
         at = context.next_pass(M, device, causal=False, mask=mask[None, None])
@@ -1232,9 +1231,8 @@ class TwoTower(Module):
         require(backend in ("auto", "torch", "triton"),
                 f"backend is {backend!r}, but it must be auto, torch or triton")
         if backend == "auto":
-            on_gpus = all(p.is_cuda for p in self.parameters())
             there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
-            backend = "triton" if on_gpus and there else "torch"
+            backend = "triton" if there and all(p.is_cuda for p in self.parameters()) else "torch"
         require(backend == "triton" or not graphs, "graphs need backend 'triton'")
         ops = Module.ops if backend == "torch" else SimpleNamespace(
             **{name: getattr(kernels(), name) for name in OPERATIONS})
@@ -1398,8 +1396,7 @@ class Decoding:
                 repeats: bool = False) -> Tensor | None:
         """Begin the context; returns the logits (R, 1, V) after it. repeats: what follows are equal
         passes over the same rows, which can be recorded."""
-        self.context = self.model._prefill(prompts, int(self.left.max()) + self.block_size,
-                                           logits)
+        self.context = self.model._prefill(prompts, int(self.left.max()) + self.block_size, logits)
         self.context_passes += self.context.lengths > 0
         if repeats and self.model.graphs:
             self.context.passes = kernels().Passes(self.model, self.context, Pass.behind)
