@@ -1517,16 +1517,13 @@ def check_config(c: TwoTowerConfig):
     def check(name: str, holds: bool, rule: str):
         require(holds, f"config: {name} is {getattr(c, name)!r}, but {rule}")
 
-    def number(v) -> bool:
-        return type(v) in (int, float)
-
     types = {
         "int": (lambda v: type(v) is int and v > 0, "a positive integer"),
-        "float": (lambda v: number(v) and 0 < v < math.inf, "a positive number"),
+        "float": (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
         "bool": (lambda v: type(v) is bool, "true or false"),
         "str": (lambda v: type(v) is str, "text"),
-        "tuple[float, float]": (lambda v: type(v) is tuple and len(v) == 2 and all(map(number, v))
-                                and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
+        "tuple[float, float]": (lambda v: type(v) is tuple and {*map(type, v)} <= {int, float} and
+                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
         "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
                        f"an id below vocab_size {c.vocab_size}")}
     for field in dataclasses.fields(c):
@@ -1543,10 +1540,9 @@ def check_config(c: TwoTowerConfig):
     for name, only in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu"),
                        ("tie_word_embeddings", False)):
         check(name, getattr(c, name) == only, f"only {only} is supported")
-    check("hybrid_override_pattern", set(c.hybrid_override_pattern) <= set("M*E-"),
-          "its letters must be M (Mamba-2), * (attention), E (MoE) or - (MLP)")
-    check("hybrid_override_pattern", len(c.hybrid_override_pattern) == c.num_hidden_layers,
-          f"num_hidden_layers is {c.num_hidden_layers}")
+    pattern, layers = c.hybrid_override_pattern, c.num_hidden_layers
+    check("hybrid_override_pattern", set(pattern) <= set("M*E-") and len(pattern) == layers,
+          f"it must be M (Mamba-2), * (attention), E (MoE) or - (MLP) for each of {layers} layers")
     check("n_group", c.n_group == 1 or c.n_routed_experts >= 2 * c.n_group, "each needs 2 experts")
     check("mask_token_id", c.mask_token_id is not None, "decoding needs one")
 
