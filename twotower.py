@@ -1656,10 +1656,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or not valid JSON: {error}") from None
     require(isinstance(value, dict), f"{path} must hold a JSON object")
     return value
 
