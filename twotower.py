@@ -617,8 +617,7 @@ class Mamba2(Module):
         if at.keep == "end":
             state.conv_state.copy_(inputs[:, L:] if at.counts is None else
                                    window(inputs, at.counts, c.conv_kernel - 1))
-            if ssm is not state.ssm_state:
-                state.ssm_state.copy_(ssm)
+            state.ssm_state.copy_(ssm)                  # nothing to do after a step in place
         elif at.keep == "inputs":
             state.inputs = inputs, x, dt, A, B
         elif at.keep == "blocks":                                         # n blocks: b*n rows
@@ -750,8 +749,7 @@ class Tower(Module):
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
         self.config = config
-        embeddings = torch.empty(config.vocab_size, config.hidden_size)      # filled by TwoTower
-        self.embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.hybrid_override_pattern)
         self.norm_f = nn.RMSNorm(config.hidden_size)                # holds the weight only
 
@@ -766,7 +764,7 @@ class Tower(Module):
         if self.config.residual_in_fp32:
             x = wide(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, states[i], at, None if modulations is None else modulations[i])
+            x = layer(x, states[i], at, modulations and modulations[i])
         return self.ops.rms_norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
 
 
