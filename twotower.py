@@ -6,14 +6,12 @@ key/value cache or a Mamba-2 state. The **denoiser tower** fills a block of mask
 parallel over a few steps: its layer i reads the context tower's cache or state of layer i, and
 adaLN tells it how much of the block is still masked.
 
-In this order: configuration; the formulas; what passes carry; layers and towers; the model, with
-training and four ways of decoding; then what these lean on: a running generation, checks of
-arguments, checkpoint files, kernels. A denoiser step from the top: `generate_mask_diffusion`,
-`Decoding.fill`, `TwoTower._denoise`, `Tower`, `Layer`, `Attention`, `attention`.
-
-Needs torch, einops and safetensors; works when copied alone. Parameter names are those of the
-checkpoint; the one exception is that the experts of a layer are stacked, so that
-`experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]` here.
+Order: configuration, formulas, what passes carry, layers and towers, the model with training and
+four ways of decoding; then what these lean on. A denoiser step from the top:
+`generate_mask_diffusion`, `Decoding.fill`, `TwoTower._denoise`, `Tower`, `Layer`, `Attention`,
+`attention`. Needs torch, einops and safetensors; works when copied alone. Parameter names are the
+checkpoint's, but that `experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]` here. README.md
+lists where this deviates from the released code.
 
 Sources: arXiv 2606.26493v2 (TwoTower); arXiv 2405.21060 (Mamba-2, "SSD"); arXiv 2412.19437 2.1.2
 (sigmoid routing with a correction bias); arXiv 2310.00426 2.3 (adaLN-single); the checkpoint
@@ -28,8 +26,6 @@ Dimension key, used in every shape comment ("f32": float32, or float64 in a floa
     R rows of a batch that are still being written
 
 A, B, C, D and dt of a Mamba-2 layer are tensors, named as in its paper; batch is b beside them.
-
-README.md lists where this deviates from the released code.
 """
 
 from __future__ import annotations
@@ -114,10 +110,8 @@ class TwoTowerConfig:
 
     @classmethod
     def from_dict(cls, given: dict) -> TwoTowerConfig:
-        """What config.json holds; fields that the model does not use are ignored.
-
-        Raises: ValueError naming the field that is missing or impossible.
-        """
+        """What config.json holds; fields that the model does not use are ignored. Raises:
+        ValueError naming the field that is missing or impossible."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in names[:names.index("n_group")]:
             require(name in given, f"config: field {name!r} is missing")
@@ -153,10 +147,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32.
-
-    Returned in the weight's dtype, the model's: x may be a float32 residual stream.
-    """
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32; returned in the weight's
+    dtype, the model's, as x may be a float32 residual stream."""
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(weight.dtype)
 
 
@@ -195,8 +187,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise causal convolution, then SiLU, in float32.
 
-    Args:
-        inputs (b, W-1+L, channels): the L new inputs behind the W-1 before them.
+    Args: inputs (b, W-1+L, channels), the L new ones behind the W-1 before them;
         weight (channels, 1, W), bias (channels) or None.
     Returns: (b, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
     """
@@ -354,28 +345,27 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
         up_bias (E, F) and down_bias (E, D) or None.
     Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
-    experts, order = topk_ids.flatten().sort(stable=True)       # (T*A) slots grouped by expert
-    token, product = order // topk_ids.shape[1], product_by_expert(experts, x, up)
+    experts, order = topk_ids.flatten().sort(stable=True)       # T*A slots grouped by expert
+    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
+    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
+        # a loop over the experts hit: grouped_mm takes no float64 and no rows that begin between
+        # 16 bytes, and on a CPU visits all experts, which a few slots do not repay
+        hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:    # each row times its expert's weight
+            return torch.cat([F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
+    else:
+        ends = torch.searchsorted(experts, torch.arange(len(up), device=x.device), right=True).int()
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:    # the same; never asks the host
+            return F.grouped_mm(rows, weight.mT, offs=ends)
+    token = order // topk_ids.shape[1]
     h = product(x[token], up)
     h = (h if up_bias is None else h + up_bias[experts]).relu_().square()
     h = product(h, down)
     h = wide(h if down_bias is None else h + down_bias[experts])
     h = h * topk_weights.flatten()[order, None].to(h.dtype)
     return torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
-
-
-def product_by_expert(experts: Tensor, x: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of rows (n, in) and weight (E, out, in): each row through the weight of its
-    expert, (n, out). experts (n) int64 ascending; x and up as for `moe_experts`."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
-    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
-        # a loop over the experts hit: grouped_mm takes no float64 and no rows that begin between
-        # 16 bytes, and on a CPU visits all experts, which a few slots do not repay
-        hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
-        return lambda rows, weight: torch.cat(
-            [F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
-    ends = torch.searchsorted(experts, torch.arange(len(up), device=x.device), right=True).int()
-    return lambda rows, weight: F.grouped_mm(rows, weight.mT, offs=ends)    # never asks the host
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
@@ -387,11 +377,8 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
 
 
 def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
-    """The best token but the mask token, and its probability under the softmax without it.
-
-    Args: logits (..., V) f32.
-    Returns: ids (...) int64; probabilities (...) f32, NaN where a logit is not finite.
-    """
+    """The best token but the mask token, and its `probability`: logits (..., V) f32 -> ids (...)
+    int64, probabilities (...) f32."""
     ids = without(logits, mask_token_id).argmax(-1)
     return ids, probability(logits, ids, mask_token_id)
 
@@ -474,11 +461,8 @@ def window(x: Tensor, starts: Tensor, width: int) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of an attention layer in buffers with room to grow.
-
-    Slots past a row's length are scratch: a denoiser writes its block there, reads context and
-    block as one piece without copying the cache, and leaves the context as it was.
-    """
+    """Keys and values of an attention layer in buffers with room to grow. Slots past a row's length
+    are scratch: a denoiser writes its block there and leaves the context as it was."""
 
     key_cache: Tensor               # (B, G, capacity, K)
     value_cache: Tensor             # (B, G, capacity, K)
@@ -507,9 +491,8 @@ class KVCache:
 class Context:
     """What the context tower knows of a batch of rows: `prefill` makes it, `extend` grows it.
 
-    lengths (B,) int64 on the host: tokens read so far, per row.
-    logits (B, V) float32: the context head after each row's last token; None where not computed.
-    states: per layer a KVCache (attention), a MambaState (Mamba-2) or None (MoE, MLP).
+    lengths (B,) int64 on the host: tokens read so far. logits (B, V) float32: after each row's last
+    token; None where not computed. states: of each layer a KVCache, a MambaState or None.
     """
 
     def __init__(self, tower: Tower, rows: int, capacity: int):
@@ -538,20 +521,17 @@ class Context:
         """Of L tokens behind the rows, the first counts (B,) of each real; fields: of a `Pass`."""
         lengths = self.lengths.tolist()
         longest, uniform = max(lengths), min(lengths) == max(lengths)
-        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)._replace(**fields)
-        if counts is not None and int(counts.min()) < L:
-            at = at._replace(counts=counts.to(device))
-        if uniform and (L == 1 or not causal):
-            return at._replace(last_seen=None)
-        if longest == 0 and causal:
-            return at._replace(last_seen=None, is_causal=True)
-        return at._replace(last_seen=at.last_seen[:1]) if uniform else at
+        at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)
+        all_seen = uniform and (L == 1 or not causal)
+        is_causal = causal and longest == 0 and not all_seen
+        last_seen = None if all_seen or is_causal else at.last_seen[:1] if uniform else at.last_seen
+        padded = counts is not None and int(counts.min()) < L
+        return at._replace(last_seen=last_seen, is_causal=is_causal,
+                           counts=counts.to(device) if padded else None, **fields)
 
     def settle(self, counts: Tensor):
-        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs.
-
-        Keys and values past a row's length are scratch anyway; no layer runs again.
-        """
+        """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs. No
+        layer runs again: keys and values past a row's length are scratch anyway."""
         for state in self.states:
             if isinstance(state, MambaState):
                 state.settle(counts)
@@ -563,8 +543,8 @@ class Context:
         if device == self.device:
             return self.states
         if self._replica is None:
-            self._replica = [state.map(lambda x: x[:, :, :0].to(device))
-                             if isinstance(state, KVCache) else None for state in self.states]
+            self._replica = [state and state.map(lambda x: x[:, :, :0].to(device))   # still empty
+                             for state in self.states]
         if not torch.equal(self._sent, self.lengths):
             slots = torch.arange(int(self.lengths.max()))
             new = (slots >= self._sent[:, None]) & (slots < self.lengths[:, None])
@@ -582,16 +562,13 @@ class Context:
 # ---------------------------------------------------------------------------------------------
 # Layers and towers; attribute names are the checkpoint's
 
-# what layers call by name, so that a model can be given those of kernels.py instead (see `use`)
+# what layers call as self.ops: the functions above, or those of kernels.py (see `TwoTower.use`)
 OPERATIONS = ("rms_norm", "modulate_then_norm", "norm_then_modulate", "add_gated",
               "gated_rms_norm", "causal_conv1d", "ssd_rates", "ssd_scan", "ssd_step", "attention",
               "route", "moe_experts", "most_likely")
 
 
 class Module(nn.Module):
-    """A module that calls OPERATIONS as self.ops: those above, unless `TwoTower.use` chose others.
-    """
-
     ops = SimpleNamespace(**{name: globals()[name] for name in OPERATIONS})
 
 
@@ -605,9 +582,12 @@ class Mamba2(Module):
         self.in_proj = nn.Linear(c.hidden_size, sum(self.split), bias=c.use_bias)
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
                                 bias=c.use_conv_bias)               # holds the weights only
-        self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
-        self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.A_log = nn.Parameter(torch.arange(1, c.mamba_num_heads + 1).log())
+        self.D = nn.Parameter(torch.ones(c.mamba_num_heads))
+        # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
+        low, high = math.log(c.time_step_min), math.log(c.time_step_max)
+        dt = torch.empty(c.mamba_num_heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.norm = nn.RMSNorm(c.d_inner)                           # the same: see gated_rms_norm
         self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
@@ -638,8 +618,7 @@ class Mamba2(Module):
         if at.keep == "end":
             state.conv_state.copy_(inputs[:, L:] if at.counts is None else
                                    window(inputs, at.counts, c.conv_kernel - 1))
-            if ssm is not state.ssm_state:
-                state.ssm_state.copy_(ssm)
+            state.ssm_state.copy_(ssm)                  # nothing to do after a step in place
         elif at.keep == "inputs":
             state.inputs = inputs, x, dt, A, B
         elif at.keep == "blocks":                                         # n blocks: b*n rows
@@ -682,8 +661,9 @@ class Attention(Module):
 class MLP(nn.Module):
     """down(relu(up(x))^2): a dense layer, or the shared expert of an MoE layer."""
 
-    def __init__(self, config: TwoTowerConfig, width: int):
+    def __init__(self, config: TwoTowerConfig, width: int | None = None):
         super().__init__()
+        width = width or config.intermediate_size
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
@@ -748,9 +728,7 @@ class Layer(Module):
         super().__init__()
         self.kind, self.eps = kind, config.layer_norm_epsilon
         self.norm = nn.RMSNorm(config.hidden_size)                  # holds the weight only
-        self.mixer = {"M": lambda: Mamba2(config), "*": lambda: Attention(config),
-                      "E": lambda: MoE(config),
-                      "-": lambda: MLP(config, config.intermediate_size)}[kind]()
+        self.mixer = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}[kind](config)
 
     def forward(self, x: Tensor, state: KVCache | MambaState | None, at: Pass,
                 modulation: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
@@ -772,8 +750,7 @@ class Tower(Module):
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
         self.config = config
-        embeddings = torch.empty(config.vocab_size, config.hidden_size)      # filled by TwoTower
-        self.embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.hybrid_override_pattern)
         self.norm_f = nn.RMSNorm(config.hidden_size)                # holds the weight only
 
@@ -788,7 +765,7 @@ class Tower(Module):
         if self.config.residual_in_fp32:
             x = wide(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, states[i], at, None if modulations is None else modulations[i])
+            x = layer(x, states[i], at, modulations and modulations[i])
         return self.ops.rms_norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
 
 
@@ -841,28 +818,15 @@ class TwoTower(Module):
             self.t_embedder = TimestepEmbedder(D)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
             self.scale_shift_tables = nn.ParameterList(
-                torch.empty(3, D) for _ in range(config.num_hidden_layers))
+                torch.randn(3, D) / D ** 0.5 for _ in range(config.num_hidden_layers))
         if not self.context_lm_head.weight.is_meta:
             self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module):
-        c = self.config
-        if isinstance(module, nn.ParameterList):
-            for table in module:
-                nn.init.normal_(table, std=c.hidden_size ** -0.5)
-        elif isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
-            nn.init.normal_(module.weight, std=c.initializer_range)
+        if isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Mamba2):
-            # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
-            low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            with torch.no_grad():
-                dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp()
-                dt = dt.clamp(min=c.time_step_floor)
-                module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-                module.A_log.copy_(torch.arange(1, c.mamba_num_heads + 1).log())
-                module.D.fill_(1.0)
 
     # -- context tower ------------------------------------------------------------------------
 
@@ -870,9 +834,8 @@ class TwoTower(Module):
     def prefill(self, prompts: Tensor | Sequence[Tensor], *, reserve: int = 0) -> Context:
         """Read prompts with the context tower.
 
-        Args:
-            prompts: (B, L) int64, or a list of ids for each row, of any lengths >= 1.
-            reserve: room to allocate in the caches for this many more tokens a row.
+        Args: prompts (B, L) int64, or a list of ids for each row, of any lengths >= 1; reserve:
+            room to allocate in the caches for this many more tokens a row.
         Returns: a Context; its logits are those after each row's last token.
         Raises: ValueError for an empty prompt, an id out of range, too long a prompt.
         """
@@ -881,13 +844,13 @@ class TwoTower(Module):
     @torch.no_grad()
     def extend(self, context: Context, tokens: Tensor) -> Tensor:
         """Append tokens (B, L) int64 to the context; returns their logits (B, L, V) float32."""
-        check_ids(tokens, "tokens", self.config, (len(context.lengths), None))
+        tokens = check_ids(tokens, "tokens", self.config, (len(context.lengths), None))
         check_length(int(context.lengths.max()) + tokens.shape[1], self.config)
         return self._extend(context, tokens, logits="all")
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) -> (B, L, V) float32 in one causal pass; differentiable."""
-        check_ids(tokens, "tokens", self.config)
+        tokens = check_ids(tokens, "tokens", self.config)
         return self._extend(Context(self.context_tower, *tokens.shape), tokens, "all", keep="none")
 
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None) -> Context:
@@ -899,17 +862,17 @@ class TwoTower(Module):
         return context
 
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
-                counts: Tensor | None = None, keep: str = "end") -> Tensor | None:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None.
-
-        keep: of a `Pass`; after "inputs", `Context.settle` says how many tokens stay.
-        """
+                counts: Tensor | None = None, keep: str = "end",
+                block_size: int | None = None) -> Tensor | None:
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None;
+        keep, block_size: of a `Pass`; after "inputs" `Context.settle` says how many tokens stay."""
         if context.passes is not None:
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
-        at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep)
+        at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep,
+                               block_size=block_size)
         hidden = self.context_tower(tokens, context.states, at)
-        if keep == "end":
+        if keep != "inputs":
             context.lengths = context.lengths + (L if counts is None else counts)
         context.logits = None
         if logits is None:
@@ -924,10 +887,9 @@ class TwoTower(Module):
     def score(self, prompts, continuations, tokens_per_pass: int = 512) -> Scores:
         """Log-probabilities of continuations of prompts under the context tower.
 
-        Args:
-            prompts, continuations: as for `prefill`, one continuation for each prompt.
+        Args: prompts, continuations: as for `prefill`, one continuation for each prompt;
             tokens_per_pass: longer texts take several passes, whose memory grows with the text
-                only by the KV cache and a mask of one pass's queries over it.
+            only by the KV cache and a mask of one pass's queries over it.
         Raises: ValueError as `prefill` does, or for logits that are not finite.
         """
         prompts = check_texts(prompts, "prompt", self.config)
@@ -939,17 +901,18 @@ class TwoTower(Module):
         check_length(max(map(len, texts)), self.config)
         # causality keeps the padding behind a text from changing anything in it
         tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
         first = min(map(len, prompts)) - 1              # whose logits are the first to be used
-        context = Context(self.context_tower, *tokens[:, 1:].shape)
-        pieces = []                                     # (B, up to tokens_per_pass)
-        for read, labels in zip(tokens[:, :-1].split(tokens_per_pass, dim=1),
-                                tokens[:, 1:].split(tokens_per_pass, dim=1)):
-            used = int(context.lengths[0]) + read.shape[1] > first
-            logits = self._extend(context, read, "all" if used else None)
-            pieces.append(-F.cross_entropy(logits.mT, labels.to(logits.device), reduction="none")
-                          .cpu() if used else torch.zeros(labels.shape))
+        context = Context(self.context_tower, *labels.shape)
+        by_token = wide(self.context_lm_head.weight.new_zeros(labels.shape, device="cpu"))
+        for start in range(0, labels.shape[1], tokens_per_pass):
+            piece = slice(start, start + tokens_per_pass)
+            used = piece.stop > first
+            logits = self._extend(context, inputs[:, piece], "all" if used else None)
+            if used:
+                wanted = labels[:, piece].to(logits.device)
+                by_token[:, piece] = -F.cross_entropy(logits.mT, wanted, reduction="none")
             logits = context.logits = None              # before the next pass makes its own
-        by_token = torch.cat(pieces, dim=1)
         scores = [row[len(prompt) - 1:len(text) - 1]
                   for row, prompt, text in zip(by_token, prompts, texts)]
         for row, one in enumerate(scores):
@@ -963,13 +926,12 @@ class TwoTower(Module):
     def denoise(self, block: Tensor, context: Context, t: Tensor | float | None = None) -> Tensor:
         """One denoiser pass over a noisy block that follows each row's context.
 
-        Args:
-            block (B, Q) int64, masked positions hold mask_token_id.
-            t (B,) or a number in [0, 1]: the masked fraction; None: no modulation and no gate.
+        Args: block (B, Q) int64, masked positions hold mask_token_id; t (B,) or a number in [0, 1],
+            the masked fraction; None: no modulation and no gate.
         Returns: (B, Q, V) float32 logits; the context stays as it was (but for scratch slots).
         """
         self._need_denoiser()
-        check_ids(block, "block", self.config, (len(context.lengths), None))
+        block = check_ids(block, "block", self.config, (len(context.lengths), None))
         return self._denoise(block, context, check_t(t, (len(block),)))
 
     def _need_denoiser(self):
@@ -1005,15 +967,13 @@ class TwoTower(Module):
         the context's states after block b-1. Equal to `denoise` block by block; differentiable in
         the denoiser's parameters only. The denoiser takes each block as a row.
 
-        Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) for one noise
-            level per sequence as published, or (B, n) for one per block; None: no modulation and
-            no gate, which with block_size 1 is mock-AR over a whole text.
-        Returns: (B, M, V) float32.
-        Source: arXiv 2606.26493, training.
+        Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
+            (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR.
+        Returns: (B, M, V) float32. Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
-        check_ids(clean, "clean", self.config)
-        check_ids(noisy, "noisy", self.config, clean.shape)
+        clean = check_ids(clean, "clean", self.config)
+        noisy = check_ids(noisy, "noisy", self.config, clean.shape)
         (B, M), device = clean.shape, self.denoiser_tower.device
         require(block_size >= 1 and M % block_size == 0,
                 f"clean has {M} tokens a row, no multiple of block_size {block_size}")
@@ -1023,10 +983,7 @@ class TwoTower(Module):
             t = t.reshape(B, -1).expand(B, n).flatten()
         context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
         with torch.no_grad():
-            at = context.next_pass(M, context.device, causal=True, keep="blocks",
-                                   block_size=block_size)
-            self.context_tower(clean, context.states, at)
-        context.lengths = context.lengths + M
+            self._extend(context, clean, None, keep="blocks", block_size=block_size)
         block = torch.arange(M, device=device) // block_size
         mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)   # (M, 2M)
         at = context.next_pass(M, device, causal=False, mask=mask[None, None])
@@ -1041,8 +998,7 @@ class TwoTower(Module):
         One t ~ U[0.001, 1] per sequence; each token is masked with probability t; mean
         cross-entropy over all masked positions, labels not shifted, no 1/t weight.
 
-        Args:
-            masked (B, M) bool and t, as for `diffusion_logits`: other noise than that.
+        Args: masked (B, M) bool and t, as for `diffusion_logits`: other noise than that;
             reduction: "mean" gives a scalar, "none" the loss of each masked position.
         """
         if masked is None:
@@ -1085,11 +1041,8 @@ class TwoTower(Module):
     @torch.inference_mode()
     def generate_mock_ar(self, prompts, max_new_tokens: int | Sequence[int],
                          temperature: float = 0.0, **options) -> Generation:
-        """The denoiser as an AR model, a check of the plumbing.
-
-        It reads the last token with no time conditioning, given the context before that token, so
-        the context stays one token behind the text.
-        """
+        """The denoiser as an AR model, a check of the plumbing: it reads the last token, without
+        time conditioning, given the context before it, which stays one token behind the text."""
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, **options)
         run.prefill([prompt[:-1] for prompt in run.prompts], None)
@@ -1114,10 +1067,9 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: ids that the new text begins with, mask_token_id where it is to be filled in;
-                one sequence for all rows, or one (or None) for each. Its tokens stand in their
-                blocks from the first step as if committed. The text ends with the template unless
-                max_new_tokens is larger; EOS ends it only after the template.
+            template: ids that the new text begins with, as if committed, mask_token_id where it is
+                to be filled in; one sequence for all rows, or one (or None) for each. The text ends
+                with it unless max_new_tokens is larger; EOS ends it only after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
@@ -1139,16 +1091,15 @@ class TwoTower(Module):
 
         The denoiser drafts the rest of a block whose first token is known; one context pass over
         the block gives AR's choice after each of its tokens. The draft is kept as far as it is what
-        AR chose; AR's choice after that begins the next block.
-
-        The same token for token, sampled too, as far as a pass over a block rounds as passes over
-        single tokens do: tested in float32; in bfloat16 a near tie may fall the other way.
+        AR chose; AR's choice after that begins the next block. The same token for token, sampled
+        too, but where a pass over a block rounds unlike single tokens: tested in float32; in
+        bfloat16 a near tie may fall the other way.
 
         Args:
             draft_length: tokens of a block, the known one included.
             steps_per_block, mask_token_id, confidence_threshold: of the drafts, which are greedy,
-                as for `generate_mask_diffusion`. By default one pass fills the whole draft: wrong
-                tokens cost nothing but the rest of their block, a second pass costs a pass.
+                as for `generate_mask_diffusion`. By default one pass fills the whole draft: a
+                wrong token costs only the rest of its block.
         Source: arXiv 2211.17192 (speculative decoding), with AR's draw in place of rejection.
         """
         self._need_denoiser()
@@ -1162,10 +1113,10 @@ class TwoTower(Module):
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
             masked = (place > 0).expand_as(block)           # AR itself may have chosen the mask id
-            block = run.fill(block, masked, place < run.left()[:, None], greedy=True)
+            block = run.fill(block, masked, place < run.left[run.live, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
             right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
-            kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left())              # (R,)
+            kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left[run.live])      # (R,)
             run.check_finite(confidence, place < kept[:, None])
             run.context.settle(kept)
             going = run.append([row[:n] for row, n in zip(ids, kept)])
@@ -1179,14 +1130,12 @@ class TwoTower(Module):
                         towers: str = "both", backend: str = "torch") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
-        Every name and shape is checked against the headers before any tensor is read; each tensor
-        then goes straight to its tower's device, so that the host holds one at a time.
+        Names and shapes are checked against the headers before any tensor is read; each tensor then
+        goes straight to its tower's device, so that the host holds one at a time.
 
-        Args:
-            context_device, denoiser_device: None is torch's default device, and the context's.
-            dtype: None keeps each tensor's own; the router is float32 at least in any case.
-            towers: "both", or "context" to read and hold nothing of the denoiser.
-            backend: see `use`.
+        Args: context_device, denoiser_device: None is torch's default device, and the context's;
+            dtype: None keeps each tensor's own; the router is float32 at least in any case;
+            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
@@ -1222,35 +1171,57 @@ class TwoTower(Module):
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
-        """Read the tensors of a `skeleton` from its files, each to its tower's device.
-
-        on_load: called with the bytes of each tensor that was loaded.
-        """
+        """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
+        called with the bytes of each."""
         tensors = self.state_dict()
         for name, parts in checkpoint_tensors(self).items():
             device = context_device if name.startswith("context_") else denoiser_device
-            tensor = torch.empty_like(tensors[name], device=device)
+            tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
             for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
                 # opened anew for each tensor, so that pages already read do not stay mapped
                 with safe_open(files[key], "pt", device=str(tensor.device)) as file:
                     part.copy_(file.get_tensor(key))
-            set_tensor(self, name, tensor)
             if on_load is not None:
                 on_load(tensor.nbytes)
+        self.load_state_dict(tensors, assign=True)
         return self
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
         """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-
-        Every file is written under another name first, so that none is ever half-written; files
-        of a checkpoint that was there before are replaced or removed.
-        """
-        save_checkpoint(self, Path(directory), max_shard_bytes)
+        No file is ever half-written; those of an older checkpoint are replaced or removed."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
+        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
+                "which a context tower alone must not replace; save it elsewhere")
+        shards, size = [{}], 0
+        for key, part in (pair for parts in checkpoint_tensors(self).values() for pair in parts):
+            size += part.nbytes
+            if shards[-1] and size > max_shard_bytes:
+                shards.append({})
+                size = part.nbytes
+            shards[-1][key] = part.contiguous()
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards):
+            write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
+        files = {"config.json": dataclasses.asdict(self.config) | {
+            "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
+        if len(shards) > 1:
+            total = sum(part.nbytes for shard in shards for part in shard.values())
+            files[INDEX] = {
+                "metadata": {"total_size": total},
+                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        for name, value in files.items():
+            write(directory / name, lambda path: path.write_text(
+                json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+        for path in old:
+            if path.name not in (*names, *files):
+                path.unlink()
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
-        gradients), "auto" those of kernels.py on GPUs where it and triton are there; `backend` then
-        says which they are.
+        gradients), "auto" the latter on GPUs where they can be had; `backend` then says which.
 
         graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
         graphs, for the rows at hand: worth it where rows end together. Needs "triton".
@@ -1259,9 +1230,8 @@ class TwoTower(Module):
         require(backend in ("auto", "torch", "triton"),
                 f"backend is {backend!r}, but it must be auto, torch or triton")
         if backend == "auto":
-            on_gpus = all(p.is_cuda for p in self.parameters())
             there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
-            backend = "triton" if on_gpus and there else "torch"
+            backend = "triton" if there and all(p.is_cuda for p in self.parameters()) else "torch"
         require(backend == "triton" or not graphs, "graphs need backend 'triton'")
         ops = Module.ops if backend == "torch" else SimpleNamespace(
             **{name: getattr(kernels(), name) for name in OPERATIONS})
@@ -1278,10 +1248,8 @@ class TwoTower(Module):
 
 def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
-    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus.
-
-    top_p keeps the most likely tokens, up to and including the one that takes their total past it.
-    """
+    """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus: the
+    most likely tokens, up to and including the one that takes their total past top_p."""
     logits = logits.double() / temperature          # float32 overflows at tiny temperatures
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
@@ -1300,10 +1268,9 @@ def gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
-    """U(0, 1) numbers that depend on (seed, position, step, token id) and on nothing else.
-
-    So a row draws the same whatever stands beside it, on every device, and speculative decoding
-    draws what AR does. Counter-based: splitmix64's mixing function, whose products wrap in int64.
+    """U(0, 1) numbers that depend on (seed, position, step, token id) and on nothing else: a row
+    draws the same whatever stands beside it, on every device, and speculative decoding draws what
+    AR does. Counter-based: splitmix64's mixing function, whose products wrap in int64.
 
     Args: seeds (R), positions (R, Q) int64: of a token in its text. Returns: (R, Q, V) float64.
     """
@@ -1321,10 +1288,9 @@ def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
 
 def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
                    steps_left: int) -> Tensor:
-    """Which masked positions take their prediction in this step, row by row.
-
-    All of them on the last step; else as many as are more confident than the threshold, but at
-    least one and at least an even share of what is left; the most confident ones go first.
+    """Which masked positions take their prediction in this step, row by row: all on the last step;
+    else as many as are more confident than the threshold, but at least one and at least an even
+    share of what is left; the most confident ones go first.
 
     Args: confidence (R, Q); masked (R, Q) bool; steps_left counts this step (1 = the last).
     Returns: (R, Q) bool, a subset of masked.
@@ -1381,8 +1347,7 @@ class Decoding:
 
     Args:
         prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
-        block_size, steps_per_block, mask_token_id, confidence_threshold, template: see
-            `generate_mask_diffusion`.
+        block_size .. template: see `generate_mask_diffusion`.
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
         eos_token_id: ends a row; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
@@ -1400,7 +1365,8 @@ class Decoding:
                  seed: int | Sequence[int] | None = None,
                  on_step: Callable[[Step], None] | None = None,
                  on_tokens: Callable[[Written], bool | None] | None = None):
-        self.model, self.on_step, self.on_tokens = model, on_step, on_tokens
+        self.model, self.on_step = model, on_step or (lambda step: None)
+        self.on_tokens = on_tokens or (lambda written: None)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.block_size, self.steps_per_block = block_size, steps_per_block
         self.mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
@@ -1408,21 +1374,18 @@ class Decoding:
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
+        # what each row still gets: (n,) tokens of its template, and at most how many in all (B,)
         self.templates = check_templates(template, rows, model.config)
-        self.limits = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
-        self.seeds = check_seeds(seed, rows)
+        self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seeds = check_rows(seed, "seed", 0, rows)
+        seeds = seeds if isinstance(seed, Sequence) else range(seed, seed + rows)
+        self.seeds = torch.tensor([one % 2**63 for one in seeds])                    # (B,)
         self.live = list(range(rows))                   # R rows are still being written
         self.texts = [prompt.tolist() for prompt in self.prompts]       # with what is written
         self.nfe = torch.zeros(rows, dtype=torch.long)
         self.context_passes = torch.zeros(rows, dtype=torch.long)
         self.block_index = 0
-
-    def written(self, row: int) -> int:
-        return len(self.texts[row]) - len(self.prompts[row])
-
-    def left(self) -> Tensor:
-        """(R,): how many tokens each live row may still get."""
-        return torch.tensor([self.limits[row] - self.written(row) for row in self.live])
 
     def newest(self, n: int) -> Tensor:
         """(R, n): the newest tokens of each live row."""
@@ -1432,7 +1395,7 @@ class Decoding:
                 repeats: bool = False) -> Tensor | None:
         """Begin the context; returns the logits (R, 1, V) after it. repeats: what follows are equal
         passes over the same rows, which can be recorded."""
-        self.context = self.model._prefill(prompts, max(self.limits) + self.block_size, logits)
+        self.context = self.model._prefill(prompts, int(self.left.max()) + self.block_size, logits)
         self.context_passes += self.context.lengths > 0
         if repeats and self.model.graphs:
             self.context.passes = kernels().Passes(self.model, self.context, Pass.behind)
@@ -1445,12 +1408,9 @@ class Decoding:
 
     def predict(self, logits: Tensor, step: int = 0, mask_token_id: int | None = None,
                 greedy: bool = False) -> tuple[Tensor, Tensor]:
-        """What a pass proposes for the next Q places of each row; never the mask token, if given.
-
-        Args: logits (R, Q, V) f32.
-        Returns: ids (R, Q) and confidence (R, Q), the probability of each under the softmax at
-        temperature 1, or NaN where a logit is not finite; both on the host.
-        """
+        """What a pass with logits (R, Q, V) proposes for the next Q places of each row, never the
+        mask token, if given: ids (R, Q), and as confidence (R, Q) their `probability` at
+        temperature 1; both on the host."""
         if greedy or self.temperature == 0:
             ids, confidence = self.model.ops.most_likely(logits, mask_token_id)
         else:
@@ -1480,13 +1440,10 @@ class Decoding:
         everywhere = torch.ones_like(ids, dtype=torch.bool)
         self.check_finite(confidence, everywhere)
         if report:
-            self.report(0, torch.ones(len(ids)), torch.full_like(ids, self.mask_token_id), ids,
-                        everywhere, confidence)
+            before = torch.full_like(ids, self.mask_token_id)
+            self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)), before, ids,
+                              everywhere, confidence))
         return ids
-
-    def report(self, step: int, *what: Tensor):
-        if self.on_step is not None:
-            self.on_step(Step(list(self.live), self.block_index, step, *what))
 
     def next_block(self) -> tuple[Tensor, Tensor]:
         """For each live row its template's tokens, where it has some, and masks (R, Q); and which
@@ -1494,9 +1451,9 @@ class Decoding:
         block = torch.full((len(self.live), self.block_size), self.mask_token_id)
         wanted = torch.ones_like(block, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            rest = self.templates[row][self.written(row):][:self.block_size]
+            rest = self.templates[row][:self.block_size]
             block[r, :len(rest)] = rest
-            if len(self.templates[row]) == self.limits[row]:
+            if len(self.templates[row]) == self.left[row]:
                 wanted[r, len(rest):] = False
         return block, wanted
 
@@ -1515,7 +1472,8 @@ class Decoding:
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
             before, block, masked = block, ids.where(commits, block), masked & ~commits
-            self.report(step, t, before, block, commits, confidence)
+            self.on_step(Step(self.live, self.block_index, step, t, before, block, commits,
+                              confidence))
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
@@ -1523,17 +1481,15 @@ class Decoding:
         that end leave the context. Returns whether any goes on."""
         going = []
         for r, row in enumerate(self.live):
-            written = self.written(row)
-            ids = new[r][:self.limits[row] - written].tolist()
-            eos_from = max(0, len(self.templates[row]) - written)
-            ended = written + len(ids) == self.limits[row]
-            if self.eos_token_id in ids[eos_from:]:
-                ids, ended = ids[:ids.index(self.eos_token_id, eos_from) + 1], True
+            ids, template = new[r][:int(self.left[row])].tolist(), len(self.templates[row])
+            ended = len(ids) == self.left[row]
+            if self.eos_token_id in ids[template:]:
+                ids, ended = ids[:ids.index(self.eos_token_id, template) + 1], True
+            self.templates[row] = self.templates[row][len(ids):]
+            self.left[row] -= len(ids)
             self.texts[row] += ids
-            if self.on_tokens is not None:
-                passes = int(self.nfe[row]), int(self.context_passes[row])
-                ended = self.on_tokens(Written(row, ids, ended, *passes)) or ended
-            if not ended:
+            passes = int(self.nfe[row]), int(self.context_passes[row])
+            if not (self.on_tokens(Written(row, ids, ended, *passes)) or ended):
                 going.append(r)
         self.live, self.block_index = [self.live[r] for r in going], self.block_index + 1
         self.context.select(going)
@@ -1557,49 +1513,50 @@ def require(ok: bool, message: str):
 
 def check_config(c: TwoTowerConfig):
     """Raise for the first field that breaks its rule."""
-    def number(v) -> bool:
-        return type(v) in (int, float)
+    def check(name: str, holds: bool, rule: str):
+        require(holds, f"config: {name} is {getattr(c, name)!r}, but {rule}")
 
     types = {
-        "int": (lambda v: type(v) is int and v > 0, "it must be a positive integer"),
-        "float": (lambda v: number(v) and 0 < v < math.inf, "it must be a positive number"),
-        "bool": (lambda v: type(v) is bool, "it must be true or false"),
-        "str": (lambda v: type(v) is str, "it must be text"),
-        "tuple[float, float]": (lambda v: type(v) is tuple and len(v) == 2 and all(map(number, v))
-                                and 0 <= v[0] <= v[1], "it must be [low, high], 0 <= low <= high"),
+        "int": (lambda v: type(v) is int and v > 0, "a positive integer"),
+        "float": (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
+        "bool": (lambda v: type(v) is bool, "true or false"),
+        "str": (lambda v: type(v) is str, "text"),
+        "tuple[float, float]": (lambda v: type(v) is tuple and {*map(type, v)} <= {int, float} and
+                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
         "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
-                       f"it must be an id below vocab_size {c.vocab_size}")}
-    rules = [(field.name, *types[field.type]) for field in dataclasses.fields(c)]
-    rules += [(name, lambda v, parts=parts: v % getattr(c, parts) == 0, f"it must be a multiple of "
-               f"{parts} {getattr(c, parts)}") for name, parts in (
-                   ("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups"),
-                   ("n_routed_experts", "n_group"))]
-    rules += [
-        ("hybrid_override_pattern", lambda v: set(v) <= set("M*E-"),
-         "its letters must be M (Mamba-2), * (attention), E (MoE) or - (MLP)"),
-        ("hybrid_override_pattern", lambda v: len(v) == c.num_hidden_layers,
-         f"num_hidden_layers is {c.num_hidden_layers}"),
-        ("n_group", lambda v: v == 1 or c.n_routed_experts >= 2 * v, "each needs two experts"),
-        ("topk_group", lambda v: v <= c.n_group, f"n_group is {c.n_group}"),
-        ("num_experts_per_tok", lambda v: v <= c.n_routed_experts,
-         f"there are {c.n_routed_experts} experts"),
-        ("time_step_min", lambda v: v <= c.time_step_max, f"time_step_max is {c.time_step_max}"),
-        ("mask_token_id", lambda v: v is not None, "decoding needs one"),
-        ("mlp_hidden_act", lambda v: v == "relu2", "only relu2 is supported"),
-        ("mamba_hidden_act", lambda v: v == "silu", "only silu is supported"),
-        ("tie_word_embeddings", lambda v: not v, "each tower has its own head")]
-    for name, holds, rule in rules:
-        require(holds(getattr(c, name)), f"config: {name} is {getattr(c, name)!r}, but {rule}")
+                       f"an id below vocab_size {c.vocab_size}")}
+    for field in dataclasses.fields(c):
+        holds, what = types[field.type]
+        check(field.name, holds(getattr(c, field.name)), f"it must be {what}")
+    for name, other in (("num_attention_heads", "num_key_value_heads"),
+                        ("mamba_num_heads", "n_groups"), ("n_routed_experts", "n_group")):
+        whole = getattr(c, other)
+        check(name, getattr(c, name) % whole == 0, f"it must be a multiple of {other} {whole}")
+    for name, other in (("topk_group", "n_group"), ("num_experts_per_tok", "n_routed_experts"),
+                        ("time_step_min", "time_step_max")):
+        most = getattr(c, other)
+        check(name, getattr(c, name) <= most, f"{other} is {most}")
+    for name, only in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu"),
+                       ("tie_word_embeddings", False)):
+        check(name, getattr(c, name) == only, f"only {only} is supported")
+    pattern, layers = c.hybrid_override_pattern, c.num_hidden_layers
+    check("hybrid_override_pattern", set(pattern) <= set("M*E-") and len(pattern) == layers,
+          f"it must be M (Mamba-2), * (attention), E (MoE) or - (MLP) for each of {layers} layers")
+    check("n_group", c.n_group == 1 or c.n_routed_experts >= 2 * c.n_group, "each needs 2 experts")
+    check("mask_token_id", c.mask_token_id is not None, "decoding needs one")
 
 
-def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
-              shape: tuple = (None, None)) -> Tensor:
-    """Raise unless ids are int64, of the vocabulary and of that shape; None is any size from 1."""
-    if not (isinstance(ids, Tensor) and ids.dtype == torch.long and ids.dim() == len(shape) and all(
-            size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape))):
-        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.40}"
-        sizes = ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
-        raise ValueError(f"{name} must be int64 ids of shape ({sizes}), got {got}")
+def check_ids(ids, name: str, config: TwoTowerConfig, shape: tuple = (None, None)) -> Tensor:
+    """ids as an int64 tensor, all of the vocabulary, of that shape; None is any size from 1."""
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
+    fits = ids.dim() == len(shape) and all(
+        size > 0 and wanted in (None, size) for size, wanted in zip(ids.shape, shape))
+    require(fits and ids.dtype == torch.long, f"{name} must be int64 ids of shape ("
+            + ", ".join("1 or more" if wanted is None else str(wanted) for wanted in shape)
+            + f"), got {ids.dtype} {tuple(ids.shape)}")
     V, (low, high) = config.vocab_size, map(int, ids.aminmax())
     require(low >= 0 and high < V,
             f"{name} holds id {low if low < 0 else high}, but ids must be in [0, {V})")
@@ -1610,15 +1567,7 @@ def check_ids(ids: Tensor, name: str, config: TwoTowerConfig,
 def check_texts(texts, name: str, config: TwoTowerConfig) -> list[Tensor]:
     """A tensor (L,) of ids for each of one or more texts."""
     require(len(texts) > 0, f"there is no {name}")
-    return [check_text(ids, f"{name} {i}", config) for i, ids in enumerate(texts)]
-
-
-def check_text(ids, name: str, config: TwoTowerConfig) -> Tensor:
-    try:
-        ids = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be token ids, got {ids!r:.40}") from None
-    return check_ids(ids, name, config, (None,))
+    return [check_ids(ids, f"{name} {i}", config, (None,)) for i, ids in enumerate(texts)]
 
 
 def check_length(length: int, config: TwoTowerConfig):
@@ -1670,34 +1619,29 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]
     templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
     return [torch.empty(0, dtype=torch.long) if ids is None else
-            check_text(ids, f"template {row}", config) for row, ids in enumerate(templates)]
+            check_ids(ids, f"template {row}", config, (None,)) for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
-                 config: TwoTowerConfig) -> list[int]:
-    """How many tokens each row may get: as given, or as many as its template has."""
-    limits = ([len(template) for template in templates] if max_new_tokens is None else
-              list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else
-              [max_new_tokens] * len(prompts))
-    require(len(limits) == len(prompts) and all(type(n) is int and n > 0 for n in limits),
-            f"max_new_tokens is {max_new_tokens!r}, but it must be 1 or more, for all or for each "
-            f"of {len(prompts)} prompts; only a template can do without")
+                 config: TwoTowerConfig) -> Tensor:
+    """(B,) int64: how many tokens each row may get: as given, or as many as its template has."""
+    if max_new_tokens is None and all(map(len, templates)):
+        max_new_tokens = [len(template) for template in templates]
+    limits = check_rows(max_new_tokens, "max_new_tokens", 1, len(prompts))
     check_length(max(len(prompt) + new for prompt, new in zip(prompts, limits)), config)
     for row, (template, new) in enumerate(zip(templates, limits)):
         require(len(template) <= new, f"template {row} has {len(template)} tokens, more than the "
                 f"{new} of max_new_tokens")
-    return limits
+    return torch.tensor(limits)
 
 
-def check_seeds(seed: int | Sequence[int] | None, rows: int) -> Tensor:
-    """(rows,) int64."""
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(rows)]
-    require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} prompts")
-    require(all(type(one) is int and one >= 0 for one in seeds),
-            f"seed is {seed!r}, but it must be an integer of 0 or more, or one for each prompt")
-    return torch.tensor([one % 2**63 for one in seeds])
+def check_rows(value, name: str, least: int, rows: int) -> list[int]:
+    """One integer of `least` or more for each row: those given, or the one given."""
+    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    require(len(values) == rows and all(type(v) is int and v >= least for v in values), f"{name} "
+            f"is {value!r}, but it must be an integer of {least} or more, for all or for each of "
+            f"{rows} prompts")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1712,10 +1656,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or not valid JSON: {error}") from None
     require(isinstance(value, dict), f"{path} must hold a JSON object")
     return value
 
@@ -1734,40 +1676,30 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
             [(name, tensor)] for name, tensor in model.state_dict().items()}
 
 
-def set_tensor(model: nn.Module, name: str, tensor: Tensor):
-    """Replace a parameter or buffer, whatever the new dtype and device."""
-    owner, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner)
-    setattr(owner, leaf, nn.Parameter(tensor) if leaf in owner._parameters else tensor)
-
-
 def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for names that begin with one of `unread`; of a broken promise without shape."""
-    index, single = directory / INDEX, directory / "model.safetensors"
-    found: dict[str, tuple] = {}
+    index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
     if index.exists():
-        places = read_json(index).get("weight_map")
-        require(isinstance(places, dict) and bool(places), f"{index} has no weight_map")
-        for key, name in places.items():
+        weight_map = read_json(index).get("weight_map")
+        require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+        for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
             if not key.startswith(unread):
-                found[key] = directory / name, None, None
-    for path in sorted({path for path, _, _ in found.values()} or {single}):
+                places[key] = directory / name
+    for path in sorted(set(places.values()) or {single}):
         require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    place, shape, _ = found.get(key, (path, None, None))
-                    require(shape is None and place == path,
-                            f"tensor {key} is in {path.name}, and {place.name} is its place too")
-                    if not key.startswith(unread):
-                        part = file.get_slice(key)
-                        found[key] = path, part.get_shape(), part.get_dtype()
+                for key in (key for key in file.keys() if not key.startswith(unread)):
+                    place, part = places.setdefault(key, path), file.get_slice(key)
+                    require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
+                            "its place too")
+                    found[key] = path, part.get_shape(), part.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
-    return found
+    return {key: found.get(key, (path, None, None)) for key, path in places.items()}
 
 
 def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtype | None):
@@ -1781,41 +1713,10 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
             keys = dtypes | keys
-        set_tensor(model, name, torch.empty_like(tensors[name], dtype=own))
+        tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
-
-
-def save_checkpoint(model: TwoTower, directory: Path, max_shard_bytes: int):
-    """See `TwoTower.save_pretrained`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-    require(not old or model.denoiser_tower is not None, f"{directory} holds a checkpoint, which a "
-            "context tower alone must not replace; save it elsewhere")
-    shards, size = [{}], 0
-    for key, part in (pair for parts in checkpoint_tensors(model).values() for pair in parts):
-        if shards[-1] and size + part.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = part
-        size += part.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        shard = {key: part.contiguous() for key, part in shard.items()}
-        write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-    files = {"config.json": dataclasses.asdict(model.config) | {
-        "torch_dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch.")}}
-    if len(shards) > 1:
-        files[INDEX] = {
-            "metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    for name, value in files.items():
-        write(directory / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n",
-                                                             encoding="utf-8"))
-    for path in old:
-        if path.name not in (*names, *files):
-            path.unlink()
+    model.load_state_dict(tensors, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------
