@@ -2453,7 +2453,7 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
 
 def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     """24 shards of the released shapes without data: SPEC's table of memory."""
-    assert write_headers(tmp_path, bench.RELEASED, 24) == 24
+    assert write_headers(tmp_path, dataclasses.asdict(TwoTowerConfig()), 24) == 24
     run = sample("--plan", "--max-new-tokens", 8192, "--batch-size", 4, directory=tmp_path)
     context, = re.findall(r"weights ([\d.]+) GiB", run.stderr.splitlines()[0])
     assert context == "117.7"                       # twice 58.8 and the time conditioning

@@ -8,10 +8,10 @@ adaLN tells it how much of the block is still masked.
 
 Order: configuration, formulas, what passes carry, layers and towers, the model with training and
 four ways of decoding; then what these lean on. A denoiser step from the top:
-`generate_mask_diffusion`, `Decoding.fill`, `TwoTower._denoise`, `Tower`, `Layer`, `Attention`,
-`attention`. Needs torch, einops and safetensors; works when copied alone. Parameter names are the
-checkpoint's, but that `experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]` here. README.md
-lists where this deviates from the released code.
+`generate_mask_diffusion`, `Decoding.denoise_block`, `TwoTower._denoise`, `Tower`, `Layer`,
+`Attention`, `attention`. Needs torch, einops and safetensors; works when copied alone. Parameter
+names are the checkpoint's, but that `experts.{e}.up_proj.weight` is `experts.up_proj.weight[e]`
+here. README.md lists where this deviates from the released code.
 
 Sources: arXiv 2606.26493v2 (TwoTower); arXiv 2405.21060 (Mamba-2, "SSD"); arXiv 2412.19437 2.1.2
 (sigmoid routing with a correction bias); arXiv 2310.00426 2.3 (adaLN-single); the checkpoint
@@ -189,7 +189,8 @@ def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
     Args: inputs (b, W-1+L, channels), the L new ones behind the W-1 before them;
         weight (channels, 1, W), bias (channels) or None.
-    Returns: (b, L, channels) in the inputs' dtype; output l reads inputs l .. l+W-1.
+    Returns: (b, L, channels) in the inputs' dtype; token l, which is inputs[:, l+W-1], reads itself
+        and the W-1 before it.
     """
     x, taps = wide(inputs), wide(weight[:, 0])                                  # (channels, W)
     W, L = taps.shape[1], inputs.shape[1] - taps.shape[1] + 1
@@ -212,7 +213,7 @@ def ssd_rates(dt: Tensor, dt_bias: Tensor, A_log: Tensor, limit: tuple[float, fl
     Returns: dt (b,L,H) f32, 0 from counts on (padding must not move the state), and A (H) f32.
     """
     dt = F.softplus(wide(dt) + dt_bias)
-    if limit != (0.0, math.inf):                                # which are its own
+    if limit != (0.0, math.inf):                                # where softplus is anyway
         dt = dt.clamp(*limit)
     if counts is not None:
         dt = dt * (torch.arange(dt.shape[1], device=dt.device) < counts[:, None])[..., None]
@@ -406,20 +407,22 @@ def without(logits: Tensor, mask_token_id: int | None) -> Tensor:
 class Pass(NamedTuple):
     """One pass of a tower over L new tokens a row: where they go, what they see, what is kept.
 
-    pass               new tokens see                             keep: of Mamba layers
-    prefill, extend    what is cached, the new ones before them   "end": the state after them
-    verify a draft     the same                                   "inputs": the state after any
-    denoise            all cached and all new ones                "none"
-    train, clean       the new ones before them                   "blocks": before every block
-    train, noisy       earlier clean blocks, their own block      "none"
+    pass               a new token sees                        keep: of Mamba layers
+    prefill, extend    cached ones, new ones up to itself      "end": the state after the last
+    verify a draft     the same                                "inputs": what `settle` needs later
+    context_logits     the same                                "none"
+    denoise            all cached and all new ones             "none"
+    train, clean       new ones up to itself                   "blocks": before every block
+    train, noisy       earlier clean blocks, its own block     "none"
     """
 
-    slots: Tensor                       # (B, L) int64: where their keys and values are cached; in
-                                        # training L = n*Q, though the tokens come as B*n rows of Q
+    slots: Tensor                       # (B, L) int64: where new keys and values are cached. In
+                                        # training x is (B*n, Q) and L is n*Q: n blocks share a row
     end: int                            # slots in use then, in the longest row
-    last_seen: Tensor | None = None     # new tokens see, as for `attention`: slots up to these,
-    is_causal: bool = False             # or slots 0..l for token l,
-    mask: Tensor | None = None          # or these; else every slot in use
+    # what a query sees, one of three as for `attention`; none of them: every slot in use
+    last_seen: Tensor | None = None
+    is_causal: bool = False
+    mask: Tensor | None = None
     counts: Tensor | None = None        # (B,) int64: real tokens of each row, then padding
     keep: str = "none"
     block_size: int | None = None       # of keep "blocks"
@@ -503,7 +506,7 @@ class Context:
         self.logits: Tensor | None = None
         self.passes = None                              # kernels.Passes over this context, if any
         self._replica: list | None = None               # the states on another device
-        self._sent = self.lengths - 1                   # tokens of each row that the replica holds
+        self._sent = self.lengths - 1                   # lengths when it was last sent; -1: never
 
     def select(self, rows: list[int]):
         """Keep only these rows, in this order."""
@@ -522,8 +525,8 @@ class Context:
         lengths = self.lengths.tolist()
         longest, uniform = max(lengths), min(lengths) == max(lengths)
         at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)
-        all_seen = uniform and (L == 1 or not causal)
-        is_causal = causal and longest == 0 and not all_seen
+        all_seen = uniform and (L == 1 or not causal)           # needs no mask
+        is_causal = causal and longest == 0 and not all_seen    # needs none in memory
         last_seen = None if all_seen or is_causal else at.last_seen[:1] if uniform else at.last_seen
         padded = counts is not None and int(counts.min()) < L
         return at._replace(last_seen=last_seen, is_causal=is_causal,
@@ -581,14 +584,14 @@ class Mamba2(Module):
         self.split = [c.d_inner, c.conv_dim, c.mamba_num_heads]     # of in_proj: z, xBC, dt
         self.in_proj = nn.Linear(c.hidden_size, sum(self.split), bias=c.use_bias)
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim,
-                                bias=c.use_conv_bias)               # holds the weights only
+                                bias=c.use_conv_bias)               # holds weights only
         self.A_log = nn.Parameter(torch.arange(1, c.mamba_num_heads + 1).log())
         self.D = nn.Parameter(torch.ones(c.mamba_num_heads))
         # dt starts log-uniform in [time_step_min, time_step_max], through an inverse softplus
         low, high = math.log(c.time_step_min), math.log(c.time_step_max)
         dt = torch.empty(c.mamba_num_heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.norm = nn.RMSNorm(c.d_inner)                           # the same: see gated_rms_norm
+        self.norm = nn.RMSNorm(c.d_inner)                           # too: see gated_rms_norm
         self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
@@ -598,7 +601,8 @@ class Mamba2(Module):
         return MambaState(zeros(rows, c.conv_kernel - 1, c.conv_dim), wide(ssm))
 
     def forward(self, x: Tensor, state: MambaState, at: Pass) -> Tensor:
-        """x (b, L, D) -> (b, L, D); the state becomes what at.keep says."""
+        """x (b, L, D) -> (b, L, D). at.keep: "end" updates the state in place, "blocks" replaces
+        it, "inputs" adds to it what `MambaState.settle` needs, "none" leaves it."""
         c, (b, L, _) = self.config, x.shape
         groups = c.n_groups * c.ssm_state_size
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
@@ -1077,7 +1081,7 @@ class TwoTower(Module):
         run.prefill(run.prompts, None, repeats=True)
         while True:
             block, wanted = run.next_block()
-            block = run.fill(block, block == run.mask_token_id, wanted)
+            block = run.denoise_block(block, block == run.mask_token_id, wanted)
             if not run.append(block):
                 return run.result()
             run.extend(run.newest(block_size))
@@ -1108,12 +1112,12 @@ class TwoTower(Module):
                        mask_token_id, confidence_threshold, **options)
         going = run.append(run.next_token(run.prefill(run.prompts), report=False))
         run.block_index, place = 0, torch.arange(draft_length)
-        eos = -1 if run.eos_token_id is None else run.eos_token_id
+        eos = -1 if run.eos_token_id is None else run.eos_token_id      # -1: no token
         while going:
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
             masked = (place > 0).expand_as(block)           # AR itself may have chosen the mask id
-            block = run.fill(block, masked, place < run.left[run.live, None], greedy=True)
+            block = run.denoise_block(block, masked, place < run.left[run.live, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
             right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
             kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left[run.live])      # (R,)
@@ -1274,7 +1278,7 @@ def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
 
     Args: seeds (R), positions (R, Q) int64: of a token in its text. Returns: (R, Q, V) float64.
     """
-    def mix(x: Tensor) -> Tensor:                   # >> carries the sign, which the masks cut off
+    def mix(x: Tensor) -> Tensor:           # >> carries the sign, which & 2**n - 1 cuts off
         x = (x ^ (x >> 30 & 2**34 - 1)) * -4658895280553007687
         x = (x ^ (x >> 27 & 2**37 - 1)) * -7723592293110705685
         return x ^ (x >> 31 & 2**33 - 1)
@@ -1282,8 +1286,8 @@ def noise(seeds: Tensor, positions: Tensor, step: int, V: int) -> Tensor:
     golden = -7046029254386353131
     key = mix(mix(mix(seeds + golden)[:, None] + positions * golden) + step)
     tokens = torch.arange(1, V + 1, device=key.device) * golden
-    bits = mix(key[..., None] + tokens) >> 11 & 2**53 - 1
-    return (bits.double() + 0.5) * 2.0**-53
+    bits = mix(key[..., None] + tokens) >> 12 & 2**52 - 1       # half of one more keeps 0 and 1 out
+    return (bits.double() + 0.5) * 2.0**-52
 
 
 def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float,
@@ -1297,10 +1301,10 @@ def select_commits(confidence: Tensor, masked: Tensor, confidence_threshold: flo
     """
     left = masked.sum(-1)
     sure = (masked & (confidence > confidence_threshold)).sum(-1)
-    share = (left + steps_left - 1) // steps_left               # on the last step: all of them
-    n = sure.maximum(share).clamp(min=1).minimum(left)
-    ranked = confidence.where(masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    return masked & (ranked.argsort(dim=-1) < n[:, None])
+    share = (left + steps_left - 1) // steps_left       # 1 or more, on the last step all of them
+    order = confidence.where(masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)                        # 0 for the most confident masked position
+    return masked & (rank < sure.maximum(share)[:, None])
 
 
 class Step(NamedTuple):
@@ -1457,7 +1461,8 @@ class Decoding:
                 wanted[r, len(rest):] = False
         return block, wanted
 
-    def fill(self, block: Tensor, masked: Tensor, wanted: Tensor, greedy: bool = False) -> Tensor:
+    def denoise_block(self, block: Tensor, masked: Tensor, wanted: Tensor,
+                      greedy: bool = False) -> Tensor:
         """Denoise block (R, Q), step by step, until nothing wanted (R, Q) is masked (R, Q)."""
         for step in range(self.steps_per_block):
             unfinished = (masked & wanted).any(-1)          # (R,) rows that need this step
