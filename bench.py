@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -301,6 +302,8 @@ def bench_gpu() -> dict:
           "reported of the release")
     result["concentrated"], result["concentrated_speed_up"] = measure(batches=(1, 4))
     result["decoding"] = time_decoding(model)
+    result["transformers_ms"] = 1e3 * time_transformers(model, seconds_of)
+    print(f"\nAR token after 2,048 by transformers' NemotronH: {result['transformers_ms']:.1f} ms")
     return result
 
 
@@ -428,6 +431,21 @@ def time_decoding(model: TwoTower, new: int = 512) -> list[dict]:
         rows[-1]["over_ar"] = speed / rows[0]["tokens_per_second"]
     show("whole generations of batch 1, graphs", rows)
     return rows
+
+
+def time_transformers(model: TwoTower, seconds_of) -> float:
+    """Seconds of an AR token at batch 1 by transformers' NemotronH, which takes the denoiser's
+    place in memory."""
+    model.denoiser_tower = model.lm_head = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        theirs = as_transformers(model)
+    torch.set_default_dtype(torch.float32)
+    prompt = torch.randint(4, model.config.vocab_size, (1, 2048), device="cuda")
+    cache = theirs(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    return seconds_of(lambda: theirs(prompt[:, :1], past_key_values=cache, use_cache=True))
 
 
 # ---------------------------------------------------------------------------------------------

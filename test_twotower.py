@@ -999,7 +999,7 @@ def test_noise_is_a_function_of_seed_position_step_and_token():
 
     def by_definition(seed, position, step, token):
         key = mix(mix(mix(seed + golden) + position * golden) + step)
-        return ((mix(key + (token + 1) * golden) >> 11) + 0.5) / 2**53
+        return ((mix(key + (token + 1) * golden) >> 12) + 0.5) / 2**52
 
     golden = 0x9E3779B97F4A7C15
     seeds, positions = [0, 5, 2**63 - 1], [[0, 7], [4096, 1], [9, 262143]]
