@@ -14,7 +14,8 @@ need this file.
     2  ssd_scan, ssd_step the Mamba-2 recurrence, chunk by chunk or one token; ssd_rates makes its
                           dt and A
     3  causal_conv1d      depthwise convolution and SiLU
-    4  norms              rms_norm, modulate_then_norm, norm_then_modulate, gated_rms_norm, add_gated
+    4  norms              rms_norm, modulate_then_norm, norm_then_modulate, gated_rms_norm,
+                          add_gated
     5  attention          few queries over many keys, split over the keys
     6  most_likely        argmax and its probability over the vocabulary, in one reading
     7  route              expert scores, group limit, top-k, in float64

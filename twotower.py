@@ -1117,10 +1117,11 @@ class TwoTower(Module):
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
             masked = (place > 0).expand_as(block)           # AR itself may have chosen the mask id
-            block = run.denoise_block(block, masked, place < run.left[run.live, None], greedy=True)
+            left = torch.tensor([run.left[row] for row in run.live])                     # (R,)
+            block = run.denoise_block(block, masked, place < left[:, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
             right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
-            kept = (1 + right.long().cumprod(1).sum(1)).minimum(run.left[run.live])      # (R,)
+            kept = (1 + right.long().cumprod(1).sum(1)).minimum(left)                    # (R,)
             run.check_finite(confidence, place < kept[:, None])
             run.context.settle(kept)
             going = run.append([row[:n] for row, n in zip(ids, kept)])
@@ -1378,7 +1379,7 @@ class Decoding:
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
-        # what each row still gets: (n,) tokens of its template, and at most how many in all (B,)
+        # of each row what is still to come: the tokens of its template, and how many at most in all
         self.templates = check_templates(template, rows, model.config)
         self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -1399,7 +1400,7 @@ class Decoding:
                 repeats: bool = False) -> Tensor | None:
         """Begin the context; returns the logits (R, 1, V) after it. repeats: what follows are equal
         passes over the same rows, which can be recorded."""
-        self.context = self.model._prefill(prompts, int(self.left.max()) + self.block_size, logits)
+        self.context = self.model._prefill(prompts, max(self.left) + self.block_size, logits)
         self.context_passes += self.context.lengths > 0
         if repeats and self.model.graphs:
             self.context.passes = kernels().Passes(self.model, self.context, Pass.behind)
@@ -1456,7 +1457,7 @@ class Decoding:
         wanted = torch.ones_like(block, dtype=torch.bool)
         for r, row in enumerate(self.live):
             rest = self.templates[row][:self.block_size]
-            block[r, :len(rest)] = rest
+            block[r, :len(rest)] = torch.tensor(rest, dtype=torch.long)
             if len(self.templates[row]) == self.left[row]:
                 wanted[r, len(rest):] = False
         return block, wanted
@@ -1486,7 +1487,7 @@ class Decoding:
         that end leave the context. Returns whether any goes on."""
         going = []
         for r, row in enumerate(self.live):
-            ids, template = new[r][:int(self.left[row])].tolist(), len(self.templates[row])
+            ids, template = new[r][:self.left[row]].tolist(), len(self.templates[row])
             ended = len(ids) == self.left[row]
             if self.eos_token_id in ids[template:]:
                 ids, ended = ids[:ids.index(self.eos_token_id, template) + 1], True
@@ -1615,21 +1616,21 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
-def check_templates(template, rows: int, config: TwoTowerConfig) -> list[Tensor]:
-    """A tensor (n,) of ids for each row, empty where there is no template."""
+def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int]]:
+    """The ids of each row's template, none where there is no template."""
     rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
     require(template is None or isinstance(template, Sequence | Tensor), rule)
     one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
                                all(isinstance(token, int) for token in template))
     templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
-    return [torch.empty(0, dtype=torch.long) if ids is None else
-            check_ids(ids, f"template {row}", config, (None,)) for row, ids in enumerate(templates)]
+    return [[] if ids is None else check_ids(ids, f"template {row}", config, (None,)).tolist()
+            for row, ids in enumerate(templates)]
 
 
-def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
-                 config: TwoTowerConfig) -> Tensor:
-    """(B,) int64: how many tokens each row may get: as given, or as many as its template has."""
+def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int]],
+                 config: TwoTowerConfig) -> list[int]:
+    """How many tokens each row may get: as given, or as many as its template has."""
     if max_new_tokens is None and all(map(len, templates)):
         max_new_tokens = [len(template) for template in templates]
     limits = check_rows(max_new_tokens, "max_new_tokens", 1, len(prompts))
@@ -1637,7 +1638,7 @@ def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[Tensor],
     for row, (template, new) in enumerate(zip(templates, limits)):
         require(len(template) <= new, f"template {row} has {len(template)} tokens, more than the "
                 f"{new} of max_new_tokens")
-    return torch.tensor(limits)
+    return limits
 
 
 def check_rows(value, name: str, least: int, rows: int) -> list[int]:
