@@ -1660,10 +1660,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_json(path: Path) -> dict:
+    require(path.is_file(), f"{path} is missing")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or not valid JSON: {error}") from None
+    except ValueError as error:                     # of JSON or of UTF-8
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     require(isinstance(value, dict), f"{path} must hold a JSON object")
     return value
 
