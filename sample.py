@@ -368,9 +368,8 @@ def devices(args: Namespace) -> list[str]:
 
 
 def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str]) -> dict:
-    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens.
-
-    model is a skeleton, on the meta device: its states have sizes and no data.
+    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens, their
+    sum and what is free. model is a skeleton, on the meta device: its states have no data.
     """
     what = {"key_cache": "KV cache", "value_cache": "KV cache", "ssm_state": "SSM states",
             "conv_state": "conv states"}
@@ -383,12 +382,9 @@ def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str
     for name, tensor in model.state_dict().items():
         for place in places[:1] if name.startswith("context_") else places[1:]:
             table[place]["weights"] += tensor.nbytes
-    return {place: parts | {"together": sum(parts.values())} for place, parts in table.items()}
-
-
-def free_memory(device: str) -> int:
-    return (torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else
-            psutil.virtual_memory().available)
+    return {place: parts | {"together": sum(parts.values()), "free": (
+        torch.cuda.mem_get_info(place)[0] if place.startswith("cuda") else
+        psutil.virtual_memory().available)} for place, parts in table.items()}
 
 
 def readable(nbytes: int) -> str:
@@ -414,14 +410,13 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
 
     def full(rows: int, places: list[str]) -> list[str]:
         return [place for place, parts in memory(model, rows, length, width, places).items()
-                if parts["together"] > free_memory(place)]
+                if parts["together"] > parts["free"]]
 
     towers = {place: " and ".join(f"{tower} tower" for tower, at in zip(
         ("context", "denoiser"), places) if at == place) for place in places}
     for place, parts in memory(model, batch, length, width, places).items():
-        each = ", ".join(f"{what} {readable(nbytes)}" for what, nbytes in parts.items())
-        print(f"{place}: {towers[place]}: {each} of {readable(free_memory(place))} free",
-              file=sys.stderr)
+        print(f"{place}: {towers[place]}:", ", ".join(
+            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()), file=sys.stderr)
     if args.plan:
         one = memory(model, 1, 1, width, places)[places[0]]
         print(f"batch of {batch}, {length} tokens a row; a cached token takes {one['KV cache']} "
@@ -487,9 +482,9 @@ class Output:
                     **{name: columns[name][r].tolist()
                        for name in ("t", "before", "after", "committed", "confidence")}})
         if self.form == "steps":
-            if step.step == 0:
-                print(f"\nblock {step.block_index}  {self.line(step, step.before)}")
-            print(f"         {self.line(step, step.after)}", flush=True)
+            first = [(f"\nblock {step.block_index}  ", step.before)] if step.step == 0 else []
+            for what, ids in [*first, (" " * 9, step.after)]:
+                print(what + self.block(step, ids).plain.replace("\n", "\u21b5"), flush=True)
         elif self.form == "in place":               # the end of the text, as far as there is room
             self.live.start()                       # does nothing where it has been
             row, (width, height) = self.batch[step.rows[0]], self.live.console.size
@@ -507,9 +502,6 @@ class Output:
             run = [token for token, _ in group]
             text.append(MASKED * len(run) if name == "dim" else self.tokenizer.decode(run), name)
         return text
-
-    def line(self, step: Step, ids: torch.Tensor) -> str:
-        return self.block(step, ids).plain.replace("\n", "\u21b5")
 
     def on_tokens(self, written: Written) -> bool:
         self.check()

@@ -1986,6 +1986,11 @@ def one_line(run, message: str):
     assert line.startswith("sample.py: ") and message in line, line
 
 
+def flags_of(knobs: dict) -> list[str]:
+    return [str(word) for name, value in knobs.items()
+            for word in ("--" + name.replace("_", "-"), value)]
+
+
 def results_of(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
@@ -1998,16 +2003,13 @@ def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) 
     ).tokens[0].tolist()
 
 
-@pytest.mark.parametrize("mode, flags", [
-    ("ar", ""), ("mock_ar", "--denoiser-device cpu"),
-    ("speculative", "--denoiser-device cpu --draft-length 12 --steps-per-block 2"),
-    ("mask_diffusion", "--denoiser-device cpu --block-size 8 --steps-per-block 6 "
-     "--confidence-threshold 0.5 --mask-token-id 4")])
-def test_sample_prints_what_the_model_writes(mode, flags):
-    words = flags.replace("--denoiser-device cpu", "").split()
-    knobs = {name[2:].replace("-", "_"): json.loads(n) for name, n in zip(words[::2], words[1::2])}
+@pytest.mark.parametrize("mode, knobs", [
+    ("ar", {}), ("mock_ar", {}), ("speculative", dict(draft_length=12, steps_per_block=2)),
+    ("mask_diffusion", dict(block_size=8, steps_per_block=6, confidence_threshold=0.5,
+                            mask_token_id=4))])
+def test_sample_prints_what_the_model_writes(mode, knobs):
     run = sample("--mode", mode, *"--max-new-tokens 21 --context-device cpu Hello".split(),
-                 *flags.split())
+                 *["--denoiser-device", "cpu"] * (mode != "ar"), *flags_of(knobs))
     result = getattr(miniature()[0], f"generate_{mode}")(
         [tokenizer().encode("Hello").ids], 21, eos_token_id=2, **knobs)
     new, nfe, passes = result.tokens[0].tolist(), int(result.nfe), int(result.context_passes)
@@ -2044,14 +2046,16 @@ def test_sample_stops(mode):
 
 
 def test_sample_is_seeded():
-    knobs = "--mode ar --max-new-tokens 16 --temperature 1 --top-k 40 --top-p 0.95".split()
-    texts = [sample(*knobs, "--seed", seed, "Hi").stdout for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    narrow = sample(*knobs[:-1], "1e-6", "--seed", 1, "Hi").stdout          # --top-p that is greedy
-    assert narrow == sample(*knobs[:4], "Hi").stdout != texts[0]
-    unseeded = sample(*knobs, "Hi")
+    def text(*flags) -> str:
+        return sample(*"--mode ar --max-new-tokens 16 Hi".split(), *flags).stdout
+
+    knobs = "--temperature 1 --top-k 40 --top-p".split()
+    one, again, two, narrow = (text(*knobs, top_p, "--seed", seed) for top_p, seed in (
+        (0.95, 1), (0.95, 1), (0.95, 2), (1e-6, 1)))
+    assert one == again != two and narrow == text() != one      # that --top-p is greedy
+    unseeded = sample(*"--mode ar --max-new-tokens 16 Hi".split(), *knobs, 0.95)
     seed = re.search(r"seed (\d+)", unseeded.stderr)[1]
-    assert sample(*knobs, "--seed", seed, "Hi").stdout == unseeded.stdout
+    assert text(*knobs, 0.95, "--seed", seed) == unseeded.stdout
 
 
 def prompts_file(path: Path, lines: list) -> Path:
@@ -2436,14 +2440,13 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert cli.fetch("some/model", "both", False) == tmp_path
-    assert cli.fetch("some/model", "context", True) == tmp_path
-    assert cli.fetch(str(tmp_path), "both", False) == tmp_path and len(asked) == 4
+    for name, towers, plan in (("some/model", "both", False), ("some/model", "context", True),
+                               (str(tmp_path), "both", False)):
+        assert cli.fetch(name, towers, plan) == tmp_path
     small = ["config.json", "tokenizer.json", twotower.INDEX]
-    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
-    assert len(shards) == 4         # the towers are alike: two hold nothing but the denoiser
-    assert asked == [(small, False), (small + shards, False),
-                     (small, True), (small + shards[:2], True)]
+    shards = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003", "00004")]
+    assert asked == [                   # the towers are alike: two hold nothing but the denoiser
+        (small, False), (small + shards, False), (small, True), (small + shards[:2], True)]
     run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
                      env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
     one_line(run, "https://huggingface.co/some/model, downloaded where there is a connection")
@@ -2451,7 +2454,7 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
 
 def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     """24 shards of the released shapes without data: SPEC's table of memory."""
-    assert write_headers(tmp_path, {}, 24) == 24
+    assert write_headers(tmp_path, dataclasses.asdict(TwoTowerConfig()), 24) == 24
     run = sample("--plan", "--max-new-tokens", 8192, "--batch-size", 4, directory=tmp_path)
     context, = re.findall(r"weights ([\d.]+) GiB", run.stderr.splitlines()[0])
     assert context == "117.7"                       # twice 58.8 and the time conditioning
@@ -2476,6 +2479,11 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     """With made-up free memory and GPUs."""
     model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
     args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False, batch_size=4)
+    free = {"cpu": 0, "cuda:0": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place], 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free) - 1)
+    monkeypatch.setattr(cli.psutil, "virtual_memory",
+                        lambda: types.SimpleNamespace(available=free["cpu"]))
 
     def needed(rows: int, *places: str) -> dict[str, int]:
         table = cli.memory(model, rows, 112, 16, places)
@@ -2487,26 +2495,18 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     assert alone == apart["cpu"] < one < four and alone < apart["cuda:0"] < four
     assert sum(apart.values()) - four == four - sum(     # all but the weights is there twice
         tensor.nbytes for tensor in model.state_dict().values())
-
-    def verdict(places: list[str], **free: int) -> str | None:
-        gpus = [place for place in free if place != "cpu"]
-        monkeypatch.setattr(cli, "free_memory", lambda place: free[place.replace(":", "")])
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        try:
-            return cli.plan(model, [], args, {"block_size": 16}, places)
-        except ValueError as error:
-            return str(error).partition("what would: ")[2]
-
-    assert verdict(["cpu"] * 2, cpu=four) is None
-    assert verdict(["cpu"] * 2, cpu=one) == "--batch-size 1"
-    assert verdict(["cpu"] * 2, cpu=alone) == "--mode ar, the context tower alone on cpu"
-    assert verdict(["cpu"] * 2, cpu=alone - 1).startswith("a device with more memory")
-    assert verdict(["cpu"], cpu=one, cuda0=0) is None
     half = max(apart.values())
-    assert verdict(["cuda:0"] * 2, cpu=0, cuda0=half, cuda1=half) == (
-        "--context-device cuda:0 --denoiser-device cuda:1")
-    assert verdict(["cuda:0", "cuda:1"], cpu=0, cuda0=alone, cuda1=0) == (
-        "--mode ar, the context tower alone on cuda:0")
+    for places, cpu, gpus, way in (
+            (["cpu"] * 2, four, [], None), (["cpu"] * 2, one, [], "--batch-size 1"),
+            (["cpu"] * 2, alone, [], "--mode ar, the context tower alone on cpu"),
+            (["cpu"] * 2, alone - 1, [], "a device with more memory"), (["cpu"], one, [0], None),
+            (["cuda:0"] * 2, 0, [half] * 2, "--context-device cuda:0 --denoiser-device cuda:1"),
+            (["cuda:0", "cuda:1"], 0, [alone, 0], "--mode ar, the context tower alone on cuda:0")):
+        free = {"cpu": cpu} | {f"cuda:{i}": nbytes for i, nbytes in enumerate(gpus)}
+        if way is None:
+            cli.plan(model, [], args, {"block_size": 16}, places)
+        else:
+            refuses(f"what would: {way}", cli.plan, model, [], args, {"block_size": 16}, places)
 
 
 # ---------------------------------------------------------------------- training the miniature
