@@ -397,8 +397,9 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
 
     Raises: ValueError if it does not fit, naming what would.
     """
+    usual = SCORED_AT_ONCE if args.mode in SCORE else args.max_new_tokens or NEW_TOKENS
     prompt = max((len(row.ids) for row in rows), default=0)
-    new = max((row.max_new_tokens for row in rows), default=args.max_new_tokens or NEW_TOKENS)
+    new = max((row.max_new_tokens for row in rows), default=usual)
     width = (min(prompt + new, SCORED_AT_ONCE) if args.mode in SCORE else
              knobs.get("block_size", knobs.get("draft_length", 1)))
     length, longest = prompt + -(-new // width) * width, model.config.max_position_embeddings
@@ -454,14 +455,7 @@ class Output:
             self.results.truncate(keep)             # half a line goes
         self.live = Live(transient=True, auto_refresh=False)
         self.held_back = max(map(len, args.stop), default=1) - 1    # may turn out to be a stop
-        self.waiting, self.printed, self.interrupted = [], 0, False
-
-    def begin(self, batch: list[Row]):
-        self.batch, self.waiting = batch, list(batch)
-        if self.form == "steps":
-            print(f"{batch[0].prompt}\n{MASKED} is a masked token; a line shows a block after "
-                  "one denoiser pass")
-            self.printed = len(batch[0].prompt)
+        self.batch, self.waiting, self.printed, self.interrupted = [], [], 0, False
 
     def on_interrupt(self, *_):
         """Ctrl-C is noticed between passes, so that no output is half done; again, at once."""
@@ -482,6 +476,10 @@ class Output:
                     **{name: columns[name][r].tolist()
                        for name in ("t", "before", "after", "committed", "confidence")}})
         if self.form == "steps":
+            if not self.printed:
+                print(f"{self.batch[0].prompt}\n{MASKED} is a masked token; a line shows a block "
+                      "after one denoiser pass")
+                self.printed = len(self.batch[0].prompt)
             first = [(f"\nblock {step.block_index}  ", step.before)] if step.step == 0 else []
             for what, ids in [*first, (" " * 9, step.after)]:
                 print(what + self.block(step, ids).plain.replace("\n", "\u21b5"), flush=True)
@@ -597,7 +595,7 @@ def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, outp
     hook = tower.register_forward_hook(on_prefill)          # of a batch's first pass
     templates = [row.given[0] if row.given else None for row in batch]
     more = {"template": templates} if any(templates) else {}
-    output.begin(batch)
+    output.batch, output.waiting = batch, list(batch)
     try:
         getattr(model, f"generate_{args.mode}")(
             [torch.tensor(row.ids) for row in batch], [row.max_new_tokens for row in batch],

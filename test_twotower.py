@@ -2110,8 +2110,10 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits, terminal
 
 
 @posix
-@pytest.mark.parametrize("how", ["killed", "interrupted", "full disk"])
-def test_a_run_cut_short_goes_on_where_it_was(how, tmp_path):
+@pytest.mark.parametrize("sent, status, said", [
+    (signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "prompts, "), (None, 2, "out.jsonl: File too "
+     "large; the lines it holds are whole")], ids=["killed", "interrupted", "full disk"])
+def test_a_run_cut_short_goes_on_where_it_was(sent, status, said, tmp_path):
     """Nothing is lost or doubled, whatever is left of the line being written."""
     import resource
     lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 30} for i in range(14)]
@@ -2120,27 +2122,23 @@ def test_a_run_cut_short_goes_on_where_it_was(how, tmp_path):
     out = tmp_path / "whole.jsonl"
     assert sample(*flags, out).returncode == 0
     whole, out = out.read_bytes(), tmp_path / "out.jsonl"
-    limit = len(whole) // 2 if how == "full disk" else resource.RLIM_INFINITY
+    limit = resource.RLIM_INFINITY if sent else len(whole) // 2
     process = start_sample(*flags, out, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
-    while how != "full disk" and process.poll() is None and not (
-            out.exists() and out.stat().st_size):
-        time.sleep(0.005)
-    if how != "full disk":
-        process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGINT)
+    if sent:
+        while process.poll() is None and not (out.exists() and out.stat().st_size):
+            time.sleep(0.005)
+        process.send_signal(sent)
     err = process.communicate()[1]
-    assert process.returncode == {"killed": -9, "interrupted": 130, "full disk": 2}[how], err
-    assert how != "full disk" or "out.jsonl: File too large; the lines it holds are whole" in err
+    assert process.returncode == status and said in err, err
     before = out.read_bytes()
     assert whole.startswith(before) and 0 < len(before) < len(whole)
-    assert how == "killed" or before.endswith(b"\n")
+    assert sent == signal.SIGKILL or before.endswith(b"\n")
     out.write_bytes(before + whole[len(before):len(before) + 20])
-    resumed = sample(*flags, out, "--resume")
-    assert resumed.returncode == 0 and resumed.stdout == "", resumed.stderr
-    assert f"{14 - before.count(10)} prompts" in resumed.stderr and out.read_bytes() == whole
-    again = sample(*flags, out, "--resume")
-    assert again.returncode == 0 and "is complete: 14 results" in again.stderr
-    assert out.read_bytes() == whole
+    for said in (f"{14 - before.count(10)} prompts", "is complete: 14 results"):
+        resumed = sample(*flags, out, "--resume")
+        assert resumed.returncode == 0 and resumed.stdout == "" and said in resumed.stderr
+        assert out.read_bytes() == whole
 
 
 def test_resuming_touches_no_other_file(tmp_path):
@@ -2261,12 +2259,11 @@ def test_sample_fills_templates(tmp_path):
     run = sample("--template", "Dear____\nyour_order{{12}} on __Monday.", LETTER)
     assert run.stdout == LETTER + expected + "\n", run.stderr
     assert expected.startswith("Dear") and expected.endswith(" on __Monday.")
-    lines = [{"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER}, {"text": LETTER,
-             "template": "___ and then", "max_new_tokens": 9}]
-    flags = ["--template", "Dear____", "--json", "--prompt-file",
-             prompts_file(tmp_path / "many.jsonl", lines * 2)]
+    own = [{"template": "Hello{{3}}."}, {}, {"template": "___ and then", "max_new_tokens": 9}] * 2
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": LETTER} | more for more in own])
     for size in (1, 4):                                 # no batch gets another's templates
-        results = results_of(sample(*flags, "--batch-size", size).stdout)
+        results = results_of(sample("--template", "Dear____", "--json", "--batch-size", size,
+                                    "--prompt-file", many).stdout)
         for first, second, third in (results[:3], results[3:]):
             assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
             assert " and then" in third["text"] and len(third["tokens"]) == 9
@@ -2288,17 +2285,18 @@ def test_sample_scores(tmp_path):
     flags = ["--mode", "score", "--prompt-file", prompts_file(tmp_path / "ask.jsonl", lines)]
     results = results_of(sample(*flags, "--batch-size", 3).stdout)
     for line, result in zip(lines, results, strict=True):
-        scores, per_byte = result["log_likelihoods"], result["perplexity_per_byte"]
-        for i, text in enumerate(line.get("choices", [line.get("continuation")])):
-            given, asked = (tokenizer().encode(t).ids for t in (line["text"], text))
-            total = float(miniature()[0].score([given], [asked]).total)
-            assert scores[i] == pytest.approx(total, abs=1e-4)
-            assert result["perplexity_per_token"][i] == pytest.approx(
-                math.exp(-total / len(asked)), rel=1e-4)
-            assert per_byte[i] == pytest.approx(math.exp(-total / len(text.encode())), rel=1e-4)
-            assert result["token_counts"][i] == len(asked)
+        texts = line.get("choices", [line.get("continuation")])
+        prompt, *asked = (tokenizer().encode(text).ids for text in (line["text"], *texts))
+        scores = miniature()[0].score([prompt] * len(asked), asked).total.tolist()
+        counts, nbytes = list(map(len, asked)), [len(text.encode()) for text in texts]
+        assert result["token_counts"] == counts
+        assert result["log_likelihoods"] == pytest.approx(scores, abs=1e-4)
+        for unit, sizes in (("token", counts), ("byte", nbytes)):
+            assert result[f"perplexity_per_{unit}"] == pytest.approx(
+                [math.exp(-total / size) for total, size in zip(scores, sizes)], rel=1e-4)
         assert result["best"] == scores.index(max(scores))
-        assert result["best_per_byte"] == per_byte.index(min(per_byte))
+        per_byte = [total / size for total, size in zip(scores, nbytes)]
+        assert result["best_per_byte"] == per_byte.index(max(per_byte))
     wrong, likely, _ = results[0]["perplexity_per_byte"]
     assert likely < wrong and results[0]["best_per_byte"] != 0
     assert (results[2]["best"], results[2]["best_per_byte"]) == (1, 0)
@@ -2315,20 +2313,21 @@ def test_sample_scores(tmp_path):
 
 def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
     """Every option of twotower.py's functions, in every mode."""
-    everywhere = {"temperature", "top_k", "top_p", "seed", "max_new_tokens"}
+    shared = {"temperature": 0.5, "top_k": 1, "top_p": 1, "seed": 1, "max_new_tokens": 1}
+    names = shared | dict.fromkeys(("block_size", "draft_length", "steps_per_block", "template",
+                                    "confidence_threshold", "mask_token_id"), 1)
     for mode in ("mask_diffusion", "speculative", "mock_ar", "ar", "score"):
-        function = TwoTower.score if mode == "score" else getattr(TwoTower, f"generate_{mode}")
-        takes = set(inspect.signature(function).parameters) | (
-            everywhere if mode != "score" else set())
-        for name in everywhere | {"block_size", "draft_length", "steps_per_block", "template",
-                                  "confidence_threshold", "mask_token_id"}:
-            flags = ["--" + name.replace("_", "-"), 1 if name != "temperature" else 0.5]
-            flags += ["--temperature", 1] * (name in ("top_k", "top_p", "seed") and mode != "score")
-            run = sample("--plan", "--mode", mode, *flags, "Hi")
+        function = getattr(TwoTower, f"generate_{mode}", TwoTower.score)
+        takes = set(inspect.signature(function).parameters) | (shared.keys() if mode != "score"
+                                                               else set())
+        for name, value in names.items():
+            knobs = {name: value} | ({"temperature": 1} if name in ("top_k", "top_p", "seed")
+                                     and mode != "score" else {})
+            run = sample("--plan", "--mode", mode, *flags_of(knobs), "Hi")
             if name in takes:
                 assert run.returncode == 0, run.stderr
             else:
-                one_line(run, f"{flags[0]} does nothing with --mode {mode}")
+                one_line(run, f"{flags_of(knobs)[0]} does nothing with --mode {mode}")
 
 
 @pytest.mark.parametrize("args, message", [
@@ -2387,28 +2386,28 @@ def test_sample_refuses_in_one_line(args, message, tmp_path, monkeypatch):
         one_line(run_python(HERE / "sample.py", *map(os.fsencode, shlex.split(args))), message)
 
 
-@pytest.mark.parametrize("lines, message, mode", [
-    (["", "  "], "holds no prompt", "ar"),
-    ([{"text": "a"}, "", "{text: a}"], "line 3 is not JSON", "ar"),
-    ([{"text": "a"}, {"prompt": "b"}], "line 2 must be an object with text", "ar"),
-    ([{"text": "a"}, ["b"]], "line 2 must be an object with text", "ar"),
-    ([{"text": 7}], "line 1: text is 7, but it must be text", "ar"),
-    ([{"text": "a", "max_new_tokens": 0}], "line 1: max_new_tokens is 0", "ar"),
-    ([{"text": "a", "max_new_tokens": True}], "line 1: max_new_tokens is True", "ar"),
-    ([{"text": "a", "seed": "x"}], "line 1: seed is 'x'", "ar"),
-    ([{"text": "a", "seed": 2**70}], "line 1: seed is 1180591620717411303424", "ar"),
-    (["[" * 10**5], "line 1 is not JSON", "ar"),
-    ([{"text": "a", "temperature": 1}], "line 1 has 'temperature'; known", "mask_diffusion"),
-    ([{"text": "a", "template": "___"}], "line 1 has 'template'; known", "ar"),
-    ([{"text": "a"}, {"text": ""}], "prompt 1 holds no token", "ar"),
-    ([{"text": "a"}, {"text": "b" * 5000}], "prompt 1 has 5000 tokens", "ar"),
-    ([{"text": "a"}, {"text": "\ud800"}], "prompt 1 is not valid UTF-8", "ar"),
-    ([{"text": "a"}], "line 1 must have either continuation or choices", "score"),
-    ([{"text": "a", "choices": []}], "choices is [], but it must be a list of texts", "score"),
-    ([{"text": "a", "continuation": ""}], "a choice of the prompt holds no token", "score"),
-    ([{"text": "a", "continuation": "b", "seed": 1}], "line 1 has 'seed'; known", "score"),
+@pytest.mark.parametrize("mode, lines, message", [
+    ("ar", ["", "  "], "holds no prompt"), ("ar", ["[" * 10**5], "line 1 is not JSON"),
+    ("ar", [{"text": "a"}, "", "{text: a}"], "line 3 is not JSON"),
+    *[("ar", [{"text": "a"}, second], message) for second, message in (
+        ({"prompt": "b"}, "line 2 must be an object with text"),
+        (["b"], "line 2 must be an object with text"),
+        ({"text": ""}, "prompt 1 holds no token"),
+        ({"text": "b" * 5000}, "prompt 1 has 5000 tokens"),
+        ({"text": "\ud800"}, "prompt 1 is not valid UTF-8"))],
+    *[(mode, [{"text": "a"} | more], f"line 1{message}") for mode, more, message in (
+        ("ar", {"text": 7}, ": text is 7, but it must be text"),
+        ("ar", {"max_new_tokens": 0}, ": max_new_tokens is 0"),
+        ("ar", {"max_new_tokens": True}, ": max_new_tokens is True"),
+        ("ar", {"seed": "x"}, ": seed is 'x'"), ("ar", {"seed": 2**70}, f": seed is {2**70}"),
+        ("ar", {"template": "___"}, " has 'template'; known"),
+        ("mask_diffusion", {"temperature": 1}, " has 'temperature'; known"),
+        ("score", {"continuation": "b", "seed": 1}, " has 'seed'; known"),
+        ("score", {}, " must have either continuation or choices"),
+        ("score", {"choices": []}, ": choices is [], but it must be a list of texts"))],
+    ("score", [{"text": "a", "continuation": ""}], "a choice of the prompt holds no token"),
 ])
-def test_a_prompt_file_is_checked_before_anything_is_written(lines, message, mode, tmp_path):
+def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, message, tmp_path):
     many, out = prompts_file(tmp_path / "many.jsonl", lines), tmp_path / "out.jsonl"
     one_line(sample("--mode", mode, "--prompt-file", many, "--output", out), message)
     assert not out.exists()
