@@ -23,7 +23,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -424,12 +424,12 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
               f"bytes, a row's SSM states {one['SSM states']} and conv states "
               f"{one['conv states']}", file=sys.stderr)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    ways = [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
-    if len(places) > 1:
-        ways = [(f"--context-device {first} --denoiser-device {second}", batch, [first, second])
-                for first in gpus for second in gpus] + ways
-        ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
-                 for place in [places[0], *gpus, "cpu"]]
+    flags = "--context-device", "--denoiser-device"
+    ways = [(" ".join(map(" ".join, zip(flags, at))), batch, at)
+            for at in product(gpus, repeat=len(places))]
+    ways += [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
+    ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
+             for place in (places[0], *gpus, "cpu") if len(places) > 1]
     ways += [("a device with more memory, or shorter texts", 0, [])]
     for place in full(batch, places):
         way = next(way for way, *what in ways if not full(*what))
@@ -492,13 +492,11 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        def style(pair) -> str:
-            return "dim" if pair[0] == self.mask_id else "bold underline" if pair[1] else ""
-
-        text = Text()
-        for name, group in groupby(zip(ids[0].tolist(), step.committed[0].tolist()), style):
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
+        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
             run = [token for token, _ in group]
-            text.append(MASKED * len(run) if name == "dim" else self.tokenizer.decode(run), name)
+            text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
+                        "dim" if masked else "bold underline" if fresh else "")
         return text
 
     def on_tokens(self, written: Written) -> bool:

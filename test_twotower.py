@@ -2111,8 +2111,8 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits, terminal
 
 @posix
 @pytest.mark.parametrize("sent, status, said", [
-    (signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "prompts, "), (None, 2, "out.jsonl: File too "
-     "large; the lines it holds are whole")], ids=["killed", "interrupted", "full disk"])
+    ("SIGKILL", -9, ""), ("SIGINT", 130, "prompts, "),
+    (None, 2, "out.jsonl: File too large; the lines it holds are whole")])
 def test_a_run_cut_short_goes_on_where_it_was(sent, status, said, tmp_path):
     """Nothing is lost or doubled, whatever is left of the line being written."""
     import resource
@@ -2128,12 +2128,12 @@ def test_a_run_cut_short_goes_on_where_it_was(sent, status, said, tmp_path):
     if sent:
         while process.poll() is None and not (out.exists() and out.stat().st_size):
             time.sleep(0.005)
-        process.send_signal(sent)
+        process.send_signal(getattr(signal, sent))
     err = process.communicate()[1]
     assert process.returncode == status and said in err, err
     before = out.read_bytes()
     assert whole.startswith(before) and 0 < len(before) < len(whole)
-    assert sent == signal.SIGKILL or before.endswith(b"\n")
+    assert sent == "SIGKILL" or before.endswith(b"\n")
     out.write_bytes(before + whole[len(before):len(before) + 20])
     for said in (f"{14 - before.count(10)} prompts", "is complete: 14 results"):
         resumed = sample(*flags, out, "--resume")
@@ -2162,16 +2162,26 @@ def test_resuming_touches_no_other_file(tmp_path):
 
 
 @posix
-def test_interrupting_keeps_what_was_written(tmp_path):
-    """Of a single prompt, and of a row of JSON."""
-    process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
-                           directory=endless(tmp_path), stdout=subprocess.PIPE)
+def test_a_reader_that_goes_away_is_no_error_ctrl_c_and_a_full_disk_are(tmp_path):
     text = "Hello" + tokenizer().decode(written("ar", "Hello", 3))
-    assert process.stdout.read(len(text)) == text
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130 and err.splitlines()[-1].startswith("ar on cpu, 1 prompt, ")
+    for status in (0, 130):
+        process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
+                               directory=endless(tmp_path / str(status)), stdout=subprocess.PIPE)
+        assert process.stdout.read(len(text)) == text
+        process.stdout.close() if status == 0 else process.send_signal(signal.SIGINT)
+        err = process.stderr.read() if status == 0 else process.communicate()[1]
+        placed, *facts = err.splitlines()
+        assert process.wait() == status and placed.startswith("cpu: context tower")
+        assert (facts == []) if status == 0 else facts[-1].startswith("ar on cpu, 1 prompt, ")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as disk:
+            process = start_sample("--max-new-tokens", 4, "Hello", stdout=disk)
+            err = process.communicate()[1]
+        assert process.returncode == 2 and "No space left" in err.splitlines()[-1]
 
+
+@posix
+def test_interrupting_many_prompts_keeps_what_was_written(tmp_path):
     many = prompts_file(tmp_path / "many.jsonl", [{"text": "Hello"}] * 200)
     process = start_sample("--prompt-file", many, "--batch-size", 2, "--max-new-tokens", 50,
                            "--json", stdout=subprocess.PIPE)
@@ -2186,21 +2196,6 @@ def test_interrupting_keeps_what_was_written(tmp_path):
         assert result["tokens"] == first["tokens"][:len(result["tokens"])]
         assert result["text"] == tokenizer().decode(result["tokens"])
         assert result["ended"] == "interrupted" or result["tokens"] == first["tokens"]
-
-
-@posix
-def test_a_reader_that_goes_away_is_no_error_but_a_full_disk_is(tmp_path):
-    process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
-                           directory=endless(tmp_path), stdout=subprocess.PIPE)
-    assert process.stdout.read(5) == "Hello"
-    process.stdout.close()
-    assert process.stderr.readline().startswith("cpu: context tower")
-    assert process.stderr.read() == "" and process.wait() == 0
-    if Path("/dev/full").exists():
-        with open("/dev/full", "w") as disk:
-            process = start_sample("--max-new-tokens", 4, "Hello", stdout=disk)
-            err = process.communicate()[1]
-        assert process.returncode == 2 and "No space left" in err.splitlines()[-1]
 
 
 def test_trace_holds_every_step(tmp_path):
@@ -2499,6 +2494,7 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
             (["cpu"] * 2, four, [], None), (["cpu"] * 2, one, [], "--batch-size 1"),
             (["cpu"] * 2, alone, [], "--mode ar, the context tower alone on cpu"),
             (["cpu"] * 2, alone - 1, [], "a device with more memory"), (["cpu"], one, [0], None),
+            (["cpu"], 0, [0, alone], "--context-device cuda:1"),
             (["cuda:0"] * 2, 0, [half] * 2, "--context-device cuda:0 --denoiser-device cuda:1"),
             (["cuda:0", "cuda:1"], 0, [alone, 0], "--mode ar, the context tower alone on cuda:0")):
         free = {"cpu": cpu} | {f"cuda:{i}": nbytes for i, nbytes in enumerate(gpus)}
