@@ -681,7 +681,8 @@ def run(args: Namespace) -> int:
     status = write(model, rows, args, knobs, output, seconds)
     settings |= {"backend": model.backend + " with graphs" * args.graphs, "seed": args.seed,
                  "batch_size": args.batch_size,
-                 "max_new_tokens": max(row.max_new_tokens for row in rows)}
+                 "max_new_tokens": None if args.mode in SCORE else max(
+                     row.max_new_tokens for row in rows)}
     print(facts(rows, settings, places, seconds), file=sys.stderr)
     return status
 
@@ -708,7 +709,8 @@ def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str,
         *(f"{name} {value:.2f} s" for name, value in seconds.items()),
         f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
         f"peak memory {', '.join(peaks) or 'unknown'}",
-        *(f"{name} {value}" for name, value in settings.items() if value not in (None, []))])
+        *(f"{name} {value}" for name, value in settings.items()
+          if name != "mode" and value not in (None, []))])
 
 
 def main(argv: list[str] | None = None) -> int:
