@@ -105,13 +105,15 @@ FLAGS = {"what to write": [
          "one a demonstration", bars="--prompt-file"),
     Flag("--prompt-file", FILE, MODES, "the prompt, or with the suffix .jsonl many: objects with "
          "text and, if wanted, max_new_tokens, seed, template; to score, continuation or choices"),
-    Flag("--template", TEXT, MASKS, "the new text, in which ___ is a hole of 3 tokens, {{2}} of 2",
+    Flag("--template", TEXT, MASKS, "the new text, in which ___ is a hole of 3 tokens, {{2}} of "
+         "2; the tokens of words bring their own space",
          needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
     Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
     Flag("--stop", STOPS, WRITING, "end before this text; may be given again", [], bars="--plan"),
     Flag("--mode", Kind({"choices": MODES}), MODES, "default mask_diffusion; speculative writes "
          "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
-    Flag("--seed", NATURAL, WRITING, "of the first prompt, then one more each", needs=DRAWN),
+    Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
+         needs=DRAWN),
     Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
 ], KNOBS: [
     Flag("--block-size", COUNT, MASKS, "tokens denoised together"),
@@ -710,7 +712,7 @@ def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str,
         f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
         f"peak memory {', '.join(peaks) or 'unknown'}",
         *(f"{name} {value}" for name, value in settings.items()
-          if name != "mode" and value not in (None, []))])
+          if name not in ("mode", "checkpoint") and value not in (None, []))])
 
 
 def main(argv: list[str] | None = None) -> int:
