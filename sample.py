@@ -23,7 +23,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -51,26 +51,26 @@ HOLE = re.compile(r"(_{3,}|\{\{[0-9]+\}\})")        # in a template
 
 
 class Kind(NamedTuple):
-    """What a value must be, on the command line or in a prompt file."""
+    """What a value must be, in a prompt file or on the command line, as argparse is told."""
 
-    type: type
-    rule: str
+    argparse: dict
+    rule: str = ""
     holds: Callable[..., bool] = lambda value: True
-    metavar: str | None = None
 
     def check(self, what: str, value):
-        require(type(value) is self.type and self.holds(value),
-                f"{what} is {value!r:.40}, but it must be {self.rule}")
+        require(self.holds(value), f"{what} is {value!r:.40}, but it must be {self.rule}")
 
 
-COUNT = Kind(int, "an integer of 1 or more", lambda n: 1 <= n < 2**31, "N")
-NATURAL = Kind(int, "an integer in [0, 2**63)", lambda n: 0 <= n < 2**63, "N")
-FINITE = Kind(float, "a number of 0 or more", lambda x: 0 <= x < math.inf, "X")
-FRACTION = Kind(float, "a number in (0, 1]", lambda x: 0 < x <= 1, "X")
-TEXT, FILE = Kind(str, "text", metavar="TEXT"), Kind(type(Path()), "a path", metavar="FILE")
-TEXTS = Kind(list, "a list of texts", lambda v: v and all(isinstance(x, str) for x in v))
-SEVERAL = Kind(list, "some text", all)              # of a flag that may be given again
-SWITCH = Kind(bool, "given or not")
+N, X = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+COUNT = Kind(N, "an integer of 1 or more", lambda n: type(n) is int and 1 <= n < 2**31)
+NATURAL = Kind(N, "an integer in [0, 2**63)", lambda n: type(n) is int and 0 <= n < 2**63)
+FINITE = Kind(X, "a number of 0 or more", lambda x: 0 <= x < math.inf)
+FRACTION = Kind(X, "a number in (0, 1]", lambda x: 0 < x <= 1)
+TEXT = Kind({"metavar": "TEXT"}, "text", lambda text: isinstance(text, str))
+TEXTS = Kind({}, "a list of texts", lambda texts: isinstance(texts, list) and texts
+             and all(isinstance(text, str) for text in texts))
+STOPS = Kind({"action": "append", "metavar": "TEXT"}, "some text", all)
+FILE, SWITCH = Kind({"type": Path, "metavar": "FILE"}), Kind({"action": "store_true"})
 
 MASKS, DRAFTS, SCORE = ("mask_diffusion",), ("speculative",), ("score",)        # modes
 DENOISING = (*MASKS, *DRAFTS, "mock_ar")
@@ -86,7 +86,7 @@ class Flag(NamedTuple):
     """A row of the table of flags. One that would do nothing is refused."""
 
     name: str
-    kind: Kind | tuple[str, ...]        # of texts: one of them
+    kind: Kind
     modes: tuple[str, ...]              # in which it means something
     help: str
     default: object = None
@@ -101,17 +101,17 @@ class Flag(NamedTuple):
 KNOBS = "decoding, as in twotower.py"
 DRAWN = ("--temperature above 0", lambda args: args.temperature)
 FLAGS = {"what to write": [
-    Flag("prompt", TEXT, MODES, "text to continue, - for standard input; else a demonstration",
-         bars="--prompt-file"),
+    Flag("prompt", Kind({"nargs": "?"}), MODES, "text to continue, - for standard input; without "
+         "one a demonstration", bars="--prompt-file"),
     Flag("--prompt-file", FILE, MODES, "the prompt, or with the suffix .jsonl many: objects with "
          "text and, if wanted, max_new_tokens, seed, template; to score, continuation or choices"),
-    Flag("--template", TEXT, MASKS, "what the new text must look like: ___ (three or more) is a "
-         "hole of as many tokens, {{2}} one of two; the tokens of words bring their own space",
+    Flag("--template", TEXT, MASKS, "the new text, in which ___ is a hole of 3 tokens, {{2}} of "
+         "2; the tokens of words bring their own space",
          needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
     Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
-    Flag("--stop", SEVERAL, WRITING, "end before this text; may be given again", bars="--plan"),
-    Flag("--mode", MODES, MODES, "speculative writes what ar does, sooner; score writes nothing "
-         "but the log-likelihoods of given continuations; default mask_diffusion", MASKS[0]),
+    Flag("--stop", STOPS, WRITING, "end before this text; may be given again", [], bars="--plan"),
+    Flag("--mode", Kind({"choices": MODES}), MODES, "default mask_diffusion; speculative writes "
+         "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
     Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
          needs=DRAWN),
     Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
@@ -129,20 +129,21 @@ FLAGS = {"what to write": [
          "or a name on the Hugging Face Hub; default miniature/", MINIATURE),
     Flag("--context-device", TEXT, MODES, "default cuda:0, or cpu without a GPU"),
     Flag("--denoiser-device", TEXT, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
-    Flag("--dtype", ("bfloat16", "float16", "float32"), MODES, "of all weights but the router's"),
-    Flag("--backend", ("auto", "torch", "triton"), MODES, "triton: kernels.py, which no GPU has "
-         "run yet; auto: that on GPUs, where triton is there; default torch", "torch"),
-    Flag("--graphs", SWITCH, (*MASKS, "ar"), "record the passes that repeat as CUDA graphs",
-         needs=("--backend triton", lambda args: args.backend == "triton"), bars="--plan"),
-    Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and exit"),
+    Flag("--dtype", Kind({"choices": ("bfloat16", "float16", "float32")}), MODES,
+         "of all weights but the router's"),
+    Flag("--backend", Kind({"choices": ("auto", "torch", "triton")}), MODES, "triton: kernels.py; "
+         "auto: that on GPUs, where triton is there; default torch", "torch"),
+    Flag("--graphs", SWITCH, (*MASKS, "ar"), "record the passes that repeat as CUDA graphs", False,
+         ("--backend triton", lambda args: args.backend == "triton"), "--plan"),
+    Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and exit", False),
 ], "what comes out": [
-    Flag("--watch", SWITCH, MASKS, "on a terminal, the block being denoised: fresh tokens bold and "
-         "underlined", bars="--plan --json --output"),
-    Flag("--json", SWITCH, WRITING, "objects on standard output, not text", bars="--plan --output"),
+    Flag("--watch", SWITCH, MASKS, "show the block being denoised on a terminal, fresh tokens bold",
+         False, bars="--plan --json --output"),
+    Flag("--json", SWITCH, WRITING, "objects, not text", False, bars="--plan --output"),
     Flag("--output", FILE, MODES, "for results as of --json, each when it is done", bars="--plan"),
-    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already",
-         needs=("--output, and with --temperature the --seed that the results hold", lambda args:
-                args.output and (not args.temperature or args.seed is not None)), bars="--plan"),
+    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already", False,
+         ("--output, and with --temperature the --seed that the results hold",
+          lambda a: a.output and (not a.temperature or a.seed is not None)), "--plan"),
     Flag("--trace", FILE, WRITING, "for every step: tokens, confidences, t, commits; an object a "
          "line", bars="--plan --resume"),
 ]}
@@ -155,33 +156,27 @@ def parse(argv: list[str] | None) -> Namespace:
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
-            how = ({"choices": flag.kind} if not isinstance(flag.kind, Kind) else
-                   {"action": "store_true"} if flag.kind is SWITCH else
-                   {"action": "append", "metavar": "TEXT"} if flag.kind is SEVERAL else
-                   {"type": flag.kind.type, "metavar": flag.kind.metavar})
-            how |= {} if flag.name[0] == "-" else {"nargs": "?", "metavar": flag.name}
-            group.add_argument(flag.name, default=flag.default, help=flag.help, **how)
+            group.add_argument(flag.name, default=flag.default, help=flag.help,
+                               **flag.kind.argparse)
     args = parser.parse_args(argv)
     given = {flag.name: flag for flags in FLAGS.values() for flag in flags
              if getattr(args, flag.dest) != flag.default}
-    for name, (_, kind, modes, _, _, (needed, there), bars) in given.items():
-        require(args.mode in modes, f"{name} does nothing with --mode {args.mode}")
+    for name, flag in given.items():
+        (needed, there), value = flag.needs, getattr(args, flag.dest)
+        require(args.mode in flag.modes, f"{name} does nothing with --mode {args.mode}")
         require(there(args), f"{name} needs {needed}")
-        for other in bars.split():
+        for other in flag.bars.split():
             require(other not in given, f"{name} does nothing with {other}")
-        if isinstance(kind, Kind):
-            kind.check(name, getattr(args, given[name].dest))
-    args.stop = args.stop or []
+        flag.kind.check(name, value)
     args.demonstrate = not given.keys() & {"prompt", "--prompt-file", "--plan"}
     require(args.mode not in SCORE or args.plan or str(args.prompt_file).endswith(".jsonl"),
             "--mode score needs --prompt-file with the suffix .jsonl")
     require(args.mode in MASKS or not args.demonstrate,
             f"--mode {args.mode} needs a prompt; the demonstration is of mask_diffusion")
-    outputs = [path for path in (args.output, args.trace) if path]
-    files = [path.resolve() for path in (*outputs, args.prompt_file) if path]
+    files = [path.resolve() for path in (args.output, args.trace, args.prompt_file) if path]
     require(len(set(files)) == len(files),
             "--prompt-file, --output and --trace must be different files")
-    for path in outputs:
+    for path in filter(None, (args.output, args.trace)):
         require(path.parent.is_dir(), f"{path}: its directory does not exist")
         require(args.resume or not path.exists() or path.stat().st_size == 0,
                 f"{path} exists; give another name" + ", or --resume" * (path == args.output))
@@ -191,20 +186,49 @@ def parse(argv: list[str] | None) -> Namespace:
 # ------------------------------------------------------------------------------------------ prompts
 
 
+def read_prompts(args: Namespace) -> list[dict]:
+    """Objects with the names of LINE, none of them checked against a tokenizer yet."""
+    if args.plan and args.prompt is None and args.prompt_file is None:
+        return []
+    text = DEFAULT_PROMPT if args.demonstrate else args.prompt
+    if args.prompt_file or text == "-":             # what is not UTF-8 is refused with its prompt
+        data = args.prompt_file.read_bytes() if args.prompt_file else sys.stdin.buffer.read()
+        text = data.decode(errors="surrogateescape")
+    if not args.prompt_file or args.prompt_file.suffix != ".jsonl":
+        return [{"text": text}]
+    prompts = [read_line(line, f"{args.prompt_file} line {n}", args.mode)
+               for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    require(prompts, f"{args.prompt_file} holds no prompt")
+    return prompts
+
+
+def read_line(line: str, where: str, mode: str) -> dict:
+    """An object of a prompt file; a continuation becomes the only one of its choices."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    require(isinstance(given, dict) and "text" in given, f"{where} must be an object with text")
+    require(mode not in SCORE or ("continuation" in given) != ("choices" in given),
+            f"{where} must have either continuation or choices")
+    known = {name: kind for name, (kind, modes) in LINE.items() if mode in modes}
+    for name, value in given.items():
+        require(name in known, f"{where} has {name!r}; known with --mode {mode} are "
+                + ", ".join(known))
+        known[name].check(f"{where}: {name}", value)
+    return given | ({"choices": [given["continuation"]]} if "continuation" in given else {})
+
+
 @dataclass
 class Row:
     """A prompt, and what has been written after it."""
 
     index: int
     prompt: str
-    max_new_tokens: int | None          # None, until its length is known: that of the template
-    seed: int | None
-    template: str | None
-    choices: list[str]                  # to be scored
-    settings: dict = field(default_factory=dict)            # all that the result depends on
-    ids: list[int] = field(default_factory=list)
-    template_ids: list[int] = field(default_factory=list)
-    choice_ids: list[list[int]] = field(default_factory=list)
+    ids: list[int]
+    given: list[list[int]]              # the template, if any; or the choices to be scored
+    max_new_tokens: int
+    settings: dict                      # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -218,91 +242,48 @@ class Row:
         self.nfe, self.context_passes = written.nfe, written.context_passes
         for token in written.new:
             self.tokens.append(token)
-            if token == eos:                        # the last one, or inside a template
-                continue
-            before = len(self.text)
-            self.text += self.stream.step(tokenizer, token) or ""
-            found = [self.text.find(stop, max(0, before - len(stop))) for stop in stops]
-            if max(found, default=-1) >= 0:
-                self.text, self.ended = self.text[:min(at for at in found if at >= 0)], "stop"
-                return
+            if token != eos:                        # the last one, or inside a template
+                self.text += self.stream.step(tokenizer, token) or ""
+                found = [self.text.index(stop) for stop in stops if stop in self.text]
+                if found:
+                    self.text, self.ended = self.text[:min(found)], "stop"
+                    return
         if written.ended:
             self.ended = "eos" if self.tokens[-1] == eos else "length"
-            shown = self.tokens[:-1] if self.ended == "eos" else self.tokens
-            whole = tokenizer.decode(shown)         # with what the last bytes left unfinished
-            self.text = whole if whole.startswith(self.text) else self.text
+            whole = tokenizer.decode([token for token in self.tokens if token != eos])
+            if whole.startswith(self.text):         # with what the last bytes left unfinished
+                self.text = whole
 
     def result(self) -> dict:
         """What a line of results holds; "best" by likelihood, and by that per byte."""
         made = {"text": self.text, "tokens": self.tokens, "ended": self.ended, "nfe": self.nfe,
                 "context_passes": self.context_passes}
-        if self.choices:
-            scores, counts = self.log_likelihoods, [len(ids) for ids in self.choice_ids]
+        if self.ended == "scored":
+            scores, counts = self.log_likelihoods, list(map(len, self.given))
             per_token = [score / count for score, count in zip(scores, counts)]
-            per_byte = [score / len(text.encode()) for score, text in zip(scores, self.choices)]
+            per_byte = [score / len(text.encode())
+                        for score, text in zip(scores, self.settings["choices"])]
             made = {"log_likelihoods": scores, "token_counts": counts,
-                    "perplexity_per_token": [math.exp(min(-score, 700.0)) for score in per_token],
-                    "perplexity_per_byte": [math.exp(min(-score, 700.0)) for score in per_byte],
+                    "perplexity_per_token": [math.exp(min(-mean, 700.0)) for mean in per_token],
+                    "perplexity_per_byte": [math.exp(min(-mean, 700.0)) for mean in per_byte],
                     "best": scores.index(max(scores)),
                     "best_per_byte": per_byte.index(max(per_byte))}
         return {"index": self.index, "prompt": self.prompt, **made, "settings": self.settings}
 
 
-def read_rows(args: Namespace) -> list[Row]:
-    """The prompts, none of them checked against a tokenizer yet; a plan can do without."""
-    if args.plan and args.prompt is None and args.prompt_file is None:
-        return []
-    data = (DEFAULT_PROMPT.encode() if args.demonstrate else
-            args.prompt_file.read_bytes() if args.prompt_file else
-            sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt))
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{args.prompt_file or 'the prompt'} is not valid UTF-8") from None
-    if not args.prompt_file or args.prompt_file.suffix != ".jsonl":
-        return [Row(0, text, args.max_new_tokens, args.seed, args.template, [])]
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            given = read_line(line, f"{args.prompt_file} line {n}", args.mode)
-            seed = None if args.seed is None else given.get("seed", args.seed + len(rows))
-            choices = [given["continuation"]] if "continuation" in given else given.get("choices")
-            rows.append(Row(len(rows), given["text"],
-                            given.get("max_new_tokens", args.max_new_tokens), seed,
-                            given.get("template", args.template), choices or []))
-    require(rows, f"{args.prompt_file} holds no prompt")
-    return rows
-
-
-def read_line(line: str, where: str, mode: str) -> dict:
-    """An object of a prompt file."""
-    try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    require(isinstance(given, dict) and "text" in given, f"{where} must be an object with text")
-    require(mode not in SCORE or ("continuation" in given) != ("choices" in given),
-            f"{where} must have either continuation or choices")
-    known = {name: kind for name, (kind, modes) in LINE.items() if mode in modes}
-    for name, value in given.items():
-        require(name in known, f"{where} has {name!r}; known with --mode {mode} are "
-                + ", ".join(known))
-        known[name].check(f"{where}: {name}", value)
-    return given
-
-
-def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, common: dict):
-    """Fill in ids, lengths and settings. Raises: ValueError for no token, or too many."""
+def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
+              config: TwoTowerConfig, settings: dict) -> list[Row]:
+    """settings: those that all rows share. Raises: ValueError for no token, or too many."""
     longest = config.max_position_embeddings
 
     def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
         """whole: a text of its own, before which the tokenizer may put a token."""
         require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
         ids = []
-        for part in HOLE.split(text) if holes else [text]:
-            if holes and HOLE.fullmatch(part):
+        for i, part in enumerate(HOLE.split(text) if holes else [text]):
+            if i % 2:                               # texts and holes take turns
                 count = len(part) if part[0] == "_" else int(part[2:-2])
-                ids += [common["mask_token_id"]] * min(count, longest)
+                ids += [settings["mask_token_id"]] * min(count, longest)
             else:
                 ids += tokenizer.encode(part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
@@ -311,21 +292,26 @@ def encode(rows: list[Row], tokenizer: Tokenizer, config: TwoTowerConfig, common
                 "tokenizer.json is not this model's")
         return ids
 
-    for row in rows:
-        which = f"prompt {row.index}" if len(rows) > 1 else "the prompt"
-        row.ids = ids_of(row.prompt, which, whole=True)
-        row.choice_ids = [ids_of(text, f"a choice of {which}") for text in row.choices]
-        if row.template is not None:
-            row.template_ids = ids_of(row.template, f"the template of {which}", holes=True)
-        given = max(map(len, [row.template_ids, *row.choice_ids]))
-        row.max_new_tokens = new = row.max_new_tokens or given or NEW_TOKENS
-        require(given <= new, f"the template of {which} has {given} tokens, more than the {new} of "
+    rows = []
+    for index, prompt in enumerate(prompts):
+        which = f"prompt {index}" if len(prompts) > 1 else "the prompt"
+        template, choices = prompt.get("template", args.template), prompt.get("choices", [])
+        ids = ids_of(prompt["text"], which, whole=True)
+        given = ([ids_of(text, f"a choice of {which}") for text in choices] or
+                 [ids_of(text, f"the template of {which}", holes=True)
+                  for text in [template] if text is not None])
+        most = max(map(len, given), default=0)
+        new = prompt.get("max_new_tokens", args.max_new_tokens) or most or NEW_TOKENS
+        require(most <= new, f"the template of {which} has {most} tokens, more than the {new} of "
                 "--max-new-tokens")
-        require(len(row.ids) + new <= longest, f"{which} has {len(row.ids)} tokens, which with "
-                f"{new} more is above max_position_embeddings {longest}; shorten it"
-                + " or lower --max-new-tokens" * (not row.choices))
-        row.settings = common | ({"choices": row.choices} if row.choices else {
-            "max_new_tokens": new, "seed": row.seed, "template": row.template})
+        require(len(ids) + new <= longest, f"{which} has {len(ids)} tokens, which with {new} more "
+                f"is above max_position_embeddings {longest}; shorten it"
+                + " or lower --max-new-tokens" * (not choices))
+        seed = None if args.seed is None else prompt.get("seed", args.seed + index)
+        rows.append(Row(index, prompt["text"], ids, given, new, settings | (
+            {"choices": choices} if choices else
+            {"max_new_tokens": new, "seed": seed, "template": template})))
+    return rows
 
 
 # ---------------------------------------------------------------- the checkpoint, and where it goes
@@ -347,22 +333,19 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
                           if towers == "both" or not key.startswith(DENOISER_KEYS)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
-        failed = ("--plan, which downloads nothing, does not find it among what was fetched before"
-                  if plan else "fetching it from the Hugging Face Hub failed")
         raise ValueError(
-            f"--checkpoint {name} is not a directory, and {failed} ({type(error).__name__}); "
-            "download config.json, tokenizer.json and the safetensors files of "
-            f"https://huggingface.co/{name} where there is a connection, and give the directory "
-            "that holds them") from None
+            f"--checkpoint {name} is not a directory, and fetching it from the Hugging Face Hub "
+            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give a "
+            "directory that holds config.json, tokenizer.json and the safetensors files of "
+            f"https://huggingface.co/{name}, downloaded where there is a connection") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
-    require(path.is_file(), f"{path} is missing")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:              # the package raises nothing more specific
-        raise ValueError(f"{path} is no tokenizer: {error}") from None
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
     tokenizer.no_truncation()               # nothing of a prompt is left out, nothing added
     tokenizer.no_padding()
     return tokenizer
@@ -370,17 +353,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def devices(args: Namespace) -> list[str]:
     """The context tower's device, and the denoiser's in modes that have one."""
-    gpus = torch.cuda.device_count()
-    first = args.context_device or ("cuda:0" if gpus else "cpu")
-    second = "cuda:1" if gpus > 1 and first in ("cuda", "cuda:0") else first
-    places = [first, args.denoiser_device or second][:2 if args.mode in DENOISING else 1]
-    for i, (tower, place) in enumerate(zip(("context", "denoiser"), places)):
+    first = args.context_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    beside = torch.cuda.device_count() > 1 and first in ("cuda", "cuda:0")
+    second = args.denoiser_device or ("cuda:1" if beside else first)
+    places = [first, second] if args.mode in DENOISING else [first]
+    for i, place in enumerate(places):
         try:
             there = torch.zeros(1, device=place)
             there.item()                            # fails on "meta" too
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--{tower}-device {place} cannot be used: "
-                             + str(error).splitlines()[0]) from None
+            raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
         places[i] = str(there.device)
     require(not args.graphs or len(set(places)) == 1, "--graphs needs both towers on one device; "
             "give --context-device and --denoiser-device")
@@ -388,28 +370,23 @@ def devices(args: Namespace) -> list[str]:
 
 
 def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str]) -> dict:
-    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens.
-
-    model is a skeleton, on the meta device: its states have sizes and no data.
+    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens, their
+    sum and what is free. model is a skeleton, on the meta device: its states have no data.
     """
-    states, held = Context(model.context_tower, rows, length).states, {}
-    for what, names in (("KV cache", ("key_cache", "value_cache")),
-                        ("SSM states", ("ssm_state",)), ("conv states", ("conv_state",))):
-        held[what] = sum(getattr(state, name).nbytes
-                         for state in states for name in names if hasattr(state, name))
+    what = {"key_cache": "KV cache", "value_cache": "KV cache", "ssm_state": "SSM states",
+            "conv_state": "conv states"}
+    held = dict.fromkeys(("weights", *what.values()), 0)
     held["logits"] = rows * width * model.config.vocab_size * 4
-    table = {place: {"weights": 0} | held for place in places}      # states: once on each
+    for state in Context(model.context_tower, rows, length).states:
+        for name in what:
+            held[what[name]] += getattr(getattr(state, name, None), "nbytes", 0)
+    table = {place: dict(held) for place in places}                 # states: once on each
     for name, tensor in model.state_dict().items():
-        tower = 0 if name.startswith("context_") else 1
-        if tower < len(places):
-            table[places[tower]]["weights"] += tensor.nbytes
-    return table
-
-
-def free_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+        for place in places[:1] if name.startswith("context_") else places[1:]:
+            table[place]["weights"] += tensor.nbytes
+    return {place: parts | {"together": sum(parts.values()), "free": (
+        torch.cuda.mem_get_info(place)[0] if place.startswith("cuda") else
+        psutil.virtual_memory().available)} for place, parts in table.items()}
 
 
 def readable(nbytes: int) -> str:
@@ -417,60 +394,61 @@ def readable(nbytes: int) -> str:
     return f"{nbytes / 2**(10 * power):.1f} {' KMG'[power]}iB"
 
 
-def plan(model: TwoTower, rows: list[Row], args: Namespace, width: int, places: list[str]):
-    """Print what goes where, for a batch of the longest rows in passes of `width` tokens.
+def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places: list[str]):
+    """Print what goes where, for a batch of the longest rows.
 
     Raises: ValueError if it does not fit, naming what would.
     """
-    batch = min(args.batch_size, sum(len(row.choices) or 1 for row in rows) or args.batch_size)
+    usual = SCORED_AT_ONCE if args.mode in SCORE else args.max_new_tokens or NEW_TOKENS
     prompt = max((len(row.ids) for row in rows), default=0)
-    new = max((row.max_new_tokens for row in rows), default=args.max_new_tokens or NEW_TOKENS)
+    new = max((row.max_new_tokens for row in rows), default=usual)
+    width = (min(prompt + new, SCORED_AT_ONCE) if args.mode in SCORE else
+             knobs.get("block_size", knobs.get("draft_length", 1)))
     length, longest = prompt + -(-new // width) * width, model.config.max_position_embeddings
     require(max(prompt + new, width) <= longest, f"{prompt} + {new} tokens and blocks of {width} "
-            f"are too many for max_position_embeddings {longest}; lower --max-new-tokens or "
-            + ("--draft-length" if args.mode in DRAFTS else "--block-size"))
-
-    def towers(place: str) -> str:
-        return " and ".join(f"{tower} tower" for tower, at in zip(("context", "denoiser"), places)
-                            if at == place)
+            f"are too many for max_position_embeddings {longest}; lower --max-new-tokens, "
+            "--block-size or --draft-length")
+    asked = sum(len(row.given) if args.mode in SCORE else 1 for row in rows)
+    batch = min(args.batch_size, asked or args.batch_size)
 
     def full(rows: int, places: list[str]) -> list[str]:
         return [place for place, parts in memory(model, rows, length, width, places).items()
-                if sum(parts.values()) > free_memory(place)]
+                if parts["together"] > parts["free"]]
 
+    towers = {place: " and ".join(f"{tower} tower" for tower, at in zip(
+        ("context", "denoiser"), places) if at == place) for place in places}
     for place, parts in memory(model, batch, length, width, places).items():
-        each = ", ".join(f"{what} {readable(nbytes)}" for what, nbytes in parts.items())
-        print(f"{place}: {towers(place)}: {each}; together {readable(sum(parts.values()))} of "
-              f"{readable(free_memory(place))} free", file=sys.stderr)
+        print(f"{place}: {towers[place]}:", ", ".join(
+            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()), file=sys.stderr)
     if args.plan:
         one = memory(model, 1, 1, width, places)[places[0]]
         print(f"batch of {batch}, {length} tokens a row; a cached token takes {one['KV cache']} "
               f"bytes, a row's SSM states {one['SSM states']} and conv states "
               f"{one['conv states']}", file=sys.stderr)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    ways = [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
-    if len(places) > 1:
-        ways = [(f"--context-device {first} --denoiser-device {second}", batch, [first, second])
-                for first in gpus for second in gpus] + ways
-        ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
-                 for place in [places[0], *gpus, "cpu"]]
-    less = "shorter texts" if args.mode in SCORE else "fewer --max-new-tokens"
-    ways += [(f"a device with more memory, or {less}", 0, [])]
+    flags = "--context-device", "--denoiser-device"
+    ways = [(" ".join(map(" ".join, zip(flags, at))), batch, at)
+            for at in product(gpus, repeat=len(places))]
+    ways += [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
+    ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
+             for place in (places[0], *gpus, "cpu") if len(places) > 1]
+    ways += [("a device with more memory, or shorter texts", 0, [])]
     for place in full(batch, places):
         way = next(way for way, *what in ways if not full(*what))
-        raise ValueError(f"{towers(place)} on {place} would not fit; what would: {way}")
+        raise ValueError(f"{towers[place]} on {place} would not fit; what would: {way}")
 
 
 # ----------------------------------------------------------------------------------- what comes out
 
 
 class Output:
-    """Results in a file or as JSON, or text; and the trace. Rows end in the order of the input."""
+    """Takes what a model reports, and writes the trace and, in the order of the input, results."""
 
-    def __init__(self, args: Namespace, tokenizer: Tokenizer, mask_id: int, many: bool, keep: int):
+    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: int | None, mask_id: int | None,
+                 many: bool, keep: int):
         """keep: bytes of --output that an earlier run has written."""
-        self.tokenizer, self.mask_id = tokenizer, mask_id
-        self.form = ("file" if args.output else "json" if args.json or args.mode in SCORE else
+        self.tokenizer, self.eos, self.mask_id, self.stops = tokenizer, eos, mask_id, args.stop
+        self.form = ("json" if args.output or args.json or args.mode in SCORE else
                      "in place" if args.watch and sys.stdout.isatty() else
                      "steps" if args.demonstrate else "many" if many else "stream")
         self.results, self.trace = (path and open(path, "ab", buffering=0)
@@ -479,66 +457,71 @@ class Output:
             self.results.truncate(keep)             # half a line goes
         self.live = Live(transient=True, auto_refresh=False)
         self.held_back = max(map(len, args.stop), default=1) - 1    # may turn out to be a stop
-        self.printed, self.block_index = 0, None
+        self.batch, self.waiting, self.printed, self.interrupted = [], [], 0, False
 
-    def step(self, step: Step, rows: list[Row]):
+    def on_interrupt(self, *_):
+        """Ctrl-C is noticed between passes, so that no output is half done; again, at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self):
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def on_step(self, step: Step):
+        self.check()
         for r, row in enumerate(step.rows if self.trace else []):
             if step.committed[r].any():             # else this row's block was finished
+                columns = step._asdict() | {"committed": step.committed.int()}
                 write_line(self.trace, {
-                    "index": rows[row].index, "block": step.block_index, "step": step.step,
-                    "t": float(step.t[r]), "before": step.before[r].tolist(),
-                    "after": step.after[r].tolist(), "committed": step.committed[r].int().tolist(),
-                    "confidence": step.confidence[r].tolist()})
-        if self.form == "in place":
-            self.show(step, rows[step.rows[0]])
-        elif self.form == "steps":
-            if self.block_index is None:
-                print(f"{rows[0].prompt}\n{MASKED} is a masked token; a line shows a block after "
-                      "one denoiser pass")
-            if step.block_index != self.block_index:
-                self.block_index = step.block_index
-                print(f"\nblock {step.block_index}  {self.line(step, step.before)}")
-            print(f"         {self.line(step, step.after)}", flush=True)
+                    "index": self.batch[row].index, "block": step.block_index, "step": step.step,
+                    **{name: columns[name][r].tolist()
+                       for name in ("t", "before", "after", "committed", "confidence")}})
+        if self.form == "steps":
+            if not self.printed:
+                print(f"{self.batch[0].prompt}\n{MASKED} is a masked token; a line shows a block "
+                      "after one denoiser pass")
+                self.printed = len(self.batch[0].prompt)
+            first = [(f"\nblock {step.block_index}  ", step.before)] if step.step == 0 else []
+            for what, ids in [*first, (" " * 9, step.after)]:
+                print(what + self.block(step, ids).plain.replace("\n", "\u21b5"), flush=True)
+        elif self.form == "in place":               # the end of the text, as far as there is room
+            self.live.start()                       # does nothing where it has been
+            row, (width, height) = self.batch[step.rows[0]], self.live.console.size
+            text = Text((row.prompt + row.text)[-width * height:])
+            lines = text.append(self.block(step, step.after)).wrap(self.live.console, width)
+            self.live.update(Text("\n").join(lines[2 - height:]), refresh=True)
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        def style(pair) -> str:
-            return "dim" if pair[0] == self.mask_id else "bold underline" if pair[1] else ""
-
-        text = Text()
-        for name, group in groupby(zip(ids[0].tolist(), step.committed[0].tolist()), style):
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
+        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
             run = [token for token, _ in group]
-            text.append(MASKED * len(run) if name == "dim" else self.tokenizer.decode(run), name)
+            text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
+                        "dim" if masked else "bold underline" if fresh else "")
         return text
 
-    def line(self, step: Step, ids: torch.Tensor) -> str:
-        return self.block(step, ids).plain.replace("\n", "\u21b5")
-
-    def show(self, step: Step, row: Row):
-        """The text with the block being denoised, in place of what was shown before."""
-        self.live.start()                           # does nothing where it has been
-        console = self.live.console
-        text = Text((row.prompt + row.text)[-console.width * console.height:])
-        lines = text.append(self.block(step, step.after)).wrap(console, console.width)
-        self.live.update(Text("\n").join(lines[2 - console.height:]), refresh=True)
-
-    def grow(self, row: Row):
-        if self.form == "stream":
-            ready = len(row.text) - (0 if row.ended else self.held_back)
-            text = row.prompt + row.text[:max(0, ready)]
-            print(text[self.printed:], end="", flush=True)
-            self.printed = max(self.printed, len(text))
+    def on_tokens(self, written: Written) -> bool:
+        self.check()
+        row = self.batch[written.row]
+        row.take(written, self.tokenizer, self.eos, self.stops)
+        if self.form == "stream" and not row.ended:
+            ready = row.prompt + row.text[:max(0, len(row.text) - self.held_back)]
+            print(ready[self.printed:], end="", flush=True)
+            self.printed = len(ready)
+        while self.waiting and self.waiting[0].ended:
+            self.end(self.waiting.pop(0))
+        return row.ended == "stop"
 
     def end(self, row: Row):
-        self.grow(row)
         self.live.stop()                            # which wipes what it shows
-        if self.form == "file":
-            return write_line(self.results, row.result(), "; it holds the results of prompts "
-                              f"before {row.index}, and --resume goes on after them")
-        print(json.dumps(row.result()) if self.form == "json" else
-              f"--- {row.index}\n{row.prompt}{row.text}" if self.form == "many" else
-              f"\n{row.text}" if self.form == "steps" else
-              row.prompt + row.text if self.form == "in place" else "", flush=True)
+        if self.results:
+            write_line(self.results, row.result())
+        elif self.form == "json":
+            print(json.dumps(row.result()), flush=True)
+        else:
+            head = {"many": f"--- {row.index}\n", "steps": "\n"}.get(self.form, "")
+            print(head + (row.prompt + row.text)[self.printed:], flush=True)
 
     def close(self):
         self.live.stop()
@@ -546,7 +529,7 @@ class Output:
             file.close()
 
 
-def write_line(file, value: dict, hint: str = ""):
+def write_line(file, value: dict):
     """Append JSON to an unbuffered file; a line that does not get there whole is taken back."""
     line, start = json.dumps(value).encode() + b"\n", file.tell()
     try:
@@ -554,7 +537,8 @@ def write_line(file, value: dict, hint: str = ""):
             line = line[file.write(line):]
     except OSError as error:
         file.truncate(start)
-        raise OSError(f"{file.name}: {error.strerror}{hint}") from None
+        raise OSError(f"{file.name}: {error.strerror}; the lines it holds are whole, and after "
+                      "those of --output --resume goes on") from None
 
 
 def finished(path: Path, rows: list[Row]) -> tuple[int, int]:
@@ -585,9 +569,9 @@ def finished(path: Path, rows: list[Row]) -> tuple[int, int]:
 
 def choose_knobs(args: Namespace, config: TwoTowerConfig) -> dict:
     """Every option of the mode: as given, or twotower.py's default."""
-    functions = Decoding, getattr(TwoTower, f"generate_{args.mode}", TwoTower.score)
-    default = {name: one.default for function in functions
-               for name, one in inspect.signature(function).parameters.items()}
+    default = {name: one.default for function in (
+        Decoding, getattr(TwoTower, f"generate_{args.mode}", TwoTower.score))
+        for name, one in inspect.signature(function).parameters.items()}
     default["mask_token_id"] = config.mask_token_id
     given = {name: value for name, value in vars(args).items() if value is not None}
     knobs = {flag.dest: (default | given)[flag.dest]
@@ -597,36 +581,27 @@ def choose_knobs(args: Namespace, config: TwoTowerConfig) -> dict:
     return knobs
 
 
-def decode(model: TwoTower, tokenizer: Tokenizer, batch: list[Row], args: Namespace, knobs: dict,
-           output: Output, check: Callable[[], None]):
-    """Write after every row. check: is called between passes."""
-    waiting, eos = list(batch), model.config.eos_token_id
-    templates = [row.template_ids or None for row in batch]
+def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, output: Output,
+           seconds: dict[str, float]):
+    """Write after every row."""
+    start, tower = perf_counter(), model.context_tower
+
+    def on_prefill(*_):
+        hook.remove()
+        if tower.device.type == "cuda":
+            torch.cuda.synchronize(tower.device)
+        seconds["prefill"] += perf_counter() - start
+
+    hook = tower.register_forward_hook(on_prefill)          # of a batch's first pass
+    templates = [row.given[0] if row.given else None for row in batch]
     more = {"template": templates} if any(templates) else {}
-
-    def on_tokens(written: Written) -> bool:
-        check()
-        row = batch[written.row]
-        row.take(written, tokenizer, eos, args.stop)
-        output.grow(row)
-        while waiting and waiting[0].ended:
-            output.end(waiting.pop(0))
-        return row.ended == "stop"
-
-    def on_step(step: Step):
-        check()
-        output.step(step, batch)
-
+    output.batch, output.waiting = batch, list(batch)
     try:
         getattr(model, f"generate_{args.mode}")(
             [torch.tensor(row.ids) for row in batch], [row.max_new_tokens for row in batch],
-            eos_token_id=eos, seed=None if args.seed is None else [row.seed for row in batch],
-            on_step=on_step, on_tokens=on_tokens, **knobs, **more)
-    except KeyboardInterrupt:
-        for row in waiting if output.form != "file" else []:        # there --resume writes them
-            row.ended = row.ended or "interrupted"
-            output.end(row)
-        raise
+            eos_token_id=model.config.eos_token_id, on_step=output.on_step,
+            seed=None if args.seed is None else [row.settings["seed"] for row in batch],
+            on_tokens=output.on_tokens, **knobs, **more)
     except ValueError as error:                     # its rows count from the batch's first
         raise ValueError(f"prompts from {batch[0].index}: {error}") from None
 
@@ -639,68 +614,52 @@ def score(model: TwoTower, batch: list[tuple[Row, list[int]]], output: Output):
         row.log_likelihoods.append(total)
         row.tokens += ids
         row.context_passes += -(-(len(row.ids) + len(ids) - 1) // SCORED_AT_ONCE)
-        if len(row.log_likelihoods) == len(row.choices):
+        if len(row.log_likelihoods) == len(row.given):
             row.ended = "scored"
             output.end(row)
 
 
-def write(model: TwoTower, tokenizer: Tokenizer, rows: list[Row], args: Namespace, knobs: dict,
-          output: Output, seconds: dict[str, float]) -> int:
-    """Decode or score, `batch_size` at a time, up to the end or to Ctrl-C, which is noticed between
-    passes, so that no output is half done; pressed again it acts at once. Returns the exit status.
-    """
-    pressed, began, seconds["prefill"], tower = [], None, 0.0, model.context_tower
-
-    def press(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    def check():
-        if pressed:
-            raise KeyboardInterrupt
-
-    def on_pass(*_):                        # of the context tower: a batch's first is its prefill
-        nonlocal began
-        if began is not None:
-            if tower.device.type == "cuda":
-                torch.cuda.synchronize(tower.device)
-            seconds["prefill"], began = seconds["prefill"] + perf_counter() - began, None
-
-    scoring, start = args.mode in SCORE, perf_counter()
-    asked = [(row, ids) for row in rows for ids in row.choice_ids] if scoring else rows
-    tower.register_forward_hook(on_pass)
-    before = signal.signal(signal.SIGINT, press)
+def write(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, output: Output,
+          seconds: dict[str, float]) -> int:
+    """Decode or score, `batch_size` at a time, up to the end or to Ctrl-C; the exit status."""
+    start, seconds["prefill"] = perf_counter(), 0.0
+    asked = [(row, ids) for row in rows for ids in row.given] if args.mode in SCORE else rows
+    before = signal.signal(signal.SIGINT, output.on_interrupt)
     try:
         for i in range(0, len(asked), args.batch_size):
-            check()
-            batch, began = asked[i:i + args.batch_size], None if scoring else perf_counter()
-            if scoring:
+            output.check()
+            batch = asked[i:i + args.batch_size]
+            if args.mode in SCORE:
                 score(model, batch, output)
             else:
-                decode(model, tokenizer, batch, args, knobs, output, check)
+                decode(model, batch, args, knobs, output, seconds)
+        return 0
     except KeyboardInterrupt:
+        for row in [] if output.results else output.waiting:        # there --resume writes them
+            row.ended = row.ended or "interrupted"
+            output.end(row)
         return 130
     finally:
         output.close()
         signal.signal(signal.SIGINT, before)
         seconds["decode"] = perf_counter() - start - seconds["prefill"]
-    return 0
 
 
 def run(args: Namespace) -> int:
     """Everything in its order; returns the exit status."""
     if args.temperature and args.seed is None:
         args.seed = torch.Generator().seed() >> 1
-    places, rows = devices(args), read_rows(args)
-    towers, many = "both" if args.mode in DENOISING else "context", len(rows) > 1
+    places, prompts = devices(args), read_prompts(args)
+    towers = "both" if args.mode in DENOISING else "context"
     directory = fetch(args.checkpoint, towers, args.plan)
-    tokenizer = load_tokenizer(directory) if rows else None
+    tokenizer = load_tokenizer(directory) if prompts else None
     model, files = TwoTower.skeleton(directory, towers=towers,
                                      dtype=args.dtype and getattr(torch, args.dtype))
     knobs = choose_knobs(args, model.config)
-    dtype = str(model.context_lm_head.weight.dtype).removeprefix("torch.")
-    encode(rows, tokenizer, model.config, {"checkpoint": args.checkpoint, "mode": args.mode,
-           "stop": args.stop, "dtype": dtype, "backend": args.backend} | knobs)
+    settings = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
+                "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),
+                "backend": args.backend} | knobs
+    rows = make_rows(prompts, args, tokenizer, model.config, settings)
     require(not args.watch or min(len(rows), args.batch_size) < 2,
             "--watch shows one row at a time; give --batch-size 1")
     done, keep = finished(args.output, rows) if args.resume else (0, 0)
@@ -708,15 +667,12 @@ def run(args: Namespace) -> int:
         print(f"{args.output} is complete: {done} results", file=sys.stderr)
         return 0
     rows = rows[done:]
-    width = knobs.get("block_size", knobs.get("draft_length", 1))
-    if args.mode in SCORE:
-        lengths = [len(row.ids) + row.max_new_tokens for row in rows]
-        width = min(max(lengths, default=SCORED_AT_ONCE), SCORED_AT_ONCE)
-    plan(model, rows, args, width, places)
+    plan(model, rows, args, knobs, places)
     if args.plan:
         return 0
     model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
-    output = Output(args, tokenizer, knobs.get("mask_token_id"), many, keep)
+    output = Output(args, tokenizer, model.config.eos_token_id, knobs.get("mask_token_id"),
+                    len(prompts) > 1, keep)
     start, columns = perf_counter(), (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress("loading", *columns, console=Console(stderr=True), transient=True,
                   disable=not sys.stderr.isatty()) as bar:
@@ -724,38 +680,39 @@ def run(args: Namespace) -> int:
         model.fill(files, places[0], places[-1], lambda nbytes: bar.advance(task, nbytes))
     model.use(args.backend, args.graphs)
     seconds = {"load": perf_counter() - start}
-    status = write(model, tokenizer, rows, args, knobs, output, seconds)
-    print(facts(rows, args, knobs, places, seconds, dtype, model.backend), file=sys.stderr)
+    status = write(model, rows, args, knobs, output, seconds)
+    settings |= {"backend": model.backend + " with graphs" * args.graphs, "seed": args.seed,
+                 "batch_size": args.batch_size,
+                 "max_new_tokens": None if args.mode in SCORE else max(
+                     row.max_new_tokens for row in rows)}
+    print(facts(rows, settings, places, seconds), file=sys.stderr)
     return status
 
 
-def facts(rows: list[Row], args: Namespace, knobs: dict, places: list[str],
-          seconds: dict[str, float], dtype: str, backend: str) -> str:
+def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str, float]) -> str:
     """What was done, how fast and with which settings, in a line."""
     rows = [row for row in rows if row.ended]               # all, unless interrupted
-    tokens, nfe = sum(len(row.tokens) for row in rows), sum(row.nfe for row in rows)
-    passes = sum(row.context_passes for row in rows)
+    tokens, nfe, passes = (sum(counts) for counts in (
+        (len(row.tokens) for row in rows), (row.nfe for row in rows),
+        (row.context_passes for row in rows)))
+    places = dict.fromkeys(places)
     peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
-             for place in dict.fromkeys(places) if place.startswith("cuda")]
+             for place in places if place.startswith("cuda")]
     with contextlib.suppress(ImportError):                  # on Windows
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         peaks.append(f"host {readable(peak)}")
     return ", ".join([
-        f"{args.mode} on {' and '.join(dict.fromkeys(places))}",
+        f"{settings['mode']} on {' and '.join(places)}",
         f"{len(rows)} prompt{'s' * (len(rows) != 1)}", f"{tokens} tokens",
         f"{nfe} denoiser passes", f"{passes} context passes",
         f"{tokens / max(nfe or passes, 1):.2f} tokens per pass",
         *(f"{name} {value:.2f} s" for name, value in seconds.items()),
         f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
-        f"peak memory {', '.join(peaks) or 'unknown'}", f"dtype {dtype}",
-        f"backend {backend}{' with graphs' if args.graphs else ''}",
-        f"batch_size {args.batch_size}", *(f"stop {stop!r}" for stop in args.stop),
-        *([] if args.mode in SCORE else
-          [f"max_new_tokens {max((row.max_new_tokens for row in rows), default=0)}"]),
-        *(f"{name} {value}" for name, value in knobs.items() if value is not None),
-        *([] if args.seed is None else [f"seed {args.seed}"])])
+        f"peak memory {', '.join(peaks) or 'unknown'}",
+        *(f"{name} {value}" for name, value in settings.items()
+          if name not in ("mode", "checkpoint") and value not in (None, []))])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1988,6 +1988,11 @@ def one_line(run, message: str):
     assert line.startswith("sample.py: ") and message in line, line
 
 
+def flags_of(knobs: dict) -> list[str]:
+    return [str(word) for name, value in knobs.items()
+            for word in ("--" + name.replace("_", "-"), value)]
+
+
 def results_of(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
@@ -2000,16 +2005,13 @@ def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) 
     ).tokens[0].tolist()
 
 
-@pytest.mark.parametrize("mode, flags", [
-    ("ar", ""), ("mock_ar", "--denoiser-device cpu"),
-    ("speculative", "--denoiser-device cpu --draft-length 12 --steps-per-block 2"),
-    ("mask_diffusion", "--denoiser-device cpu --block-size 8 --steps-per-block 6 "
-     "--confidence-threshold 0.5 --mask-token-id 4")])
-def test_sample_prints_what_the_model_writes(mode, flags):
-    words = flags.replace("--denoiser-device cpu", "").split()
-    knobs = {name[2:].replace("-", "_"): json.loads(n) for name, n in zip(words[::2], words[1::2])}
+@pytest.mark.parametrize("mode, knobs", [
+    ("ar", {}), ("mock_ar", {}), ("speculative", dict(draft_length=12, steps_per_block=2)),
+    ("mask_diffusion", dict(block_size=8, steps_per_block=6, confidence_threshold=0.5,
+                            mask_token_id=4))])
+def test_sample_prints_what_the_model_writes(mode, knobs):
     run = sample("--mode", mode, *"--max-new-tokens 21 --context-device cpu Hello".split(),
-                 *flags.split())
+                 *["--denoiser-device", "cpu"] * (mode != "ar"), *flags_of(knobs))
     result = getattr(miniature()[0], f"generate_{mode}")(
         [tokenizer().encode("Hello").ids], 21, eos_token_id=2, **knobs)
     new, nfe, passes = result.tokens[0].tolist(), int(result.nfe), int(result.context_passes)
@@ -2046,14 +2048,16 @@ def test_sample_stops(mode):
 
 
 def test_sample_is_seeded():
-    knobs = "--mode ar --max-new-tokens 16 --temperature 1 --top-k 40 --top-p 0.95".split()
-    texts = [sample(*knobs, "--seed", seed, "Hi").stdout for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    narrow = sample(*knobs[:-1], "1e-6", "--seed", 1, "Hi").stdout          # --top-p that is greedy
-    assert narrow == sample(*knobs[:4], "Hi").stdout != texts[0]
-    unseeded = sample(*knobs, "Hi")
+    def text(*flags) -> str:
+        return sample(*"--mode ar --max-new-tokens 16 Hi".split(), *flags).stdout
+
+    knobs = "--temperature 1 --top-k 40 --top-p".split()
+    one, again, two, narrow = (text(*knobs, top_p, "--seed", seed) for top_p, seed in (
+        (0.95, 1), (0.95, 1), (0.95, 2), (1e-6, 1)))
+    assert one == again != two and narrow == text() != one      # that --top-p is greedy
+    unseeded = sample(*"--mode ar --max-new-tokens 16 Hi".split(), *knobs, 0.95)
     seed = re.search(r"seed (\d+)", unseeded.stderr)[1]
-    assert sample(*knobs, "--seed", seed, "Hi").stdout == unseeded.stdout
+    assert text(*knobs, 0.95, "--seed", seed) == unseeded.stdout
 
 
 def prompts_file(path: Path, lines: list) -> Path:
@@ -2108,8 +2112,10 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits, terminal
 
 
 @posix
-@pytest.mark.parametrize("how", ["killed", "interrupted", "full disk"])
-def test_a_run_cut_short_goes_on_where_it_was(how, tmp_path):
+@pytest.mark.parametrize("sent, status, said", [
+    ("SIGKILL", -9, ""), ("SIGINT", 130, "prompts, "),
+    (None, 2, "out.jsonl: File too large; the lines it holds are whole")])
+def test_a_run_cut_short_goes_on_where_it_was(sent, status, said, tmp_path):
     """Nothing is lost or doubled, whatever is left of the line being written."""
     import resource
     lines = [{"text": "Hello" * (1 + i % 3), "max_new_tokens": 30} for i in range(14)]
@@ -2118,27 +2124,23 @@ def test_a_run_cut_short_goes_on_where_it_was(how, tmp_path):
     out = tmp_path / "whole.jsonl"
     assert sample(*flags, out).returncode == 0
     whole, out = out.read_bytes(), tmp_path / "out.jsonl"
-    limit = len(whole) // 2 if how == "full disk" else resource.RLIM_INFINITY
+    limit = resource.RLIM_INFINITY if sent else len(whole) // 2
     process = start_sample(*flags, out, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
-    while how != "full disk" and process.poll() is None and not (
-            out.exists() and out.stat().st_size):
-        time.sleep(0.005)
-    if how != "full disk":
-        process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGINT)
+    if sent:
+        while process.poll() is None and not (out.exists() and out.stat().st_size):
+            time.sleep(0.005)
+        process.send_signal(getattr(signal, sent))
     err = process.communicate()[1]
-    assert process.returncode == {"killed": -9, "interrupted": 130, "full disk": 2}[how], err
-    assert how != "full disk" or "out.jsonl: File too large; it holds the results of prom" in err
+    assert process.returncode == status and said in err, err
     before = out.read_bytes()
     assert whole.startswith(before) and 0 < len(before) < len(whole)
-    assert how == "killed" or before.endswith(b"\n")
+    assert sent == "SIGKILL" or before.endswith(b"\n")
     out.write_bytes(before + whole[len(before):len(before) + 20])
-    resumed = sample(*flags, out, "--resume")
-    assert resumed.returncode == 0 and resumed.stdout == "", resumed.stderr
-    assert f"{14 - before.count(10)} prompts" in resumed.stderr and out.read_bytes() == whole
-    again = sample(*flags, out, "--resume")
-    assert again.returncode == 0 and "is complete: 14 results" in again.stderr
-    assert out.read_bytes() == whole
+    for said in (f"{14 - before.count(10)} prompts", "is complete: 14 results"):
+        resumed = sample(*flags, out, "--resume")
+        assert resumed.returncode == 0 and resumed.stdout == "" and said in resumed.stderr
+        assert out.read_bytes() == whole
 
 
 def test_resuming_touches_no_other_file(tmp_path):
@@ -2162,16 +2164,26 @@ def test_resuming_touches_no_other_file(tmp_path):
 
 
 @posix
-def test_interrupting_keeps_what_was_written(tmp_path):
-    """Of a single prompt, and of a row of JSON."""
-    process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
-                           directory=endless(tmp_path), stdout=subprocess.PIPE)
+def test_a_reader_that_goes_away_is_no_error_ctrl_c_and_a_full_disk_are(tmp_path):
     text = "Hello" + tokenizer().decode(written("ar", "Hello", 3))
-    assert process.stdout.read(len(text)) == text
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130 and err.splitlines()[-1].startswith("ar on cpu, 1 prompt, ")
+    for status in (0, 130):
+        process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
+                               directory=endless(tmp_path / str(status)), stdout=subprocess.PIPE)
+        assert process.stdout.read(len(text)) == text
+        process.stdout.close() if status == 0 else process.send_signal(signal.SIGINT)
+        err = process.stderr.read() if status == 0 else process.communicate()[1]
+        placed, *facts = err.splitlines()
+        assert process.wait() == status and placed.startswith("cpu: context tower")
+        assert (facts == []) if status == 0 else facts[-1].startswith("ar on cpu, 1 prompt, ")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as disk:
+            process = start_sample("--max-new-tokens", 4, "Hello", stdout=disk)
+            err = process.communicate()[1]
+        assert process.returncode == 2 and "No space left" in err.splitlines()[-1]
 
+
+@posix
+def test_interrupting_many_prompts_keeps_what_was_written(tmp_path):
     many = prompts_file(tmp_path / "many.jsonl", [{"text": "Hello"}] * 200)
     process = start_sample("--prompt-file", many, "--batch-size", 2, "--max-new-tokens", 50,
                            "--json", stdout=subprocess.PIPE)
@@ -2186,21 +2198,6 @@ def test_interrupting_keeps_what_was_written(tmp_path):
         assert result["tokens"] == first["tokens"][:len(result["tokens"])]
         assert result["text"] == tokenizer().decode(result["tokens"])
         assert result["ended"] == "interrupted" or result["tokens"] == first["tokens"]
-
-
-@posix
-def test_a_reader_that_goes_away_is_no_error_but_a_full_disk_is(tmp_path):
-    process = start_sample("--mode", "ar", "--max-new-tokens", 4000, "Hello",
-                           directory=endless(tmp_path), stdout=subprocess.PIPE)
-    assert process.stdout.read(5) == "Hello"
-    process.stdout.close()
-    assert process.stderr.readline().startswith("cpu: context tower")
-    assert process.stderr.read() == "" and process.wait() == 0
-    if Path("/dev/full").exists():
-        with open("/dev/full", "w") as disk:
-            process = start_sample("--max-new-tokens", 4, "Hello", stdout=disk)
-            err = process.communicate()[1]
-        assert process.returncode == 2 and "No space left" in err.splitlines()[-1]
 
 
 def test_trace_holds_every_step(tmp_path):
@@ -2259,12 +2256,11 @@ def test_sample_fills_templates(tmp_path):
     run = sample("--template", "Dear____\nyour_order{{12}} on __Monday.", LETTER)
     assert run.stdout == LETTER + expected + "\n", run.stderr
     assert expected.startswith("Dear") and expected.endswith(" on __Monday.")
-    lines = [{"text": LETTER, "template": "Hello{{3}}."}, {"text": LETTER}, {"text": LETTER,
-             "template": "___ and then", "max_new_tokens": 9}]
-    flags = ["--template", "Dear____", "--json", "--prompt-file",
-             prompts_file(tmp_path / "many.jsonl", lines * 2)]
+    own = [{"template": "Hello{{3}}."}, {}, {"template": "___ and then", "max_new_tokens": 9}] * 2
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": LETTER} | more for more in own])
     for size in (1, 4):                                 # no batch gets another's templates
-        results = results_of(sample(*flags, "--batch-size", size).stdout)
+        results = results_of(sample("--template", "Dear____", "--json", "--batch-size", size,
+                                    "--prompt-file", many).stdout)
         for first, second, third in (results[:3], results[3:]):
             assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
             assert " and then" in third["text"] and len(third["tokens"]) == 9
@@ -2286,17 +2282,18 @@ def test_sample_scores(tmp_path):
     flags = ["--mode", "score", "--prompt-file", prompts_file(tmp_path / "ask.jsonl", lines)]
     results = results_of(sample(*flags, "--batch-size", 3).stdout)
     for line, result in zip(lines, results, strict=True):
-        scores, per_byte = result["log_likelihoods"], result["perplexity_per_byte"]
-        for i, text in enumerate(line.get("choices", [line.get("continuation")])):
-            given, asked = (tokenizer().encode(t).ids for t in (line["text"], text))
-            total = float(miniature()[0].score([given], [asked]).total)
-            assert scores[i] == pytest.approx(total, abs=1e-4)
-            assert result["perplexity_per_token"][i] == pytest.approx(
-                math.exp(-total / len(asked)), rel=1e-4)
-            assert per_byte[i] == pytest.approx(math.exp(-total / len(text.encode())), rel=1e-4)
-            assert result["token_counts"][i] == len(asked)
+        texts = line.get("choices", [line.get("continuation")])
+        prompt, *asked = (tokenizer().encode(text).ids for text in (line["text"], *texts))
+        scores = miniature()[0].score([prompt] * len(asked), asked).total.tolist()
+        counts, nbytes = list(map(len, asked)), [len(text.encode()) for text in texts]
+        assert result["token_counts"] == counts
+        assert result["log_likelihoods"] == pytest.approx(scores, abs=1e-4)
+        for unit, sizes in (("token", counts), ("byte", nbytes)):
+            assert result[f"perplexity_per_{unit}"] == pytest.approx(
+                [math.exp(-total / size) for total, size in zip(scores, sizes)], rel=1e-4)
         assert result["best"] == scores.index(max(scores))
-        assert result["best_per_byte"] == per_byte.index(min(per_byte))
+        per_byte = [total / size for total, size in zip(scores, nbytes)]
+        assert result["best_per_byte"] == per_byte.index(max(per_byte))
     wrong, likely, _ = results[0]["perplexity_per_byte"]
     assert likely < wrong and results[0]["best_per_byte"] != 0
     assert (results[2]["best"], results[2]["best_per_byte"]) == (1, 0)
@@ -2313,20 +2310,21 @@ def test_sample_scores(tmp_path):
 
 def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
     """Every option of twotower.py's functions, in every mode."""
-    everywhere = {"temperature", "top_k", "top_p", "seed", "max_new_tokens"}
+    shared = {"temperature": 0.5, "top_k": 1, "top_p": 1, "seed": 1, "max_new_tokens": 1}
+    names = shared | dict.fromkeys(("block_size", "draft_length", "steps_per_block", "template",
+                                    "confidence_threshold", "mask_token_id"), 1)
     for mode in ("mask_diffusion", "speculative", "mock_ar", "ar", "score"):
-        function = TwoTower.score if mode == "score" else getattr(TwoTower, f"generate_{mode}")
-        takes = set(inspect.signature(function).parameters) | (
-            everywhere if mode != "score" else set())
-        for name in everywhere | {"block_size", "draft_length", "steps_per_block", "template",
-                                  "confidence_threshold", "mask_token_id"}:
-            flags = ["--" + name.replace("_", "-"), 1 if name != "temperature" else 0.5]
-            flags += ["--temperature", 1] * (name in ("top_k", "top_p", "seed") and mode != "score")
-            run = sample("--plan", "--mode", mode, *flags, "Hi")
+        function = getattr(TwoTower, f"generate_{mode}", TwoTower.score)
+        takes = set(inspect.signature(function).parameters) | (shared.keys() if mode != "score"
+                                                               else set())
+        for name, value in names.items():
+            knobs = {name: value} | ({"temperature": 1} if name in ("top_k", "top_p", "seed")
+                                     and mode != "score" else {})
+            run = sample("--plan", "--mode", mode, *flags_of(knobs), "Hi")
             if name in takes:
                 assert run.returncode == 0, run.stderr
             else:
-                one_line(run, f"{flags[0]} does nothing with --mode {mode}")
+                one_line(run, f"{flags_of(knobs)[0]} does nothing with --mode {mode}")
 
 
 @pytest.mark.parametrize("args, message", [
@@ -2365,9 +2363,9 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
     ("--template {{9}} --max-new-tokens 8 Hi", "has 9 tokens, more than the 8"),
     ("--max-new-tokens 999999 Hi", "max_position_embeddings 4096"),
     ("--plan --max-new-tokens 5000", "max_position_embeddings 4096"),
-    ("--block-size 5000 Hi", "lower --max-new-tokens or --block-size"),
-    ("--mode speculative --draft-length 5000 Hi", "lower --max-new-tokens or --draft-length"),
-    *[(f"--{flag} {place} Hi", f"--{flag} {place} cannot be used") for flag, place in (
+    *[(f"{flags} 5000 Hi", "blocks of 5000 are too many for max_position_embeddings 4096")
+      for flags in ("--block-size", "--mode speculative --draft-length")],
+    *[(f"--{flag} {place} Hi", f"device {place} cannot be used") for flag, place in (
         ("context-device", "cuda:99"), ("context-device", "toaster"), ("denoiser-device", "meta"))],
     ("--output o --trace ./o Hi", "must be different files"),
     ("--output no/where.jsonl Hi", "no/where.jsonl: its directory does not exist"),
@@ -2385,28 +2383,28 @@ def test_sample_refuses_in_one_line(args, message, tmp_path, monkeypatch):
         one_line(run_python(HERE / "sample.py", *map(os.fsencode, shlex.split(args))), message)
 
 
-@pytest.mark.parametrize("lines, message, mode", [
-    (["", "  "], "holds no prompt", "ar"),
-    ([{"text": "a"}, "", "{text: a}"], "line 3 is not JSON", "ar"),
-    ([{"text": "a"}, {"prompt": "b"}], "line 2 must be an object with text", "ar"),
-    ([{"text": "a"}, ["b"]], "line 2 must be an object with text", "ar"),
-    ([{"text": 7}], "line 1: text is 7, but it must be text", "ar"),
-    ([{"text": "a", "max_new_tokens": 0}], "line 1: max_new_tokens is 0", "ar"),
-    ([{"text": "a", "max_new_tokens": True}], "line 1: max_new_tokens is True", "ar"),
-    ([{"text": "a", "seed": "x"}], "line 1: seed is 'x'", "ar"),
-    ([{"text": "a", "seed": 2**70}], "line 1: seed is 1180591620717411303424", "ar"),
-    (["[" * 10**5], "line 1 is not JSON", "ar"),
-    ([{"text": "a", "temperature": 1}], "line 1 has 'temperature'; known", "mask_diffusion"),
-    ([{"text": "a", "template": "___"}], "line 1 has 'template'; known", "ar"),
-    ([{"text": "a"}, {"text": ""}], "prompt 1 holds no token", "ar"),
-    ([{"text": "a"}, {"text": "b" * 5000}], "prompt 1 has 5000 tokens", "ar"),
-    ([{"text": "a"}, {"text": "\ud800"}], "prompt 1 is not valid UTF-8", "ar"),
-    ([{"text": "a"}], "line 1 must have either continuation or choices", "score"),
-    ([{"text": "a", "choices": []}], "choices is [], but it must be a list of texts", "score"),
-    ([{"text": "a", "continuation": ""}], "a choice of the prompt holds no token", "score"),
-    ([{"text": "a", "continuation": "b", "seed": 1}], "line 1 has 'seed'; known", "score"),
+@pytest.mark.parametrize("mode, lines, message", [
+    ("ar", ["", "  "], "holds no prompt"), ("ar", ["[" * 10**5], "line 1 is not JSON"),
+    ("ar", [{"text": "a"}, "", "{text: a}"], "line 3 is not JSON"),
+    *[("ar", [{"text": "a"}, second], message) for second, message in (
+        ({"prompt": "b"}, "line 2 must be an object with text"),
+        (["b"], "line 2 must be an object with text"),
+        ({"text": ""}, "prompt 1 holds no token"),
+        ({"text": "b" * 5000}, "prompt 1 has 5000 tokens"),
+        ({"text": "\ud800"}, "prompt 1 is not valid UTF-8"))],
+    *[(mode, [{"text": "a"} | more], f"line 1{message}") for mode, more, message in (
+        ("ar", {"text": 7}, ": text is 7, but it must be text"),
+        ("ar", {"max_new_tokens": 0}, ": max_new_tokens is 0"),
+        ("ar", {"max_new_tokens": True}, ": max_new_tokens is True"),
+        ("ar", {"seed": "x"}, ": seed is 'x'"), ("ar", {"seed": 2**70}, f": seed is {2**70}"),
+        ("ar", {"template": "___"}, " has 'template'; known"),
+        ("mask_diffusion", {"temperature": 1}, " has 'temperature'; known"),
+        ("score", {"continuation": "b", "seed": 1}, " has 'seed'; known"),
+        ("score", {}, " must have either continuation or choices"),
+        ("score", {"choices": []}, ": choices is [], but it must be a list of texts"))],
+    ("score", [{"text": "a", "continuation": ""}], "a choice of the prompt holds no token"),
 ])
-def test_a_prompt_file_is_checked_before_anything_is_written(lines, message, mode, tmp_path):
+def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, message, tmp_path):
     many, out = prompts_file(tmp_path / "many.jsonl", lines), tmp_path / "out.jsonl"
     one_line(sample("--mode", mode, "--prompt-file", many, "--output", out), message)
     assert not out.exists()
@@ -2414,8 +2412,8 @@ def test_a_prompt_file_is_checked_before_anything_is_written(lines, message, mod
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: shutil.rmtree(d), "is not a directory"),
-    (gone("tokenizer.json"), "tokenizer.json is missing"),
-    (cut("tokenizer.json", 300), "tokenizer.json is no tokenizer"),
+    (gone("tokenizer.json"), "tokenizer.json cannot be read as a tokenizer: No such file"),
+    (cut("tokenizer.json", 300), "tokenizer.json cannot be read"),
     (cut("config.json", 300), "is not valid JSON"),
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
@@ -2438,17 +2436,16 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert cli.fetch("some/model", "both", False) == tmp_path
-    assert cli.fetch("some/model", "context", True) == tmp_path
-    assert cli.fetch(str(tmp_path), "both", False) == tmp_path and len(asked) == 4
+    for name, towers, plan in (("some/model", "both", False), ("some/model", "context", True),
+                               (str(tmp_path), "both", False)):
+        assert cli.fetch(name, towers, plan) == tmp_path
     small = ["config.json", "tokenizer.json", twotower.INDEX]
-    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
-    assert len(shards) == 4         # the towers are alike: two hold nothing but the denoiser
-    assert asked == [(small, False), (small + shards, False),
-                     (small, True), (small + shards[:2], True)]
+    shards = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003", "00004")]
+    assert asked == [                   # the towers are alike: two hold nothing but the denoiser
+        (small, False), (small + shards, False), (small, True), (small + shards[:2], True)]
     run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
                      env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
-    one_line(run, "https://huggingface.co/some/model where there is a connection")
+    one_line(run, "https://huggingface.co/some/model, downloaded where there is a connection")
 
 
 def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
@@ -2478,10 +2475,15 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     """With made-up free memory and GPUs."""
     model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
     args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False, batch_size=4)
+    free = {"cpu": 0, "cuda:0": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place], 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free) - 1)
+    monkeypatch.setattr(cli.psutil, "virtual_memory",
+                        lambda: types.SimpleNamespace(available=free["cpu"]))
 
     def needed(rows: int, *places: str) -> dict[str, int]:
         table = cli.memory(model, rows, 112, 16, places)
-        return {place: sum(parts.values()) for place, parts in table.items()}
+        return {place: parts["together"] for place, parts in table.items()}
 
     one, four, alone = (needed(*what)["cpu"] for what in (
         (1, "cpu", "cpu"), (4, "cpu", "cpu"), (4, "cpu")))
@@ -2489,26 +2491,19 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     assert alone == apart["cpu"] < one < four and alone < apart["cuda:0"] < four
     assert sum(apart.values()) - four == four - sum(     # all but the weights is there twice
         tensor.nbytes for tensor in model.state_dict().values())
-
-    def verdict(places: list[str], **free: int) -> str | None:
-        gpus = [place for place in free if place != "cpu"]
-        monkeypatch.setattr(cli, "free_memory", lambda place: free[place.replace(":", "")])
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        try:
-            return cli.plan(model, [], args, 16, places)
-        except ValueError as error:
-            return str(error).partition("what would: ")[2]
-
-    assert verdict(["cpu"] * 2, cpu=four) is None
-    assert verdict(["cpu"] * 2, cpu=one) == "--batch-size 1"
-    assert verdict(["cpu"] * 2, cpu=alone) == "--mode ar, the context tower alone on cpu"
-    assert verdict(["cpu"] * 2, cpu=alone - 1).startswith("a device with more memory")
-    assert verdict(["cpu"], cpu=one, cuda0=0) is None
     half = max(apart.values())
-    assert verdict(["cuda:0"] * 2, cpu=0, cuda0=half, cuda1=half) == (
-        "--context-device cuda:0 --denoiser-device cuda:1")
-    assert verdict(["cuda:0", "cuda:1"], cpu=0, cuda0=alone, cuda1=0) == (
-        "--mode ar, the context tower alone on cuda:0")
+    for places, cpu, gpus, way in (
+            (["cpu"] * 2, four, [], None), (["cpu"] * 2, one, [], "--batch-size 1"),
+            (["cpu"] * 2, alone, [], "--mode ar, the context tower alone on cpu"),
+            (["cpu"] * 2, alone - 1, [], "a device with more memory"), (["cpu"], one, [0], None),
+            (["cpu"], 0, [0, alone], "--context-device cuda:1"),
+            (["cuda:0"] * 2, 0, [half] * 2, "--context-device cuda:0 --denoiser-device cuda:1"),
+            (["cuda:0", "cuda:1"], 0, [alone, 0], "--mode ar, the context tower alone on cuda:0")):
+        free = {"cpu": cpu} | {f"cuda:{i}": nbytes for i, nbytes in enumerate(gpus)}
+        if way is None:
+            cli.plan(model, [], args, {"block_size": 16}, places)
+        else:
+            refuses(f"what would: {way}", cli.plan, model, [], args, {"block_size": 16}, places)
 
 
 # ---------------------------------------------------------------------- training the miniature
