@@ -1976,8 +1976,10 @@ def sample(*args, directory: Path = MINIATURE) -> subprocess.CompletedProcess:
 
 
 def start_sample(*args, directory: Path = MINIATURE, **options) -> subprocess.Popen:
+    """sample.py as a process on the CPU, also where there is a GPU."""
     command = [sys.executable, HERE / "sample.py", "--checkpoint", directory, *args]
-    return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8",
+    env = options.pop("env", os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8", env=env,
                             stderr=subprocess.PIPE, **options)
 
 
@@ -2457,7 +2459,7 @@ def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     assert "KV cache 192.0 MiB, SSM states 184.0 MiB" in run.stderr
     assert ("batch of 4, 8192 tokens a row; a cached token takes 6144 bytes, a row's SSM states "
             "48234496 and") in run.stderr
-    run = sample("--plan", "--mode", "ar", directory=tmp_path)
+    run = sample("--plan", "--mode", "ar", "--context-device", "cpu", directory=tmp_path)
     assert "cpu: context tower: weights 58.8 GiB" in run.stderr
 
 
