@@ -509,32 +509,28 @@ def test_a_pass_says_less_where_it_can_and_means_the_same(lengths):
 
 
 def test_states_stay_where_they_are_when_room_was_reserved():
+    """And new slots are zero, as a stray NaN would reach the output through a mask: deterministic
+    mode puts NaN into memory that is not initialised."""
     model = random_model()
     context = model.prefill(ids(1, 30), reserve=40)
     places = lambda: [tensor.data_ptr() for state in context.states if state is not None
                       for tensor in list(vars(state).values())[:2]]
-    caches, before = [s for s in context.states if isinstance(s, KVCache)], places()
+    cache, before = next(s for s in context.states if isinstance(s, KVCache)), places()
     for _ in range(20):
         model.extend(context, ids(1, 1))
         model.denoise(ids(1, 16), context, 0.5)
     model.extend(context, ids(1, 20))
     assert places() == before
+    old = cache.key_cache, cache.value_cache
+    torch.use_deterministic_algorithms(True)
     model.extend(context, ids(1, 1))                    # 71 tokens in 70 slots: it doubles
-    assert caches[0].key_cache.shape[2] == 140
+    torch.use_deterministic_algorithms(False)
+    for small, grown in zip(old, (cache.key_cache, cache.value_cache)):
+        assert grown.shape[2] == 140 and (grown[:, :, 71:] == 0).all()
+        assert grown[:, :, :70].equal(small)
     # nor does a state keep the whole prompt's activations alive
     conv_state = context.states[0].conv_state
     assert conv_state.untyped_storage().nbytes() == conv_state.nbytes
-
-
-def test_new_cache_slots_are_zero():
-    """A stray NaN there would reach the output through a mask; deterministic mode puts NaN into
-    memory that is not initialised."""
-    cache = KVCache(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
-    torch.use_deterministic_algorithms(True)
-    cache.reserve(10)
-    torch.use_deterministic_algorithms(False)
-    for tensor in (cache.key_cache, cache.value_cache):
-        assert (tensor[:, :, :2] == 1).all() and (tensor[:, :, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -548,7 +544,7 @@ def test_only_the_first_tokens_of_a_pass_may_be_kept(odd):
         logits = model._extend(context, block, "all", keep="inputs")
         context.settle(counts)
         assert context.logits is None
-        for row in {1: range(5), 16: range(5)}.get(n, (0, 1)):
+        for row in range(5) if n in (1, 16) else range(2):
             read = model.prefill([torch.cat([prompts[row], block[row, :counts[row]]])])
             assert context.lengths[row] == read.lengths[0]
             check(logits[row, counts[row] - 1], read.logits[0], 1e-10)
@@ -947,24 +943,20 @@ def test_the_denoiser_starts_as_a_copy_and_what_is_written_can_be_trained_on():
 # ------------------------------------------------------------------- decoding: choosing tokens
 
 def test_golden_sampling():
+    """Also: top_p keeps the token that takes the total past it; a tiny temperature is greedy."""
     data, _, _ = golden("cfg1")
     logits = data["sample/logits"]
     assert torch.equal(logits.argmax(-1), data["sample/greedy"][:, 0])
     knobs = [(1.0, None, None), (0.7, 5, None), (1.3, None, 0.9), (0.8, 10, 0.5), (1.0, 1, None),
              (1.0, None, 0.01), (1.0, 2, None), (0.5, 1000, 0.95)]
     for i, knob in enumerate(knobs):
-        p = twotower.shape_logits(logits, *knob).softmax(-1)
+        ours, theirs = twotower.shape_logits(logits, *knob).softmax(-1), data[f"sample/probs.{i}"]
         # row 1 has four tokens tied at the top; which of them survive top_p is not specified
-        for ours, theirs in ((p[[0, 2, 3]], data[f"sample/probs.{i}"][[0, 2, 3]]),
-                             (p[1].sort().values, data[f"sample/probs.{i}"][1].sort().values)):
-            assert error(ours, theirs) < 1e-6, knob
+        for sampled in (lambda p: p[[0, 2, 3]], lambda p: p[1].sort().values):
+            assert error(sampled(ours), sampled(theirs)) < 1e-6, knob
     noisy = data["den/half_t0.5"].clone()
     noisy[..., MASK] = -math.inf
     assert torch.equal(twotower.gumbel_argmax(noisy / 0.7, data["gumbel/u"]), data["gumbel/argmax"])
-
-
-def test_shaped_logits():
-    """top_p keeps the token that takes the total past it; a temperature near zero is greedy."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.8, 3), (0.9, 4), (1.0, 4)):
         assert int(twotower.shape_logits(logits, 1.0, top_p=top_p).isfinite().sum()) == kept
@@ -979,16 +971,14 @@ def test_noise_is_a_function_of_seed_position_step_and_token():
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    def by_definition(seed, position, step, token):
-        key = mix(mix(mix(seed + golden) + position * golden) + step)
-        return ((mix(key + (token + 1) * golden) >> 12) + 0.5) / 2**52
-
-    golden = 0x9E3779B97F4A7C15
-    seeds, positions = [0, 5, 2**63 - 1], [[0, 7], [4096, 1], [9, 262143]]
+    golden, seeds = 0x9E3779B97F4A7C15, [0, 5, 2**63 - 1]
+    positions = [[0, 7], [4096, 1], [9, 262143]]
     for step in (0, 3):
+        key = lambda seed, position: mix(mix(mix(seed + golden) + position * golden) + step)
         u = twotower.noise(torch.tensor(seeds), torch.tensor(positions), step, 11)
-        assert u.tolist() == [[[by_definition(seed, position, step, token) for token in range(11)]
-                               for position in row] for seed, row in zip(seeds, positions)]
+        assert u.tolist() == [[[((mix(key(seed, position) + token * golden) >> 12) + 0.5) / 2**52
+                                for token in range(1, 12)] for position in row]
+                              for seed, row in zip(seeds, positions)]
 
 
 def test_noise_is_uniform_and_independent():
@@ -1004,12 +994,10 @@ def test_noise_is_uniform_and_independent():
     pairs = [(v.narrow(dim, 1, v.shape[dim] - 1), v.narrow(dim, 0, v.shape[dim] - 1))
              for dim in range(4)] + [(v[:, 1:, :-1], v[:, :-1, 1:]), (v[1:, 1:], v[:-1, :-1])]
     assert all(abs((a * b).mean()) < 5 / a.numel() ** 0.5 for a, b in pairs)
-    shaped = twotower.shape_logits(randn(6), 0.7, top_k=4)
-    u = twotower.noise(torch.arange(20000), torch.zeros(20000, 1, dtype=torch.long), 0, 6)
-    drawn = twotower.gumbel_argmax(shaped, u[:, 0]).bincount(minlength=6) / 20000
-    p = shaped.softmax(-1)
-    assert (p == 0).sum() == 2
-    assert ((drawn - p).abs() <= 5 * (p * (1 - p) / 20000).sqrt()).all()
+    shaped, n = twotower.shape_logits(randn(6), 0.7, top_k=4), 20000
+    u, p = twotower.noise(torch.arange(n), torch.zeros(n, 1).long(), 0, 6), shaped.softmax(-1)
+    drawn = twotower.gumbel_argmax(shaped, u[:, 0]).bincount(minlength=6) / n
+    assert (p == 0).sum() == 2 and ((drawn - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 def test_seeds():
@@ -1171,18 +1159,6 @@ def test_prompt_is_read_once_and_cache_is_used():
         assert mode == "mask_diffusion" or result.nfe.tolist() == [denoiser]
 
 
-def test_ar_steps_are_reported():
-    model, prompt, steps = random_model(), ids(1, 6), []
-    result = model.generate_ar(prompt, 5, on_step=steps.append)
-    text = torch.cat([prompt[0], result.tokens[0]])
-    p = model.context_logits(text[None])[0].softmax(-1).detach()
-    for i, step in enumerate(steps):
-        assert (step.rows, step.block_index, step.step, step.t.tolist()) == ([0], i, 0, [1.0])
-        assert step.before.tolist() == [[MASK]] and step.after.tolist() == [[text[6 + i]]]
-        assert step.committed.tolist() == [[True]]
-        assert float(step.confidence) == pytest.approx(float(p[5 + i, text[6 + i]]))
-
-
 def test_new_tokens_are_told_and_rows_may_be_ended():
     told = [[], [], []]
     result = random_model().generate_mask_diffusion(
@@ -1280,12 +1256,12 @@ def check_that_both_write_the_same(model, prompts, new: int, draft_length: int, 
 
 
 SAMPLED = dict(temperature=0.9, top_k=30, top_p=0.95, seed=0)
-greedy_and_sampled = pytest.mark.parametrize("knobs", [{}, SAMPLED], ids=["greedy", "sampled"])
 
 
-@greedy_and_sampled
+@pytest.mark.parametrize("knobs", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_speculative_decoding_writes_what_ar_writes(knobs):
-    """200 held-out prompts of the miniature, a ragged batch, and one alone."""
+    """200 held-out prompts of the miniature, a ragged batch, and one alone; and random towers,
+    nearly every draft of which is wrong."""
     model, tokenizer = miniature()
     prompts = [torch.tensor(tokenizer.encode(prompt).ids)
                for task in ("bill", "sort", "json", "letter", "class")
@@ -1293,14 +1269,9 @@ def test_speculative_decoding_writes_what_ar_writes(knobs):
     for rows in prompts, prompts[90:91]:
         share = check_that_both_write_the_same(model, rows, 70, 16, eos_token_id=2, **knobs)
         assert knobs or share < 0.3
-
-
-@greedy_and_sampled
-@pytest.mark.parametrize("draft_length", [1, 7, 16])
-def test_speculative_decoding_of_random_towers(knobs, draft_length):
-    """Nearly every draft is wrong, and the text is AR's all the same."""
-    model, knobs = golden("cfg1")[2], knobs | dict(eos_token_id=11)
-    check_that_both_write_the_same(model, ragged(), 30, draft_length, **knobs)
+    for draft_length in (1, 7, 16):
+        check_that_both_write_the_same(golden("cfg1")[2], ragged(), 30, draft_length,
+                                       eos_token_id=11, **knobs)
 
 
 def test_ar_may_choose_the_mask_token():
@@ -1312,14 +1283,23 @@ def test_ar_may_choose_the_mask_token():
     check_that_both_write_the_same(model, prompt, 40, 16)
 
 
-def test_speculative_steps_are_reported_in_order():
-    """Drafts are numbered from 0; the last token is not drafted."""
+def test_steps_are_reported_in_order():
+    """One for each token of AR. Drafts are numbered from 0; the last token is not drafted."""
     model, prompt, steps = random_model(), ids(1, 9), []
+    result = model.generate_ar(prompt, 5, on_step=steps.append)
+    text = torch.cat([prompt[0], result.tokens[0]])
+    p = model.context_logits(text[None])[0].softmax(-1).detach()
+    for i, step in enumerate(steps):
+        assert (step.rows, step.block_index, step.step, step.t.tolist()) == ([0], i, 0, [1.0])
+        assert step.before.tolist() == [[MASK]] and step.after.tolist() == [[text[9 + i]]]
+        assert step.committed.tolist() == [[True]]
+        assert float(step.confidence) == pytest.approx(float(p[8 + i, text[9 + i]]))
+    assert len(steps) == 5
+    steps.clear()
     result = model.generate_speculative(prompt, 30, steps_per_block=3, on_step=steps.append)
-    assert len(steps) == int(result.nfe)
     drafts = [step.block_index for step in steps]
+    assert len(steps) == int(result.nfe) and [step.step for step in steps[:3]] == [0, 1, 2]
     assert drafts == sorted(drafts) and set(drafts) == set(range(drafts[-1] + 1))
-    assert [step.step for step in steps][:3] == [0, 1, 2]
     for n in (1, 2):
         result = model.generate_speculative(prompt, n)
         assert (result.nfe.tolist(), result.context_passes.tolist()) == ([0], [n])
