@@ -137,8 +137,7 @@ def run_python(*args, cwd: Path = HERE, **options) -> subprocess.CompletedProces
 
 @functools.cache
 def golden(variant: str):
-    """(tensors, manifest, our model) of a variant of the golden data; the oldest column of the
-    release's convolution states, which nobody reads, is left out."""
+    """(tensors, manifest, our model); convolution states without the column that nobody reads."""
     dtype = torch.bfloat16 if variant.endswith("bf16") else None
     model = TwoTower.from_pretrained(GOLDEN / "cfg1", dtype=dtype)
     if variant == "cfg1_chunk8":
@@ -147,8 +146,9 @@ def golden(variant: str):
         assert model.config == config
     manifest = GOLDEN / f"{variant}.json"
     manifest = json.loads(manifest.read_text()) if manifest.exists() else None
-    return {name: tensor[..., 1:] if "conv" in name else tensor for name, tensor in
-            load_file(GOLDEN / f"{variant}.safetensors").items()}, manifest, model
+    tensors = load_file(GOLDEN / f"{variant}.safetensors").items()
+    tensors = {name: tensor[..., 1:] if "conv" in name else tensor for name, tensor in tensors}
+    return tensors, manifest, model
 
 
 MINIATURE = HERE / "miniature"
@@ -305,33 +305,26 @@ def test_scan_survives_strong_decay_and_large_states():
         assert error(state[:, head], h[:, -1, head]) < 1e-4
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("L", [1, 3, 16, 17])
-def test_causal_conv1d(L, bias):
-    inputs, weight = randn(2, L + 3, 6), randn(6, 1, 4, seed=1)
-    biases = [randn(6, seed=2)] if bias else []
-    ref = sum([inputs[:, w:w + L] * weight[:, 0, w] for w in range(4)] + biases)
-    ref = ref / (1 + torch.exp(-ref))
-    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_convolution_and_norms(dtype, limit):
+    for L, bias in itertools.product((1, 3, 16, 17), (True, False)):
+        inputs, weight = randn(2, L + 3, 6), randn(6, 1, 4, seed=1)
+        biases = [randn(6, seed=2)] if bias else []
+        ref = sum([inputs[:, w:w + L] * weight[:, 0, w] for w in range(4)] + biases)
         given = [v.to(dtype) for v in (inputs, weight, *biases)] + [None] * (not biases)
-        check(twotower.causal_conv1d(*given), ref, limit)
-
-
-def test_norms():
+        check(twotower.causal_conv1d(*given), ref / (1 + torch.exp(-ref)), limit)
     (x, z), w = randn(2, 2, 3, 5, 12), randn(12).abs() + 0.5
     v, gated = x * z / (1 + torch.exp(-z)), torch.empty_like(x)
     for g in (slice(0, 4), slice(4, 8), slice(8, 12)):
         gated[..., g] = w[g] * v[..., g] / (v[..., g].square().mean(-1, keepdim=True) + 0.1).sqrt()
     ref = w * x / (x.square().sum(-1, keepdim=True) / 12 + 0.1).sqrt()
-    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        x_, z_, w_ = x.to(dtype), z.to(dtype), w.to(dtype)
-        check(twotower.rms_norm(x_, w_, 0.1), ref, limit)
-        check(twotower.gated_rms_norm(x_, z_, w_, 3, 0.1), gated, limit)
+    x, z, w = x.to(dtype), z.to(dtype), w.to(dtype)
+    check(twotower.rms_norm(x, w, 0.1), ref, limit)
+    check(twotower.gated_rms_norm(x, z, w, 3, 0.1), gated, limit)
 
 
 def test_bfloat16_is_rounded_once():
-    """Norms, convolution and scan of bfloat16 are float32 inside: one rounding, of the output at
-    the end; none of the scan's state."""
+    """Norms, convolution and scan are float32 inside: the output is rounded once, no state is."""
     x, z = randn(2, 50, 24).bfloat16()
     w, inputs, taps = (v.bfloat16() for v in (randn(24).abs() + 0.5, randn(2, 40, 24),
                                               randn(24, 1, 4)))
@@ -430,8 +423,7 @@ def test_route(groups, kept, normed):
 @pytest.mark.parametrize("T, D, width", [(2, 16, 8), (40, 16, 8), (40, 12, 16), (40, 16, 12),
                                          (40, 5, 6)])
 def test_moe_experts(T, D, width, dtype, limit):
-    """Fewer slots than experts and more, sizes that grouped_mm takes and others, experts that are
-    idle, at either end too, or chosen twice; with and without biases; and gradients."""
+    """Few slots and many, widths grouped_mm takes and others, idle experts, one chosen twice."""
     topk_ids = 1 + 2 * torch.rand(T, 4, generator=seeded(0)).argsort(-1)[:, :2]
     topk_ids[0] = 3
     inputs = [v.to(dtype).requires_grad_() for v in (
@@ -509,8 +501,7 @@ def test_a_pass_says_less_where_it_can_and_means_the_same(lengths):
 
 
 def test_states_stay_where_they_are_when_room_was_reserved():
-    """And new slots are zero, as a stray NaN would reach the output through a mask: deterministic
-    mode puts NaN into memory that is not initialised."""
+    """And new slots are zero: a stray NaN would reach the output through a mask."""
     model = random_model()
     context = model.prefill(ids(1, 30), reserve=40)
     places = lambda: [tensor.data_ptr() for state in context.states if state is not None
@@ -522,7 +513,7 @@ def test_states_stay_where_they_are_when_room_was_reserved():
     model.extend(context, ids(1, 20))
     assert places() == before
     old = cache.key_cache, cache.value_cache
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)            # NaN in memory that is not initialised
     model.extend(context, ids(1, 1))                    # 71 tokens in 70 slots: it doubles
     torch.use_deterministic_algorithms(False)
     for small, grown in zip(old, (cache.key_cache, cache.value_cache)):
@@ -785,11 +776,9 @@ def test_context_tower_equals_transformers():
     (RAGGED, [16, 1]), (RAGGED, [1, 1, 15]), ([3, 3], [174]), ([15, 15], [1, 161]),
     ([17, 17], [129, 31]), ([48, 48], [128, 1]), ([1, 1], [1] * 20 + [16])])
 def test_neither_batch_nor_split_matters(lengths, split, odd):
-    """Tokens read in pieces, in a batch, denoised in between with a t for each row and without:
-    each row as if read at once, alone, by no denoiser."""
-    model, rows = random_model(odd), len(lengths)
-    tokens, whole = [ids(n + sum(split), seed=n + r) for r, n in enumerate(lengths)], []
-    read = torch.tensor(lengths)
+    """Rows read in pieces, in a batch, denoised in between: each as if at once, alone, by none."""
+    model, rows, read = random_model(odd), len(lengths), torch.tensor(lengths)
+    tokens = [ids(n + sum(split), seed=n + r) for r, n in enumerate(lengths)]
     context = model.prefill([text[:n] for text, n in zip(tokens, lengths)])
     logits = [[one] for one in context.logits[:, None]]
     for n in split:
@@ -845,8 +834,7 @@ def test_score(tokens_per_pass):
 @pytest.mark.parametrize("Q, t", [(8, [0.3, 0.9]), (8, [[0.1, 0.9, 0.4], [0.7, 0.2, 1.0]]),
                                   (24, 0.5), (8, None), (1, None)])
 def test_one_pass_training_logits_equal_decoding_logits(Q, t, odd):
-    """diffusion_logits of block b = denoise(block b) after a context of b clean blocks: one noise
-    level for a row, for a block, for all; none, which with blocks of one token is mock-AR."""
+    """With a noise level for a row, a block, or all; with none: in blocks of 1, that is mock-AR."""
     model, n = random_model(odd), 24 // Q
     clean, noisy = ids(2, 24), ids(2, 24, seed=1)
     noisy[torch.rand(noisy.shape, generator=seeded(2)) < 0.5] = MASK
@@ -905,9 +893,8 @@ def test_initialisation():
 
 @pytest.mark.parametrize("context_is_trained", [False, True])
 def test_gradients(context_is_trained):
-    """They reach all that is trained and nothing frozen, and are right: autograd through both
-    losses against a central difference along a random direction, in float64, of all parameters
-    together, then of one tensor of each kind."""
+    """They reach all that is trained, nothing frozen, and equal central differences along a random
+    direction of all parameters, then of the tensors of each kind."""
     model, tokens = random_model.__wrapped__(seed=3), ids(1, 16)
     loss = lambda: (model.ar_loss(tokens) + model.ar_loss(tokens[:, :2]) if context_is_trained else
                     model.diffusion_loss(tokens, 8, seeded(0)))         # [:, :2]: a scan of one
@@ -982,8 +969,7 @@ def test_noise_is_a_function_of_seed_position_step_and_token():
 
 
 def test_noise_is_uniform_and_independent():
-    """A million numbers: mean, variance, 64 bins, and products of neighbours along every axis and
-    two diagonals, within five standard deviations; and so are frequencies of what is drawn."""
+    """To five standard deviations: moments, bins, products of neighbours, and what is drawn."""
     place = torch.arange(16)
     u = torch.stack([twotower.noise(place, place.expand(16, -1), step, 256) for step in range(16)])
     assert 0 < u.min() and u.max() < 1
@@ -1095,9 +1081,8 @@ def texts(generation) -> list[list[int]]:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("mode", MODES)
 def test_ragged_generation_equals_single_rows(mode, temperature, monkeypatch):
-    """Tokens, passes of both towers and steps, also when rows end at different times. A row's own
-    seed gives it the same draws alone, in a batch and at another place in it; a denoiser elsewhere
-    ("cpu:0" here) changes nothing."""
+    """Tokens, passes of both towers and steps, also when rows end at different times; draws too, at
+    any place in the batch; and a denoiser elsewhere ("cpu:0" here) changes nothing."""
     model, knobs = random_model(), MODES[mode] | dict(temperature=temperature)
     generate = functools.partial(getattr(model, mode), top_k=20 if temperature else None)
     free, steps = texts(generate(ragged(), 29, seed=7, **knobs)), []
@@ -1124,8 +1109,7 @@ def test_ragged_generation_equals_single_rows(mode, temperature, monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_length_eos_and_top(mode, monkeypatch):
-    """Any max_new_tokens is a prefix of a longer run; text ends with the first EOS; top_k 1 or a
-    tiny top_p at a high temperature is greedy, which without them it is not. No cache grows."""
+    """A shorter text is a prefix, it ends with the first EOS, top 1 is greedy; no cache grows."""
     model, room, reserve = random_model(), [], KVCache.reserve
     monkeypatch.setattr(KVCache, "reserve", lambda cache, capacity: room.append(
         cache.key_cache.shape[2] - capacity) or reserve(cache, capacity))
@@ -1142,8 +1126,7 @@ def test_length_eos_and_top(mode, monkeypatch):
 
 
 def test_prompt_is_read_once_and_cache_is_used():
-    """Tokens through each tower: prompt + committed text once; block size x passes. Passes are
-    counted; mock-AR reads prompt[:-1], which of one token is no pass."""
+    """By tokens and passes of each tower; mock-AR reads prompt[:-1], of one token in no pass."""
     model, seen = random_model.__wrapped__(), []
     for tower in model.context_tower, model.denoiser_tower:
         tower.register_forward_pre_hook(lambda module, args: seen.append((module, args[0].numel())))
@@ -1200,8 +1183,7 @@ def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_templates_are_kept():
-    """Fixed tokens stand from the first step, t is the share of masks, the holes are filled, blocks
-    without one cost nothing; each row as if alone."""
+    """Fixed tokens from the first step on; blocks without holes cost nothing; each row as alone."""
     model, steps = random_model(), []
     prompts, templates = ragged() + [ids(5)], [templates_of(kind, n, n) for kind, n in (
         ("random", 21), ("fixed", 8), ("alternating", 30), ("start", 3), ("end", 17),
@@ -1260,8 +1242,7 @@ SAMPLED = dict(temperature=0.9, top_k=30, top_p=0.95, seed=0)
 
 @pytest.mark.parametrize("knobs", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_speculative_decoding_writes_what_ar_writes(knobs):
-    """200 held-out prompts of the miniature, a ragged batch, and one alone; and random towers,
-    nearly every draft of which is wrong."""
+    """200 held-out prompts of the miniature, and one; random towers, whose drafts are wrong."""
     model, tokenizer = miniature()
     prompts = [torch.tensor(tokenizer.encode(prompt).ids)
                for task in ("bill", "sort", "json", "letter", "class")
@@ -1306,8 +1287,7 @@ def test_steps_are_reported_in_order():
 
 
 def test_a_draft_counts_as_far_as_it_is_right(monkeypatch):
-    """A perfect one costs one context pass a block. What is read after a wrong token, or after an
-    EOS, is not used: there logits need not be finite."""
+    """A perfect one costs one pass; behind a wrong token or an EOS logits need not be finite."""
     model, prompt, read = random_model.__wrapped__(), ids(1, 9), []
     text = model.generate_ar(prompt, 65).tokens[0]
 
@@ -1349,58 +1329,50 @@ def test_bad_arguments():
     model, one, mask = golden("cfg1")[2], torch.tensor([[5, 6]]), torch.full((1, 4), MASK)
     context, many = model.prefill(one), torch.full((1, 4090), 5)
     diffusion = functools.partial(model.generate_mask_diffusion, one)
-    two = functools.partial(model.generate_mask_diffusion, [one[0]] * 2)
-    ar = functools.partial(model.generate_ar, one)
-    int64 = "must be int64 ids of shape"
-    refuses("prompt 0 holds id 128", model.prefill, torch.tensor([[128]]))
-    refuses("prompt 1 holds id -1", model.prefill, [one[0], torch.tensor([-1])])
-    refuses(f"prompt 1 {int64} (1 or more), got torch.int64 (0,)", model.prefill,
-            [one[0], one[0, :0]])
-    refuses("prompt 0 must be token ids, got 'h'", model.prefill, "hello")
-    refuses("there is no prompt", model.prefill, [])
-    refuses(f"tokens {int64} (1 or more, 1 or more), got torch.float32 (1, 2)",
-            model.context_logits, one.float())
-    refuses(f"tokens {int64} (1, 1 or more), got torch.int64 (2, 1)", model.extend, context,
-            torch.tensor([[1], [2]]))
-    refuses("tokens holds id 999", model.extend, context, torch.tensor([[999]]))
-    refuses(f"block {int64} (1, 1 or more), got torch.int64 (1, 0)", model.denoise, mask[:, :0],
-            context)
-    refuses(f"noisy {int64} (1, 4), got", model.diffusion_logits, mask, one, 1, 1)
-    refuses("4097 tokens are more than the", model.prefill, torch.full((1, 4097), 5))
-    refuses("4100 tokens are more than", model.extend, model.prefill(many), torch.full((1, 10), 5))
-    refuses("4098 tokens are more than", ar, 4096)
-    refuses("4097 tokens are more than", model.score, one, torch.full((1, 4095), 5))
-    refuses("5000 tokens are more than", diffusion, 8, block_size=5000)
-    refuses("t is nan", model.denoise, mask, context, math.nan)
-    refuses("t is [1.5", model.denoise, mask, context, torch.tensor([1.5]))
-    refuses("t is -1.0", model.denoise, mask, context, -1)
-    refuses("t is [0.5, 0.5]", model.denoise, mask, context, torch.tensor([0.5, 0.5]))
-    refuses("t is 7.0", model.diffusion_logits, mask, mask, 7, 4)
-    refuses("max_new_tokens is 0", ar, 0)
-    refuses("max_new_tokens is [4, 4]", ar, [4, 4])
-    refuses("max_new_tokens is None", diffusion)
-    refuses("block_size is 0", diffusion, 8, block_size=0)
-    refuses("steps_per_block is 0", diffusion, 8, steps_per_block=0)
-    refuses("mask_token_id is 128", diffusion, 8, mask_token_id=128)
-    refuses("confidence_threshold is nan", diffusion, 8, confidence_threshold=math.nan)
-    refuses("template 0 holds id 128", diffusion, template=[5, 128])
-    refuses(f"template 1 {int64} (1 or more)", two, template=[[5], []])
-    refuses("or one sequence of them (or None) for each of 1 ", diffusion, template=[[5, 7], [6]])
-    refuses("template must be ids", diffusion, template=5)
-    refuses("max_new_tokens is None, but it must be", two, template=[[5], None])
-    refuses("template 0 has 3 tokens, more than the 2", diffusion, 2, template=[5, 3, 7])
+    int64, too_many = "must be int64 ids of shape", "tokens are more than the model's"
+    for function, *cases in (
+            (model.prefill, ("prompt 0 holds id 128", [[128]]), ("there is no prompt", []),
+             (f"prompt 1 {int64} (1 or more), got torch.int64 (0,)", [one[0], one[0, :0]]),
+             ("prompt 1 holds id -1", [[5], [-1]]), (f"4097 {too_many}", torch.full((1, 4097), 5)),
+             ("prompt 0 must be token ids, got 'h'", "hello")),
+            (model.context_logits,
+             (f"tokens {int64} (1 or more, 1 or more), got torch.float32 (1, 2)", one.float())),
+            (model.extend, ("tokens holds id 999", context, torch.tensor([[999]])),
+             (f"tokens {int64} (1, 1 or more), got torch.int64 (2, 1)", context, one.T),
+             (f"4100 {too_many}", model.prefill(many), many[:, :10])),
+            (model.denoise, ("t is nan", mask, context, math.nan), ("t is -1.0", mask, context, -1),
+             (f"block {int64} (1, 1 or more), got torch.int64 (1, 0)", mask[:, :0], context),
+             ("t is [1.5", mask, context, torch.tensor([1.5])),
+             ("t is [0.5, 0.5]", mask, context, torch.tensor([0.5, 0.5]))),
+            (model.diffusion_logits, (f"noisy {int64} (1, 4), got", mask, one, 1, 1),
+             ("t is 7.0", mask, mask, 7, 4)),
+            (model.diffusion_loss, ("no multiple of block_size 16", many[:, :24], 16)),
+            (model.ar_loss, ("two tokens or more", one[:, :1])),
+            (model.score, (f"4097 {too_many}", one, torch.full((1, 4095), 5)),
+             ("2 continuations for 1 prompts", one, [one[0], one[0]]),
+             ("continuation 0 holds id 128", one, [[128]]), ("tokens_per_pass is 0", one, one, 0)),
+            (model.generate_ar, (f"4098 {too_many}", one, 4096), ("max_new_tokens is 0", one, 0),
+             ("max_new_tokens is [4, 4]", one, [4, 4])),
+            (diffusion, ("max_new_tokens is None",)),
+            (TwoTower.from_pretrained, ("nowhere is not a directory", "nowhere"))):
+        for message, *args in cases:
+            refuses(message, function, *args)
+    for message, template, *more in (
+            ("template 0 holds id 128", [5, 128]), ("template must be ids", 5),
+            ("or one sequence of them (or None) for each of 1 ", [[5, 7], [6]]),
+            ("template 0 has 3 tokens, more than the 2", [5, 3, 7], 2)):
+        refuses(message, diffusion, *more, template=template)
+    for message, template in ((f"template 1 {int64} (1 or more)", [[5], []]),
+                              ("max_new_tokens is None, but it must be", [[5], None])):
+        refuses(message, model.generate_mask_diffusion, [one[0]] * 2, template=template)
+    refuses(f"5000 {too_many}", diffusion, 8, block_size=5000)
+    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, 4]),
+                          ("top_k", 0), ("top_p", 1.5, 0), ("seed", -1, [1.5], [1, 2]),
+                          ("block_size", 0), ("steps_per_block", 0), ("mask_token_id", 128),
+                          ("confidence_threshold", math.nan)):
+        for value in values:
+            refuses(f"{name} is {value!r}, but it must be", diffusion, 8, **{name: value})
     refuses("draft_length is 0", model.generate_speculative, one, 8, draft_length=0)
-    refuses("2 continuations for 1 prompts", model.score, one, [one[0], one[0]])
-    refuses("continuation 0 holds id 128", model.score, one, [[128]])
-    refuses("tokens_per_pass is 0", model.score, one, one, 0)
-    for name, value in (("temperature", -1), ("temperature", math.nan), ("temperature", math.inf),
-                        ("eos_token_id", 128), ("eos_token_id", [2, 4]), ("top_k", 0),
-                        ("top_p", 1.5), ("top_p", 0), ("seed", -1), ("seed", [1.5])):
-        refuses(f"{name} is {value!r}", ar, 8, **{name: value})
-    refuses("seed is [1, 2], but it must be", ar, 8, seed=[1, 2])
-    refuses("no multiple of block_size 16", model.diffusion_loss, many[:, :24], 16)
-    refuses("two tokens or more", model.ar_loss, torch.tensor([[5]]))
-    refuses("nowhere is not a directory", TwoTower.from_pretrained, "nowhere")
     refuses("towers is 'one'", TwoTower.from_pretrained, GOLDEN / "cfg1", towers="one")
     refuses("backend is 'cuda'", TwoTower.from_pretrained, GOLDEN / "cfg1", backend="cuda")
     refuses("graphs need backend 'triton'", model.use, "torch", graphs=True)
@@ -1562,8 +1534,7 @@ def write_headers(directory: Path, fields: dict, shards: int) -> int:
 
 
 def test_works_when_copied_alone(tmp_path):
-    """twotower.py by itself imports, builds, trains a step, generates, saves and loads, and imports
-    only what it may."""
+    """twotower.py by itself trains, generates, saves and loads, and imports only what it may."""
     source = (HERE / "twotower.py").read_text()
     imports = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
     assert set(imports) - sys.stdlib_module_names == {"torch", "einops", "safetensors"}
@@ -1611,6 +1582,7 @@ text = lambda name, content: lambda d: (d / name).write_text(content)
 config = lambda **changes: lambda d: edit_json(d / "config.json", lambda c: c.update(changes))
 index = lambda change: lambda d: edit_json(d / twotower.INDEX, lambda i: change(i["weight_map"]))
 weights = lambda change, name="model.safetensors": lambda d: edit_tensors(d / name, change)
+put = lambda key, tensor, *name: weights(lambda tensors: tensors.update({key: tensor}), *name)
 
 UP = "denoiser_tower.layers.1.mixer.experts.3.up_proj.weight"
 FIRST, SHARD = "context_tower.embeddings.weight", "model-00002-of-00005.safetensors"
@@ -1621,21 +1593,17 @@ BROKEN = {
     "config is a list": (text("config.json", "[]"), "must hold a JSON object"),
     "field missing": (lambda d: edit_json(d / "config.json", lambda c: c.pop("n_groups")),
                       "config.json: config: field 'n_groups' is missing"),
-    "field impossible": (config(time_step_limit=[0.3, 0.1]),
-                         "config.json: config: time_step_limit is (0.3, 0.1), but"),
+    "field impossible": (config(n_groups=0), "config.json: config: n_groups is 0, but it must be"),
     "no weights": (gone("model.safetensors"), "model.safetensors is missing, and so"),
     "weights truncated": (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     "weights are text": (text("model.safetensors", "<html></html>"), "not a safetensors file"),
     "tensor missing": (weights(lambda t: t.pop(UP)), f"tensor {UP} is missing"),
     "no time conditioning": (weights(lambda t: t.pop("t_block.1.bias")), "tensor t_block.1.bias"),
-    "tensor too many": (weights(lambda t: t.update(extra=torch.zeros(1))), "expected nothing"),
-    "wrong shape": (weights(lambda t: t.update({UP: torch.zeros(24, 63)})),
-                    f"tensor {UP} is F32 [24, 63], expected"),
-    "wrong dtype": (weights(lambda t: t.update({UP: torch.zeros(24, 64, dtype=torch.int8)})),
-                    f"tensor {UP} is I8 [24, 64], expected"),
-    "mixed dtypes": (weights(lambda t: t.update({FIRST: t[FIRST].bfloat16()})),
-                     "mixes dtypes, such"),
-    "one expert in another dtype": (weights(lambda t: t.update({UP: t[UP].bfloat16()})),
+    "tensor too many": (put("extra", torch.zeros(1)), "expected nothing"),
+    "wrong shape": (put(UP, torch.zeros(24, 63)), f"tensor {UP} is F32 [24, 63], expected"),
+    "wrong dtype": (put(UP, torch.zeros(24, 64).char()), f"tensor {UP} is I8 [24, 64], expected"),
+    "mixed dtypes": (put(FIRST, torch.zeros(128, 64).bfloat16()), "mixes dtypes, such"),
+    "one expert in another dtype": (put(UP, torch.zeros(24, 64).bfloat16()),
                                     f"torch.bfloat16 of {UP}; give a dtype for all"),
     "shard missing": (gone(SHARD), f"{SHARD} is missing"),
     "shard truncated": (cut(SHARD, 10**5), f"{SHARD} is truncated"),
@@ -1644,8 +1612,7 @@ BROKEN = {
     "index points elsewhere": (index(lambda m: m.update({UP: "../other.safetensors"})),
                                "which is no safetensors file name"),
     "index lies": (index(lambda m: m.update({FIRST: SHARD})), f"{SHARD} is its place too"),
-    "a tensor twice": (weights(lambda t: t.update({FIRST: torch.zeros(128, 64)}), SHARD),
-                       f"tensor {FIRST} is in {SHARD}, and"),
+    "a tensor twice": (put(FIRST, torch.zeros(128, 64), SHARD), f"tensor {FIRST} is in {SHARD}, "),
 }
 
 
@@ -1663,8 +1630,14 @@ try:
     kernels = twotower.kernels()
 except ValueError:
     kernels = None
-needs_kernels = pytest.mark.skipif(kernels is None, reason="triton is not installed")
-quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")    # the interpreter's, in masked tails
+
+
+def needs_kernels(test):
+    """Skipped without triton; its interpreter's warnings, about masked tails, are not shown."""
+    quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    return quiet(pytest.mark.skipif(kernels is None, reason="triton is not installed")(test))
+
+
 DEVICE = "cuda" if kernels and not kernels.INTERPRETED else "cpu"
 # Triton's interpreter multiplies bfloat16 wrongly: that is for GPUs
 KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -1673,7 +1646,6 @@ CASES = {f"{case.operation}, {case.what}, {str(dtype).removeprefix('torch.')}": 
          for case in (kernels.cases(dtype, DEVICE, full_size=False) if kernels else ())}
 
 
-@quiet
 @needs_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name):
@@ -1681,10 +1653,9 @@ def test_kernel(name):
     case = CASES[name]
     assert case.error() <= case.limit
     for right in case.reference():
-        wrong = [torch.zeros_like(right)] + [right.roll(1, dim) for dim in range(right.dim())
-                                             if right.shape[dim] > 1]
-        for answer in wrong:
-            assert kernels.relative_rms(answer, right) > 10 * case.limit
+        rolled = [right.roll(1, dim) for dim in range(right.dim()) if right.shape[dim] > 1]
+        for wrong in (torch.zeros_like(right), *rolled):
+            assert kernels.relative_rms(wrong, right) > 10 * case.limit
 
 
 @needs_kernels
@@ -1695,12 +1666,10 @@ def test_every_operation_has_a_kernel():
         assert list(ours.parameters) == list(theirs.parameters)
 
 
-@quiet
 @needs_kernels
 @torch.no_grad()
 def test_kernels_keep_what_is_not_finite():
-    """Decoding stops at logits that are not finite: relu, clamp and argmax may not lose them. (For
-    GPUs: the interpreter's maximum keeps NaN in any case.) Of equals the first is best."""
+    """relu, clamp and argmax may not lose NaN, as maximum does on a GPU; the first of equals wins."""
     logits, ones = torch.zeros(4, 3000, device=DEVICE), torch.ones(1, 16, device=DEVICE)
     logits[1, 2999], logits[2, 5], logits[3, [7, 2000]] = math.nan, math.inf, 1.0
     chosen, confidence = kernels.most_likely(logits, 0)
@@ -1710,28 +1679,24 @@ def test_kernels_keep_what_is_not_finite():
     bad = torch.stack([weights[0], weights[1] * math.nan])
     assert kernels.moe_experts(ones, experts, ones[:, :2], bad, weights).isnan().all()
     assert kernels.ssd_rates(bad[1:], ones[0], ones[0], (0.0, 1.0))[0].isnan().all()
-    config = types.SimpleNamespace(num_experts_per_tok=2, n_group=1, topk_group=1,
-                                   norm_topk_prob=True, routed_scaling_factor=1.0)
+    config = TwoTowerConfig(**TINY)
     chosen, of_nan = kernels.route(ones * math.nan, weights[0, :5], ones[0, :5], config)
     assert of_nan.isnan().all() and (chosen < 5).all()
 
 
 def far(x: torch.Tensor) -> torch.Tensor:
-    """The same three rows 2^30 elements apart, of which only they are touched: a stride of 32 bits,
-    and an offset of more."""
+    """The same three rows 2^30 elements apart: a stride of 32 bits, and an offset of more."""
     far_apart = 2**30 + 64
     room = torch.empty(2 * far_apart + x[0].numel(), dtype=x.dtype, device=x.device)
     return room.as_strided(x.shape, (far_apart, *x[0].contiguous().stride())).copy_(x)
 
 
-@quiet
 @needs_kernels
 @pytest.mark.parametrize("operation", ["causal_conv1d", "gated_rms_norm", "ssd_rates", "ssd_scan",
                                        "ssd_step", "attention", "most_likely"])
 @torch.no_grad()
 def test_kernels_reach_beyond_32_bit_offsets(operation):
-    """Every argument that may be strided has its last row where 32 bits do not reach; what comes
-    out is right, and that of rows nearby to the last bit."""
+    """With the last row of an argument there, the answer is that of rows nearby to the last bit."""
     f32 = torch.float32
     rand = lambda *shape, dtype=torch.float16: randn(*shape, seed=sum(shape)).to(DEVICE, dtype)
     x, B, C = rand(3, 20, 2, 16), rand(3, 20, 1, 16), rand(3, 20, 1, 16)
@@ -1773,8 +1738,7 @@ def test_experts_beyond_32_bit_offsets():
 
 @needs_kernels
 def test_kernels_compile_for_an_h100():
-    """All of them at the released model's sizes, without a GPU: what the interpreter lets pass and
-    the compiler does not (types that change in a loop), and what would not fit."""
+    """At the released sizes, without a GPU: what the compiler refuses, and what would not fit."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = run_python("kernels.py", "--compile", env=env)
     assert run.returncode == 0, run.stderr
@@ -1787,7 +1751,6 @@ def test_kernels_compile_for_an_h100():
         assert name != "_group_kernel" or int(rest[-1]) >= 128
 
 
-@quiet
 @needs_kernels
 @pytest.mark.parametrize("mode, new, knobs", [
     ("ar", 3, {}), ("mask_diffusion", 8, dict(block_size=8, steps_per_block=3)),
@@ -1802,22 +1765,20 @@ def test_the_miniature_writes_the_same_with_kernels(mode, new, knobs):
     assert texts(expected) == texts(got) and expected.nfe.equal(got.nfe)
 
 
-@quiet
 @needs_kernels
 def test_golden_data_through_the_kernels():
     data, _, _ = golden("cfg1")
     model = TwoTower.from_pretrained(GOLDEN / "cfg1", context_device=DEVICE, backend="triton")
     context = model.prefill(data["ids/prompt37"].to(DEVICE))
     check(context.logits.cpu(), data["ctx/logits"][:, -1], 1e-5)
-    block = data["ids/odd5"].to(DEVICE)
-    check(model.denoise(block, context, 0.7).cpu(), data["den/odd5_t0.7"], 3e-5)
+    noisy = model.denoise(data["ids/odd5"].to(DEVICE), context, 0.7)
+    check(noisy.cpu(), data["den/odd5_t0.7"], 3e-5)
 
 
 @needs_kernels
 @pytest.mark.parametrize("lengths", [(20,), (40, 20, 33)])
 def test_fixed_passes_decode_the_same(lengths, monkeypatch):
-    """What CUDA graphs record, run without recording: lengths on the device, a mask over the whole
-    cache, states written back into their buffers; with rows that end, and caches that grow."""
+    """What CUDA graphs record, run without recording; with rows that end, and caches that grow."""
     _, _, model = golden("cfg1")
     prompts, taken = [ids(n, seed=n) for n in (5, 17, 1)][:len(lengths)], []
     monkeypatch.setattr(twotower, "kernels", lambda: kernels)
@@ -1844,7 +1805,6 @@ def test_fixed_passes_decode_the_same(lengths, monkeypatch):
     check(context.logits, whole[:, -1], 1e-5)
 
 
-@quiet
 @needs_kernels
 def test_sample_runs_kernels_and_fixed_passes():
     flags = ["--json", "--max-new-tokens", 8, "--block-size", 8, "class Point label:str\n"]
@@ -1870,19 +1830,19 @@ def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
 def test_kernels_refuse_what_they_cannot_do():
     ones = lambda *shape: torch.ones(shape, device=DEVICE)
     x, weight, q = ones(2, 4), ones(4), ones(1, 1, 2, 16)
+    B, step = ones(1, 1, 16), [ones(1, 2, 24), ones(1, 2), ones(2)]
     with torch.no_grad():
-        refuses("weight has shape (3,), expected", kernels.rms_norm, x, weight[:3], 1e-5)
-        refuses("x is torch.float64, expected torch.float32 or", kernels.rms_norm, x.double(),
-                weight, 1e-5)
-        refuses("gate has shape (1, 2, 4), expected", kernels.add_gated, ones(1, 6, 4),
-                ones(1, 2, 4), ones(1, 6, 4))
-        refuses("attention takes one of last_seen, is_causal and mask", kernels.attention, q, q, q,
-                ones(1, 2).long(), True)
-        refuses("P is 24, but the kernel needs a power of two from 16 up", kernels.ssd_step,
-                ones(1, 2, 24), ones(1, 2), ones(2), ones(1, 1, 16), ones(1, 1, 16), ones(2),
-                ones(1, 2, 24, 16))
-    refuses("rms_norm of kernels.py has no gradient", kernels.rms_norm, x, weight.requires_grad_(),
-            1e-5)
+        for message, function, *args in (
+                ("weight has shape (3,), expected", "rms_norm", x, weight[:3], 1e-5),
+                ("x is torch.float64, expected", "rms_norm", x.double(), weight, 1e-5),
+                ("gate has shape (1, 2, 4), expected", "add_gated", ones(1, 6, 4), ones(1, 2, 4),
+                 ones(1, 6, 4)),
+                ("one of last_seen, is_causal", "attention", q, q, q, ones(1, 2).long(), True),
+                ("P is 24, but the kernel needs a power of two from 16 up", "ssd_step",
+                 *step, B, B, ones(2), ones(1, 2, 24, 16))):
+            refuses(message, getattr(kernels, function), *args)
+    weight.requires_grad_()
+    refuses("rms_norm of kernels.py has no gradient", kernels.rms_norm, x, weight, 1e-5)
 
 
 @needs_kernels
@@ -1891,8 +1851,7 @@ def test_kernels_read_strided_weights_and_scale_in_float64():
     rand = lambda *shape: randn(*shape).float().to(DEVICE)
     x, weights = rand(2, 8), rand(8, 2)
     check(kernels.rms_norm(x, weights[:, 1], 1e-5), twotower.rms_norm(x, weights[:, 1], 1e-5), 1e-6)
-    config = types.SimpleNamespace(num_experts_per_tok=2, n_group=1, topk_group=1,
-                                   norm_topk_prob=True, routed_scaling_factor=1.3)
+    config = TwoTowerConfig(**TINY | dict(routed_scaling_factor=1.3))
     args = rand(3, 8), rand(4, 8), rand(4), config
     for ours, theirs in zip(kernels.route(*args), twotower.route(*args)):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
