@@ -3,11 +3,10 @@
     python -m pytest -q -rs -n 2 test_twotower.py
 
 Errors are relative: rms(out - reference) / rms(reference), so that an answer of zeros scores 1.
-Limits: float64 1e-12 for one operation and 1e-10 through a whole model; float32 1e-5 (floors
-measured on this data: 6e-7 for one operation, 2e-6 through ten layers), but 3e-5 behind the time
-features, where a frequency that differs in its last bit, as exp does between processors, turns the
-angle of 1000 t by 6e-5 (floors: 1e-6 on one processor, 1.2e-5 on another); bfloat16 against
-NVIDIA's own bfloat16 error, since rounding alone costs 2e-3.
+Limits: float64 1e-12 for one operation, 1e-10 through a model; float32 1e-5 (floors on this data:
+6e-7 and 2e-6), but 3e-5 behind the time features, whose frequencies differ in the last bit between
+processors (floors: 1e-6 on one, 1.2e-5 on another); bfloat16 against NVIDIA's own bfloat16 error,
+as rounding alone costs 2e-3.
 """
 
 import argparse
@@ -465,19 +464,17 @@ def test_confidence_is_a_probability_without_the_mask_token():
 
 # ------------------------------------------------------------------------- passes and states
 
-def states_of(context: Context, row: int = 0):
-    """All states of one row, cut to its length."""
-    for state in context.states:
-        if isinstance(state, MambaState):
-            yield from (state.conv_state[row], state.ssm_state[row])
-        elif isinstance(state, KVCache):
-            used = slice(0, int(context.lengths[row]))
-            yield from (state.key_cache[row, :, used], state.value_cache[row, :, used])
+def tensors_of(state: KVCache | MambaState | None) -> list[torch.Tensor]:
+    """Keys and values, or convolution and SSM state; nothing of a layer without a state."""
+    return [] if state is None else list(vars(state).values())[:2]
 
 
-def check_states(a: Context, row: int, b: Context, other: int = 0):
-    for ours, theirs in zip(states_of(a, row), states_of(b, other), strict=True):
-        assert error(ours, theirs) <= 1e-10
+def check_states(context: Context, row: int, alone: Context):
+    """A row's states, cut to its length, are those of a context of this row alone."""
+    for ours, theirs in zip(context.states, alone.states, strict=True):
+        used = slice(0, int(context.lengths[row]) if isinstance(ours, KVCache) else None)
+        for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+            assert error(a[row, :, used], b[0, :, used]) <= 1e-10
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (7, 7), (3, 0), (2, 9)])
@@ -502,8 +499,7 @@ def test_states_stay_where_they_are_when_room_was_reserved():
     """And new slots are zero: a stray NaN would reach the output through a mask."""
     model = random_model()
     context = model.prefill(ids(1, 30), reserve=40)
-    places = lambda: [tensor.data_ptr() for state in context.states if state is not None
-                      for tensor in list(vars(state).values())[:2]]
+    places = lambda: [tensor.data_ptr() for state in context.states for tensor in tensors_of(state)]
     cache, before = next(s for s in context.states if isinstance(s, KVCache)), places()
     for _ in range(20):
         model.extend(context, ids(1, 1))
@@ -551,7 +547,7 @@ def test_a_denoiser_elsewhere_is_sent_only_what_is_new():
     for block in range(3):
         marked = []
         for ours, theirs in zip(context.states, context.states_on(elsewhere), strict=True):
-            for a, b in zip(*(list(vars(s).values())[:2] for s in (ours, theirs)) if ours else ()):
+            for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
                 for row, (first, end) in enumerate(zip(old, context.lengths)):
                     if isinstance(ours, MambaState):
                         first, end = 0, None
@@ -665,11 +661,10 @@ def test_residual_in_fp32():
 
 def test_golden_time():
     data, _, model = golden("cfg1")
-    t = data["time/t"]
-    check(TimestepEmbedder.features(t), data["time/sin_fp32"], 1e-5)
+    t, features = data["time/t"], TimestepEmbedder.features
+    check(features(t), data["time/sin_fp32"], 1e-5)
     eighths = torch.arange(9) / 8                       # exact in both: float64 changes nothing
-    assert torch.equal(TimestepEmbedder.features(eighths),
-                       TimestepEmbedder.features(eighths.double()))
+    assert features(eighths).equal(features(eighths.double()))
     embedding = model.t_embedder(t)
     check(embedding, data["time/repr"], 3e-5)
     check(model.t_block(embedding), data["time/emb"], 3e-5)
@@ -678,8 +673,7 @@ def test_golden_time():
     # in bfloat16 t is rounded before it is scaled: the features are those of the rounded product
     data, _, model = golden("cfg1_bf16")
     assert torch.equal((t.bfloat16() * 1000).float(), data["time/tscaled_bf16"])
-    features = TimestepEmbedder.features(t.bfloat16()).bfloat16()
-    assert error(features.float(), data["time/sin_bf16"]) == 0
+    assert error(features(t.bfloat16()).bfloat16().float(), data["time/sin_bf16"]) == 0
     check(model.t_block(model.t_embedder(t)).float(), data["time/emb"], 5e-3)
 
 
@@ -1044,11 +1038,10 @@ def test_golden_generation(variant, i):
     prompt = data[f"ids/{run['prompt']}"][:run["batch"]]
     result = getattr(model, run["kind"])(prompt, run["max_new_tokens"], eos_token_id=eos,
                                          on_step=steps.append, **knobs)
-    for ours, theirs in zip(result.tokens, run["new_tokens"], strict=True):
+    for ours, theirs in zip(texts(result), run["new_tokens"], strict=True):
         if eos in theirs:
             theirs = theirs[:theirs.index(eos) + 1]
         # at the first EOS of any row the release stops the batch: the other row is shorter there
-        ours = ours.tolist()
         cut_short = eos is not None and eos not in theirs
         assert ours == theirs or cut_short and ours[:len(theirs)] == theirs
     if run["kind"] == "generate_mask_diffusion":
@@ -1443,7 +1436,6 @@ def test_each_tensor_goes_straight_to_its_device(monkeypatch):
         with safe_open(path, framework) as file:
             get = lambda key: read.setdefault(key, device) and file.get_tensor(key)
             yield types.SimpleNamespace(keys=file.keys, get_slice=file.get_slice, get_tensor=get)
-
     monkeypatch.setattr(twotower, "safe_open", opened)
     for context, denoiser in (("cpu", "meta"), ("meta", "cpu"), ("meta", None)):
         read.clear()
