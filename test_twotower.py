@@ -122,10 +122,7 @@ def ids(*shape, seed: int = 0) -> torch.Tensor:
 
 
 RAGGED = [1, 2, 16, 17, 40]
-
-
-def ragged() -> list[torch.Tensor]:
-    return [ids(n, seed=n) for n in RAGGED]
+PROMPTS = [ids(n, seed=n) for n in RAGGED]
 
 
 def run_python(*args, cwd: Path = HERE, **options) -> subprocess.CompletedProcess:
@@ -323,9 +320,8 @@ def test_convolution_and_norms(dtype, limit):
 
 def test_bfloat16_is_rounded_once():
     """Norms, convolution and scan are float32 inside: the output is rounded once, no state is."""
-    x, z = randn(2, 50, 24).bfloat16()
-    w, inputs, taps = (v.bfloat16() for v in (randn(24).abs() + 0.5, randn(2, 40, 24),
-                                              randn(24, 1, 4)))
+    half = lambda *shape: randn(*shape).bfloat16()
+    (x, z), w, inputs, taps = half(2, 50, 24), half(24).abs() + 0.5, half(2, 40, 24), half(24, 1, 4)
     scan = {name: tensor.bfloat16() if name in "xBCD" else tensor.float()
             for name, tensor in scan_inputs(40).items()}
     for function, *args in (
@@ -521,21 +517,21 @@ def test_states_stay_where_they_are_when_room_was_reserved():
 @pytest.mark.parametrize("odd", [False, True])
 def test_only_the_first_tokens_of_a_pass_may_be_kept(odd):
     """Any number of them in any row, as if only these had been read."""
-    model, prompts = random_model(odd), ragged()
+    model = random_model(odd)
     block, after = ids(5, 16, seed=3), ids(5, 3, seed=4)
     for n in range(1, 17):
         counts = torch.tensor([n, 17 - n, 1, 16, n])
-        context = model.prefill(prompts, reserve=20)
+        context = model.prefill(PROMPTS, reserve=20)
         logits = model._extend(context, block, "all", keep="inputs")
         context.settle(counts)
         assert context.logits is None
         for row in range(5) if n in (1, 16) else range(2):
-            read = model.prefill([torch.cat([prompts[row], block[row, :counts[row]]])])
+            read = model.prefill([torch.cat([PROMPTS[row], block[row, :counts[row]]])])
             assert context.lengths[row] == read.lengths[0]
             check(logits[row, counts[row] - 1], read.logits[0], 1e-10)
             check_states(context, row, read)
         if n == 5:
-            whole = torch.cat([prompts[0], block[0, :5], after[0]])
+            whole = torch.cat([PROMPTS[0], block[0, :5], after[0]])
             check(model.extend(context, after)[0], model.context_logits(whole[None])[0, -3:], 1e-10)
 
 
@@ -1071,14 +1067,14 @@ def test_ragged_generation_equals_single_rows(mode, temperature, monkeypatch):
     any place in the batch; and a denoiser elsewhere ("cpu:0" here) changes nothing."""
     model, knobs = random_model(), MODES[mode] | dict(temperature=temperature)
     generate = functools.partial(getattr(model, mode), top_k=20 if temperature else None)
-    free, steps = texts(generate(ragged(), 29, seed=7, **knobs)), []
+    free, steps = texts(generate(PROMPTS, 29, seed=7, **knobs)), []
     ends = lambda eos: {(text.index(eos) if eos in text else 29) // 8 for text in free}
     knobs["eos_token_id"] = max(range(64), key=lambda eos: len(ends(eos)))
-    batch = generate(ragged(), 29, seed=7, on_step=steps.append, **knobs)
+    batch = generate(PROMPTS, 29, seed=7, on_step=steps.append, **knobs)
     lengths = [len(tokens) for tokens in batch.tokens]
     assert max(lengths) - min(lengths) >= 8, "no row ended a block before another"
-    assert texts(generate(ragged()[::-1], 29, seed=range(11, 6, -1), **knobs)) == texts(batch)[::-1]
-    for row, prompt in enumerate(ragged()):
+    assert texts(generate(PROMPTS[::-1], 29, seed=range(11, 6, -1), **knobs)) == texts(batch)[::-1]
+    for row, prompt in enumerate(PROMPTS):
         own = []
         alone = generate([prompt], 29, seed=7 + row, on_step=own.append, **knobs)
         assert batch.tokens[row].equal(alone.tokens[0]) and batch.nfe[row] == alone.nfe[0]
@@ -1090,7 +1086,7 @@ def test_ragged_generation_equals_single_rows(mode, temperature, monkeypatch):
             assert a.after[r].equal(b.after[0]) and a.committed[r].equal(b.committed[0])
     monkeypatch.setattr(Tower, "device", property(
         lambda self: torch.device("cpu", 0 if self is model.denoiser_tower else None)))
-    assert texts(generate(ragged(), 29, seed=7, **knobs)) == texts(batch)
+    assert texts(generate(PROMPTS, 29, seed=7, **knobs)) == texts(batch)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1169,7 +1165,7 @@ def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
 def test_templates_are_kept():
     """Fixed tokens from the first step on; blocks without holes cost nothing; each row as alone."""
     model, steps = random_model(), []
-    prompts, templates = ragged() + [ids(5)], [templates_of(kind, n, n) for kind, n in (
+    prompts, templates = PROMPTS + [ids(5)], [templates_of(kind, n, n) for kind, n in (
         ("random", 21), ("fixed", 8), ("alternating", 30), ("start", 3), ("end", 17),
         ("holes", 21))]
     generate = functools.partial(model.generate_mask_diffusion, block_size=8)
@@ -1234,7 +1230,7 @@ def test_speculative_decoding_writes_what_ar_writes(knobs):
         assert knobs or share < 0.3
     knobs, model = knobs | dict(eos_token_id=11), golden("cfg1")[2]
     for draft_length in (1, 7, 16):
-        check_that_both_write_the_same(model, ragged(), 30, draft_length, **knobs)
+        check_that_both_write_the_same(model, PROMPTS, 30, draft_length, **knobs)
 
 
 def test_ar_may_choose_the_mask_token():
