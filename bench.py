@@ -28,6 +28,7 @@ import itertools
 import json
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -133,8 +134,7 @@ def as_transformers(model: TwoTower):
                "time_step_min": fields["time_step_limit"][0] or 1e-30}         # it clamps dt there
     config = NemotronHConfig(**fields, attn_implementation="sdpa")
     theirs = NemotronHForCausalLM(config).eval()
-    ours = {"model." + name.replace("mixer.experts.up_proj.weight", "mixer.experts.up_proj")
-            .replace("mixer.experts.down_proj.weight", "mixer.experts.down_proj"): tensor
+    ours = {"model." + re.sub(r"(mixer\.experts\..*)\.weight", r"\1", name): tensor
             for name, tensor in model.context_tower.state_dict().items()}
     theirs.load_state_dict(ours | {"lm_head.weight": model.context_lm_head.weight})
     return theirs.to(model.context_lm_head.weight.dtype)
@@ -450,20 +450,18 @@ MODES |= {"speculative": ("speculative", {})}
 MODES |= {"t frozen": ("mask_diffusion", {}), "no Mamba seeding": ("mask_diffusion", {})}
 
 
-@contextlib.contextmanager
-def altered(model: TwoTower, name: str):
+def altered(model: TwoTower, name: str) -> contextlib.ExitStack:
     """The model with t held at 0.5, or with Mamba layers of the denoiser starting from zeros."""
-    hooks = []
+    hooks = contextlib.ExitStack()
     if name == "t frozen":
-        hooks.append(model.t_embedder.register_forward_pre_hook(
+        hooks.enter_context(model.t_embedder.register_forward_pre_hook(
             lambda _, args: torch.full_like(args[0], 0.5)))
     if name == "no Mamba seeding":
-        hooks += [layer.mixer.register_forward_pre_hook(
-            lambda mixer, args: (args[0], mixer.empty_state(len(args[0]), 0), args[2]))
-            for layer in model.denoiser_tower.layers if layer.kind == "M"]
-    yield
-    for hook in hooks:
-        hook.remove()
+        for layer in model.denoiser_tower.layers:
+            if layer.kind == "M":
+                hooks.enter_context(layer.mixer.register_forward_pre_hook(
+                    lambda mixer, args: (args[0], mixer.empty_state(len(args[0]), 0), args[2])))
+    return hooks
 
 
 def load(checkpoint: str) -> tuple[TwoTower, Tokenizer]:
@@ -508,10 +506,9 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
     model, tokenizer = load(checkpoint)
     kinds = {task: task_prompts(tokenizer, task, items) for task in TASKS}
     kinds["library"] = library_prompts(tokenizer, items)
-    quality, speed = ({(name, kind): Counter() for name in MODES for kind in kinds}
-                      for _ in range(2))
-    for name, kind in quality:
-        quality[name, kind] = answer(model, tokenizer, kinds[kind], name)
+    quality = {(name, kind): answer(model, tokenizer, prompts, name)
+               for name in MODES for kind, prompts in kinds.items()}
+    speed = {which: Counter() for which in quality}
     for i in range(-1, min(timed, items)):              # the first round only warms up
         for kind, prompts in kinds.items():
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
