@@ -2517,11 +2517,15 @@ def items(task: str, count: int, held_out: bool = False):
     return list(itertools.islice(corpus.task_items(task, "test", held_out), count))
 
 
+def record(prompt: str) -> dict[str, str]:
+    """What a prompt of field=value pairs says."""
+    return dict(pair.split("=") for pair in prompt.split()[1:])
+
+
 def test_answers_are_right():
     """Every task's answer, recomputed from its prompt alone in another way."""
     for prompt, answer in items("bill", 200):
-        asked = [re.fullmatch(r"\d: (\d) (\w+) at (\d)", part).groups()
-                 for part in prompt.removeprefix("bill ").strip().split(", ")]
+        asked = re.findall(r"\d: (\d) (\w+) at (\d)[,\n]", prompt)
         assert answer.split("\n") == [
             f"{i}: {count} {item} x {price} = {sum([int(price)] * int(count)):02}"
             for i, (count, item, price) in enumerate(asked, 1)]
@@ -2530,14 +2534,12 @@ def test_answers_are_right():
         assert answer.split("\n") == lines
         assert [line.split()[0] for line in lines] == list("12345678"[:len(lines)])
     for prompt, answer in items("json", 200):
-        record = dict(pair.split("=") for pair in prompt.split()[1:])
-        assert {field: str(value) for field, value in json.loads(answer).items()} == record
+        assert {field: str(value) for field, value in json.loads(answer).items()} == record(prompt)
     for prompt, answer in items("letter", 200):
         assert answer == (
             "Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\nWe send all "
             "{count} {item} to you in {city}.\nIf they are not there a week after {day}, call us "
-            "and give the number {code}."
-        ).format(**dict(pair.split("=") for pair in prompt.split()[1:]))
+            "and give the number {code}.").format(**record(prompt))
     for prompt, answer in items("class", 200):
         (_, name, *fields), namespace = prompt.split(), {}
         exec(answer, namespace)
@@ -2548,8 +2550,8 @@ def test_answers_are_right():
 
 def test_nothing_held_out_is_trained_on():
     for task in corpus.TASKS:
-        seen = {prompt for prompt, _ in items(task, 2000)}
-        held_out = {prompt for prompt, _ in items(task, 300, held_out=True)}
+        seen, held_out = ({prompt for prompt, _ in items(task, count, held_out)}
+                          for count, held_out in ((2000, False), (300, True)))
         assert not seen & held_out and len(held_out) > 290 and len(seen) > 1900
         assert items(task, 5) == items(task, 5)
     seen, held_out = corpus.library(), corpus.library(held_out=True)
@@ -2562,73 +2564,71 @@ def training_data() -> corpus.Data:
     return corpus.Data(miniature()[1], every_file=16, seed=0)
 
 
+def recipe(phase: int, **choices) -> train.Recipe:
+    return dataclasses.replace(train.PHASES[phase - 1], **choices)
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_batches_keep_the_split(held_out, monkeypatch):
     """Every prompt in a batch, and every library window, is on its side of the split."""
-    data, prompts = training_data(), 0
-    recipe = dataclasses.replace(train.PHASES[0], rows=4, row=256)
-    for step in range(10):
-        for row in data.batch(recipe, step, held_out, "sort")[0]:
-            for prompt in re.findall(r"sort .*\n", data.tokenizer.decode(row.tolist())):
-                assert (zlib.crc32(prompt.encode()) % 16 == 0) == held_out
-                prompts += 1
-    assert prompts > 40
+    data, read = training_data(), recipe(1, rows=4, row=256)
+    texts = [data.tokenizer.decode(row.tolist()) for step in range(10)
+             for row in data.batch(read, step, held_out, "sort")[0]]
+    prompts = [prompt for text in texts for prompt in re.findall(r"sort .*\n", text)]
+    assert {zlib.crc32(prompt.encode()) % 16 == 0 for prompt in prompts} == {held_out}
+    assert len(prompts) > 40
     monkeypatch.setattr(data, "streams", {held_out: torch.full((300,), 7),
                                           not held_out: torch.full((300,), 8)})
-    assert (data.batch(recipe, 0, held_out, "library")[0] == 7).all()
+    assert (data.batch(read, 0, held_out, "library")[0] == 7).all()
 
 
 def test_task_rows_are_laid_out_as_when_decoding():
     """Targets are the answers with </s> up to the end of a block; all but perhaps the first answer
     begin a block."""
     data, starts = training_data(), []
-    recipe = dataclasses.replace(train.PHASES[0], rows=2, row=256)
     for step in range(20):
-        for row, kept in zip(*data.batch(recipe, step, only="json")):
-            edges = torch.cat([torch.tensor([False]), kept, torch.tensor([False])]).int().diff()
+        for row, kept in zip(*data.batch(recipe(1, rows=2, row=256), step, only="json")):
+            edges = F.pad(kept.int(), (1, 1)).diff()
             begins, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
             assert (begins[1:] % 16 == 0).all() and (ends % 16 == 0).all()
             starts.append(int(begins[0]) % 16)
             for begin, end in zip(begins, ends[:-1]):
-                text = data.tokenizer.decode(row[begin:end].tolist(), skip_special_tokens=False)
+                before, text = (data.tokenizer.decode(part.tolist(), skip_special_tokens=False)
+                                for part in (row[:begin], row[begin:end]))
                 answer, ending = text.split("</s>", 1)
-                assert json.loads(answer) and ending.replace("</s>", "") == ""
-                record = data.tokenizer.decode(row[:begin].tolist()).split("json ")[-1].split()
-                assert list(json.loads(answer)) == [pair.split("=")[0] for pair in record]
-    assert 0 < sum(start == 0 for start in starts) < len(starts)
+                assert not ending.replace("</s>", "")
+                assert list(json.loads(answer)) == list(record(before[before.rindex("json "):]))
+    assert 0 < starts.count(0) < len(starts)
 
 
 def test_batches_repeat_and_mix(monkeypatch):
     """The same step gives the same batch; library rows, and those without prompts, are learned
     whole; whatever the step, every task has its turn: 35 rows or more in 70 steps of 8 rows."""
     data, drawn, task_items = training_data(), [], corpus.task_items
-    first, second = (dataclasses.replace(recipe, row=128, unprompted=0.0)
-                     for recipe in train.PHASES)
+    first, second, bare = (recipe(phase, row=128, unprompted=share)
+                           for phase, share in ((1, 0.0), (2, 0.0), (2, 1.0)))
     tokens, targets = data.batch(first, 3)
     assert tokens.shape == targets.shape == (8, 128)
     assert all(torch.equal(a, b) for a, b in zip((tokens, targets), data.batch(first, 3)))
     for other in (data.batch(first, 4), data.batch(first, 3, held_out=True), data.batch(second, 3)):
         assert not torch.equal(tokens, other[0])
-    for recipe, period in ((first, 3), (second, 8)):
-        whole = [bool(row.all()) for row in data.batch(recipe, 3)[1]]
-        assert whole == [r % period == 0 for r in range(8)]
-    recipe = dataclasses.replace(second, unprompted=1.0)
-    assert data.batch(recipe, 3, only="json")[1].sum() > data.batch(second, 3, only="json")[1].sum()
-    assert not data.batch(recipe, 3, held_out=True, only="json")[1].all()       # prompts stay there
+    for read, period in ((first, 3), (second, 8)):
+        assert data.batch(read, 3)[1].all(1).tolist() == [r % period == 0 for r in range(8)]
+    assert data.batch(bare, 3, only="json")[1].sum() > data.batch(second, 3, only="json")[1].sum()
+    assert not data.batch(bare, 3, held_out=True, only="json")[1].all()         # prompts stay there
     monkeypatch.setattr(corpus, "task_items", lambda task, *args: drawn.append(task)
                         or task_items(task, *args))
-    for recipe, step in ((first, 0), (first, 4000), (second, 0), (second, 7000)):
+    for phase, step in ((1, 0), (1, 4000), (2, 0), (2, 7000)):
         drawn.clear()
         for i in range(70):
-            data.batch(dataclasses.replace(recipe, row=32), step + i)
-        counts = {task: drawn.count(task) for task in corpus.TASKS}
-        assert min(counts.values()) >= 35, counts
-        assert (max(counts, key=counts.get) == "letter") == (step == 4000)
+            data.batch(recipe(phase, row=32, unprompted=0.0), step + i)
+        assert min(drawn.count(task) for task in corpus.TASKS) >= 35
+        assert (max(corpus.TASKS, key=drawn.count) == "letter") == (step == 4000)
 
 
 def short_trainer(phase: int, path: Path | None = None, **choices) -> train.Trainer:
     torch.manual_seed(0)
-    first, second = (dataclasses.replace(recipe, steps=12, **choices) for recipe in train.SMOKE)
+    first, second = (dataclasses.replace(smoke, steps=12, **choices) for smoke in train.SMOKE)
     model = train.build(first, train.SMOKE_MODEL)
     if phase == 2:
         model = train.build(second, train.SMOKE_MODEL, model)
@@ -2640,12 +2640,12 @@ def test_losses_of_both_phases():
     1, and phase 2 with tied towers, have that of `ar_loss`, at the targets alone."""
     tokens, targets = ids(4, 48), torch.rand(4, 48, generator=seeded(5)) < 0.5
     published = short_trainer(2, **train.PUBLISHED)
-    loss, = published.losses(tokens, torch.ones_like(targets), published.recipe, seed=4)
+    as_was, by_t = published.recipe, dataclasses.replace(published.recipe, weight="1/t")
+    loss, = published.losses(tokens, torch.ones_like(targets), as_was, seed=4)
     assert loss.mean().allclose(published.model.diffusion_loss(tokens, 16, seeded(4)), 1e-6, 0)
-    recipe = dataclasses.replace(published.recipe, weight="1/t")
-    weighted, = published.losses(tokens, targets, recipe, seed=4)
-    masked, t = train.add_noise(recipe, targets, seeded(4))
-    plain, = published.losses(tokens, targets, published.recipe, seed=4)
+    (plain,), (weighted,) = (published.losses(tokens, targets, recipe, seed=4)
+                             for recipe in (as_was, by_t))
+    masked, t = train.add_noise(as_was, targets, seeded(4))
     assert len(plain) == masked.sum() > 20 and not (masked & ~targets).any()
     torch.testing.assert_close(weighted, plain / t[:, None].expand(4, 48)[masked])
     for trainer in (short_trainer(1), short_trainer(2, tied=True)):
@@ -2656,19 +2656,17 @@ def test_losses_of_both_phases():
 
 
 def test_noise_follows_the_recipe():
-    targets = torch.rand(400, 64, generator=seeded(1)) < 0.7
-    recipe = dataclasses.replace(train.PHASES[1], t_per="block", full_masks=0.25, slope=0.0)
-    masked, t = train.add_noise(recipe, targets, seeded(2))
-    assert t.shape == (400, 4) and not (masked & ~targets).any()
-    full = t == 1.0
-    assert 0.2 < full.float().mean() < 0.3
-    blocks, kept = masked.view(400, 4, 16), targets.view(400, 4, 16)
-    assert torch.equal(blocks[full], kept[full])
-    share = blocks[~full].sum() / kept[~full].sum()                     # the mean of U[0.001, 1]
+    targets = torch.rand(400, 4, 16, generator=seeded(1)) < 0.7
+    noise = lambda targets, **choices: train.add_noise(
+        recipe(2, t_per="block", **choices), targets.flatten(1), seeded(2))
+    masked, t = noise(targets, full_masks=0.25, slope=0.0)
+    masked, full = masked.view(400, 4, 16), t == 1.0
+    assert not (masked & ~targets).any() and 0.2 < full.float().mean() < 0.3
+    assert torch.equal(masked[full], targets[full])
+    share = masked[~full].sum() / targets[~full].sum()                  # the mean of U[0.001, 1]
     assert abs(share - 0.5) < 0.02
-    recipe = dataclasses.replace(recipe, full_masks=0.0, slope=0.8)
-    slope = train.add_noise(recipe, torch.ones_like(targets), seeded(2))[0]
-    slope = slope.view(-1, 16).float().mean(0)
+    masked = noise(torch.ones_like(targets), full_masks=0.0, slope=0.8)[0]
+    slope = masked.view(-1, 16).float().mean(0)
     assert slope[-1] - slope[0] > 0.2 and abs(slope.mean() - 0.5) < 0.02
 
 
@@ -2697,12 +2695,12 @@ def test_choices_of_the_denoiser():
 
 
 def test_learning_rate_schedule():
-    recipe = dataclasses.replace(train.PHASES[0], steps=1000, restart=0, peak=2.0, warm_up=10)
-    rates = [recipe.learning_rate(step) for step in range(1000)]
+    once = recipe(1, steps=1000, restart=0, peak=2.0, warm_up=10)
+    rates = [once.learning_rate(step) for step in range(1000)]
     assert rates[0] == 0.2 and rates[9:700] == [2.0] * 691
     assert rates[700:] == sorted(rates[700:], reverse=True) and rates[-1] == 0.02
     assert rates[775] == 2 * (1 - math.sqrt(0.25))              # a quarter into the decay
-    twice = dataclasses.replace(recipe, steps=1500, restart=1000)
+    twice = dataclasses.replace(once, steps=1500, restart=1000)
     assert [twice.learning_rate(step) for step in range(1000)] == rates
     assert twice.learning_rate(1000) == 0.1 and twice.learning_rate(1499) == 0.01
 
@@ -2727,15 +2725,9 @@ def test_training_resumes_exactly(phase, tmp_path):
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     whole.run(every=5)
     first = short_trainer(phase, tmp_path / "phase.pt")
-    step = first.train_step
-
-    def interrupted():
-        if first.step == 8:
-            raise KeyboardInterrupt
-        return step()
-
-    first.train_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
+    steps = iter([first.train_step] * 8)
+    first.train_step = lambda: next(steps)()
+    with pytest.raises(StopIteration):
         first.run(every=5)
     second = short_trainer(phase, tmp_path / "phase.pt")
     assert second.step == 5
@@ -2757,17 +2749,16 @@ def test_two_processes_make_the_same_step(tmp_path):
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         "import torch, test_twotower as T\n"
         "torch.distributed.init_process_group('gloo')\n"
-        "for phase in (1, 2):\n"
-        f"    torch.save(T.three_steps(phase), '{tmp_path}/%d.%d' % (phase, T.train.RANK))\n")
+        f"torch.save([*map(T.three_steps, (1, 2))], f'{tmp_path}/{{T.train.RANK}}')\n")
     run = run_python("-m", "torch.distributed.run", "--nproc-per-node", 2, script)
     assert run.returncode == 0, run.stderr
-    for phase in (1, 2):
+    for phase, (shared, one), (again, two) in zip(
+            (1, 2), *(torch.load(tmp_path / rank) for rank in "01")):
         losses, weights = three_steps(phase)
-        (shared, one), (again, two) = (torch.load(tmp_path / f"{phase}.{rank}") for rank in (0, 1))
-        assert shared == again and all(torch.equal(one[name], two[name]) for name in weights)
-        assert shared == pytest.approx(losses, rel=1e-5)
-        assert all(error(one[name], tensor) < 1e-3 for name, tensor in weights.items()
-                   if tensor.any())
+        assert shared == again and shared == pytest.approx(losses, rel=1e-5)
+        for name, tensor in weights.items():
+            assert torch.equal(one[name], two[name])
+            assert not tensor.any() or error(one[name], tensor) < 1e-3
 
 
 def three_steps(phase: int) -> tuple[list[float], dict]:
@@ -2787,9 +2778,10 @@ def refused(program, capsys, *args) -> str:
 
 
 def test_train_runs_end_to_end(tmp_path, capsys):
-    """Both phases learn, the tokenizer round-trips, what is written decodes, recipes are compared;
-    a second run has nothing to do, and checkpoints of another kind are refused."""
-    out, smoke = tmp_path / "out", ["--smoke", "--threads", "1", "--out", str(tmp_path / "out")]
+    """Both phases learn, any text round-trips through the tokenizer, recipes are compared; a second
+    run has nothing to do, and checkpoints of another kind are refused."""
+    out = tmp_path / "out"
+    smoke = ["--smoke", "--threads", "1", "--out", str(out)]
     train.main(smoke)
     printed = capsys.readouterr().out
     left = [int(minutes) for minutes in re.findall(r"(\d+) min left", printed)]
@@ -2800,7 +2792,15 @@ def test_train_runs_end_to_end(tmp_path, capsys):
         assert f"phase {phase} step" in printed
     model, tokenizer = bench.load(out)
     assert len(model.generate_mask_diffusion([tokenizer.encode("sort 1 ").ids], 20).tokens[0]) == 20
-    check_tokenizer(tokenizer)
+    assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000, 7), 0x10FFFF]))
+    for text in (everything, "", " a  b\t\n\n  c 12 345", *corpus.library(held_out=True)[:20]):
+        read = tokenizer.encode(text).ids
+        assert tokenizer.decode(read, skip_special_tokens=False) == text and 0 not in read
+    # every byte has a token, so that byte strings round-trip through latin-1 or surrogates alike
+    vocabulary = tokenizer.get_vocab()
+    assert len(vocabulary) == 1280 and set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)
+    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
     train.main(smoke)
     assert "step" not in capsys.readouterr().out
     train.main([*smoke, "--recipes", "default", "tied towers"])
@@ -2809,25 +2809,13 @@ def test_train_runs_end_to_end(tmp_path, capsys):
         (name, mode) for name in ("default", "tied towers") for mode in ("ar", "gamma 0.8")]
     assert rows[0]["valid"] < math.log(1280) and rows[1]["passes_per_block"] <= 16
     path = out / "phase1.pt"
-    saved = torch.load(path)
-    for damage, message in ((lambda: torch.save({"step": 1}, path), "delete it"),
-                            (lambda: torch.save(saved | {"made_with": ""}, path), "another recipe"),
-                            (lambda: path.write_bytes(path.read_bytes()[:5000]), "delete it")):
-        damage()
+    whole = torch.load(path)
+    for saved, message in (({"step": 1}, "delete it"),
+                           (whole | {"made_with": ""}, "another recipe")):
+        torch.save(saved, path)
         assert message in refused(train, capsys, *smoke)
-
-
-def check_tokenizer(tokenizer: Tokenizer):
-    assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
-    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000, 7), 0x10FFFF]))
-    for text in (everything, "", " a  b\t\n\n  c 12 345", *corpus.library(held_out=True)[:20]):
-        ids = tokenizer.encode(text).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text and 0 not in ids
-    # every byte has a token, so that byte strings round-trip through latin-1 or surrogates alike
-    vocabulary = tokenizer.get_vocab()
-    assert len(vocabulary) == 1280
-    assert all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
-    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "delete it" in refused(train, capsys, *smoke)
 
 
 @pytest.mark.parametrize("program, args, message", [
@@ -2882,12 +2870,11 @@ def test_bench_alterations_do_what_they_say():
 
 
 def test_the_miniature_is_small_and_of_the_released_layout():
-    assert {path.name for path in MINIATURE.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "README.md"}
-    assert sum(path.stat().st_size for path in MINIATURE.iterdir()) < 32e6
+    sizes = {path.name: path.stat().st_size for path in MINIATURE.iterdir()}
+    assert set(sizes) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
     config = json.loads((MINIATURE / "config.json").read_text())
+    assert sum(sizes.values()) < 32e6 and config == config | train.MODEL
     assert set(config["hybrid_override_pattern"]) == set("M*E")
-    assert {field: config[field] for field in train.MODEL} == train.MODEL
     ours, theirs = ({re.sub(r"\d+", "0", key) for key in load_file(directory / "model.safetensors")}
                     for directory in (MINIATURE, GOLDEN / "cfg1"))
     assert ours == theirs
@@ -2905,18 +2892,6 @@ def test_the_miniature_answers(task):
     if task == "json":
         unseeded = bench.answer(model, tokenizer, prompts[:20], "no Mamba seeding")
         assert unseeded["right"] <= 1
-
-
-def test_sample_without_arguments_shows_a_block_being_denoised():
-    run = run_python("sample.py")
-    assert run.returncode == 0, run.stderr
-    prompt, *lines, answer = run.stdout.splitlines()
-    lines = [line for line in lines if line.startswith(("block ", "       "))]
-    masks = [line.count("\u2591") for line in lines]
-    assert masks[0] == 16 and 0 in masks and any(0 < count < 16 for count in masks)
-    assert sum(line.startswith("block ") for line in lines) == masks.count(16) == 3
-    record = dict(pair.split("=") for pair in prompt.removeprefix("json ").split())
-    assert json.loads(answer) == record | {"age": 63} and len(record) == 6
 
 
 # ---------------------------------------------------------- the published code, where it is given
@@ -3293,15 +3268,23 @@ def test_the_published_code_in_an_environment_of_its_own(tmp_path):
 # ------------------------------------------------------------------------------------- the rest
 
 def test_readme():
-    """Of the two set-up lines one runs as it stands, the other is what CI runs; the Python lines
-    run on another checkpoint and device; what is linked is there, and so is every flag."""
+    """Of the two set-up lines one runs as it stands and shows blocks being denoised, the other is
+    what CI runs; the Python lines run on another checkpoint and device; what is linked is there,
+    and so is every flag."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     commands, = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     show, test = (line.removeprefix("pip install -r requirements.txt && ")
                   for line in commands.splitlines())
     assert test == (HERE / ".ci" / "run").read_text().splitlines()[-1]
-    run = run_python(*shlex.split(show)[1:])
-    assert run.returncode == 0 and run.stdout, run.stderr
+    assert show == "python sample.py"
+    run = run_python("sample.py")
+    assert run.returncode == 0, run.stderr
+    prompt, *lines, answer = run.stdout.splitlines()
+    lines = [line for line in lines if line.startswith(("block ", "       "))]
+    masks = [line.count("\u2591") for line in lines]
+    assert masks[0] == 16 and 0 in masks and any(0 < count < 16 for count in masks)
+    assert sum(line.startswith("block ") for line in lines) == masks.count(16) == 3
+    assert json.loads(answer) == record(prompt) | {"age": 63} and len(record(prompt)) == 6
     assert run.stderr.splitlines()[-1].startswith("mask_diffusion on ")
     code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = f"directory = {str(GOLDEN / 'cfg1')!r}\n" + re.sub(r"cuda:\d", "cpu", code)
@@ -3314,29 +3297,20 @@ def test_readme():
             assert f'"{flag}"' in (HERE / program).read_text(encoding="utf-8"), (program, flag)
 
 
-def figures():
-    """figures/make.py as a module."""
-    path = HERE / "figures" / "make.py"
-    specification = importlib.util.spec_from_file_location("make", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_figures(tmp_path):
+def test_figures(tmp_path, monkeypatch):
     """All that need no measurement are drawn, and those of what was measured; figures/ holds no
     others."""
-    make = figures()
-    make.OUT = tmp_path
+    make = importlib.import_module("figures.make")
+    monkeypatch.setattr(make, "OUT", tmp_path)
     make.main()
     assert {path.name for path in tmp_path.iterdir()} == set(
         re.findall(r"\w+\.(?:png|gif)", make.__doc__.split("These are computed")[0]))
     rows = [{"mode": mode, "accuracy": 0.5, "speedup": 2.0}
             for mode in ("ar", "gamma 0.8", "speculative")]
     table = [{"batch": 1, "1 passes": 5.0, "2 passes": 3.0}]
-    for result in ({"rows": rows}, {"gpu": "X", "random_speed_up": table,
-                                    "concentrated_speed_up": table}):
-        result["setting"] = {"what": "gpu" if "gpu" in result else "miniature"}
+    for what, result in (("miniature", {"rows": rows}), ("gpu", {
+            "gpu": "X", "random_speed_up": table, "concentrated_speed_up": table})):
+        result["setting"] = {"what": what}
         (tmp_path / "printed").write_text(f"a table\n{json.dumps(result)}\n")
         make.measured(tmp_path / "printed")
     for phase in (1, 2):
@@ -3352,7 +3326,7 @@ def test_tutorial():
     results are those of miniature/README.md."""
     text = (HERE / "tutorial.md").read_text(encoding="utf-8")
     assert len(text.split()) < 6000
-    make = figures()
+    make = importlib.import_module("figures.make")
     assert make.with_line_numbers(text) == text, "run python figures/make.py"
     for link in re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", text):
         assert (HERE / link).is_file(), link
@@ -3373,15 +3347,9 @@ def test_tutorial():
             assert at >= 0, f"not in {quoted[2]}:\n{piece}"
         quotes += 1
     assert quotes >= 6 and len(checks) >= 15
-    script = ("import contextlib, io, json\nspace, printed = {}, []\n"
-              f"for code in {[code for code, _ in checks]!r}:\n"
-              "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
-              "        exec(code, space)\n"
-              "    printed.append(out.getvalue())\n"
-              "print(json.dumps(printed))\n")
-    run = run_python("-c", script)
+    run = run_python("-c", "".join(f"{code}print(end='\f')\n" for code, _ in checks))
     assert run.returncode == 0, run.stderr
-    for (code, expected), printed in zip(checks, json.loads(run.stdout)):
+    for (code, expected), printed in zip(checks, run.stdout.split("\f")):
         assert printed == expected, f"{code}prints\n{printed}"
     measured = (HERE / "miniature" / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| claim | published | here |"):]
@@ -3428,18 +3396,16 @@ def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
         assert "needs a CUDA device" in refused(bench, capsys, "gpu")
 
 
-def test_transformers_does_not_find_our_kernels():
+def test_transformers_does_not_find_our_kernels(tmp_path, monkeypatch):
     """Where the package `kernels` is installed, transformers imports it by a name that is ours."""
-    import_it = ("import sys, bench, importlib.util as u\n"
-                 "assert u.find_spec('kernels').origin.endswith('kernels.py')\n"
-                 "with bench.without_this_folder():\n    print(u.find_spec('kernels').origin)\n"
-                 "assert u.find_spec('kernels').origin.endswith('kernels.py')")
-    with tempfile.TemporaryDirectory() as site:
-        (Path(site) / "kernels").mkdir()
-        theirs = Path(site) / "kernels" / "__init__.py"
-        theirs.touch()
-        run = run_python("-c", import_it, env=os.environ | {"PYTHONPATH": site})
-    assert run.returncode == 0 and Path(run.stdout.strip()) == theirs, run.stderr
+    (tmp_path / "kernels.py").touch()
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "path", ["", str(HERE), str(tmp_path), *sys.path])
+    found = lambda: Path(importlib.machinery.PathFinder.find_spec("kernels").origin)
+    before = found()
+    with bench.without_this_folder():
+        assert found() == tmp_path / "kernels.py"
+    assert found() == before == HERE / "kernels.py"
 
 
 def test_bench_cpu_runs(capsys, monkeypatch):
