@@ -402,21 +402,19 @@ def time_decoding(model: TwoTower, new: int = 512) -> list[dict]:
     model.use("triton", graphs=True)
     prompt, rows = torch.randint(4, model.config.vocab_size, (1, 2048)), []
 
-    def seconds(passes: int, tokens: int) -> float:
+    def seconds(write, tokens: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        if passes:
-            model.generate_mask_diffusion(prompt, tokens, steps_per_block=passes,
-                                          confidence_threshold=2.0)
-        else:
-            model.generate_ar(prompt, tokens)
+        write(prompt, tokens)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    diffuse = functools.partial(model.generate_mask_diffusion, confidence_threshold=2.0)
     for n in (0, 1, 2, 4, 8, 16):
-        seconds(n, 32)
+        write = functools.partial(diffuse, steps_per_block=n) if n else model.generate_ar
+        seconds(write, 32)
         # both record their graphs: the difference is decoding
-        speed = new / (seconds(n, new + 32) - seconds(n, 32))
+        speed = new / (seconds(write, new + 32) - seconds(write, 32))
         rows.append({"passes_a_block": n or "AR", "tokens_per_second": speed})
         rows[-1]["over_ar"] = speed / rows[0]["tokens_per_second"]
     show("whole generations of batch 1, graphs", rows)

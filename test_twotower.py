@@ -3338,10 +3338,9 @@ def test_tutorial():
             assert len(code.splitlines()) <= 10 and max(map(len, code.splitlines())) <= 130, code
             checks.append((code, printed))
             continue
-        lines, at = (HERE / f"{quoted[1]}.py").read_text(encoding="utf-8").splitlines(), 0
-        first = make.lines_of(HERE / f"{quoted[1]}.py")[quoted[2]]
-        end = next((i for i in range(first, len(lines)) if re.match("class|def|@", lines[i])), None)
-        source = "\n".join(lines[first:end])
+        path, at = HERE / f"{quoted[1]}.py", 0
+        source = path.read_text(encoding="utf-8").split("\n", make.lines_of(path)[quoted[2]])[-1]
+        source = re.split(r"\n(?=class|def|@)", source)[0]
         for piece in re.split(r"\n *\.\.\.\n", code[quoted.end():].rstrip()):
             at = source.find(piece, at)
             assert at >= 0, f"not in {quoted[2]}:\n{piece}"
