@@ -28,6 +28,7 @@ import itertools
 import json
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -38,6 +39,7 @@ from unittest import mock
 
 import torch
 from tokenizers import Tokenizer
+from torch.nn.modules.module import register_module_forward_hook
 
 from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
 from twotower import Context, KVCache, MambaState, Pass, Router, TwoTower, TwoTowerConfig, kernels
@@ -78,10 +80,15 @@ def cost_of_pass(config: TwoTowerConfig, experts: float, tokens: int = 1, cached
     FLOPs: 2 for each weight that a token uses, the head for `logits` tokens a row; attention over
     what is cached and half of the new tokens; 5 for each number of a state and token.
     """
-    c, moved, flops = config, 0.0, 0.0
+    c = config
     with torch.device("meta"):
         model = TwoTower(c, towers="context").to(dtype)
-        states = Context(model.context_tower, rows, 1).states
+        kv, mamba = state_bytes(model, rows)
+    kinds = c.hybrid_override_pattern
+    moved = kv * (cached + tokens * extends) + mamba * (1 + extends)
+    flops = rows * tokens * (
+        4 * kinds.count("*") * c.num_attention_heads * c.head_dim * (cached + tokens / 2)
+        + 5 * kinds.count("M") * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size)
     for name, p in model.named_parameters():
         head, routed = "lm_head" in name, ".experts." in name
         if "embeddings" in name or head and not logits:
@@ -89,36 +96,22 @@ def cost_of_pass(config: TwoTowerConfig, experts: float, tokens: int = 1, cached
         moved += p.nbytes * (experts / c.n_routed_experts if routed else 1)
         flops += 2 * p.numel() * rows * (logits if head else tokens) * (
             c.num_experts_per_tok / c.n_routed_experts if routed else 1)
-    for state in states:
-        if isinstance(state, KVCache):
-            moved += bytes_of(state) * (cached + tokens * extends)
-            flops += 4 * rows * tokens * c.num_attention_heads * c.head_dim * (cached + tokens / 2)
-        elif isinstance(state, MambaState):
-            moved += bytes_of(state) * (1 + extends)
-            flops += 5 * tokens * state.ssm_state.numel()
     return Cost(moved, flops)
 
 
-def bytes_of(state: KVCache | MambaState) -> int:
-    sizes = []
-    state.map(lambda x: sizes.append(x.nbytes))
-    return sum(sizes)
+def state_bytes(model: TwoTower, rows: int) -> tuple[int, int]:
+    """Of keys and values, a token; of Mamba-2 states."""
+    states = Context(model.context_tower, rows, 1).states
+    return (sum(2 * s.key_cache.nbytes for s in states if isinstance(s, KVCache)),
+            sum(s.conv_state.nbytes + s.ssm_state.nbytes for s in states
+                if isinstance(s, MambaState)))
 
 
-@contextlib.contextmanager
-def hooked(handles: list):
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def experts_hit(model: TwoTower, run) -> float:
+def experts_hit(run) -> float:
     """The number of distinct experts that a layer's tokens choose in run(), on average."""
     hit = []
-    with hooked([module.register_forward_hook(lambda _, __, out: hit.append(len(out[0].unique())))
-                 for module in model.modules() if isinstance(module, Router)]):
+    with register_module_forward_hook(lambda module, _, out: hit.append(len(out[0].unique()))
+                                      if isinstance(module, Router) else None):
         run()
     return statistics.mean(hit)
 
@@ -141,8 +134,7 @@ def as_transformers(model: TwoTower):
                "time_step_min": fields["time_step_limit"][0] or 1e-30}         # it clamps dt there
     config = NemotronHConfig(**fields, attn_implementation="sdpa")
     theirs = NemotronHForCausalLM(config).eval()
-    ours = {"model." + name.replace("mixer.experts.up_proj.weight", "mixer.experts.up_proj")
-            .replace("mixer.experts.down_proj.weight", "mixer.experts.down_proj"): tensor
+    ours = {"model." + re.sub(r"(mixer\.experts\..*)\.weight", r"\1", name): tensor
             for name, tensor in model.context_tower.state_dict().items()}
     theirs.load_state_dict(ours | {"lm_head.weight": model.context_lm_head.weight})
     return theirs.to(model.context_lm_head.weight.dtype)
@@ -182,39 +174,39 @@ def bench_cpu(rounds: int = 15) -> dict:
     torch.manual_seed(0)
     model = TwoTower(SMALL).eval()
     result = against_transformers(model, rounds)
-    for what, (value, unit) in result.items():
-        print(f"{what:32} {value:10.4g} {unit}")
-    rows = by_length(model, rounds)
-    show("an AR token after longer contexts, over the same after 256", rows)
-    return {what: value for what, (value, _) in result.items()} | {"growth": rows}
+    for what, value in result.items():
+        print(f"{what:42} {value:10.4g}")
+    result["growth"] = by_length(model, rounds)
+    show("an AR token after longer contexts, over the same after 256", result["growth"])
+    return result
 
 
-def against_transformers(model: TwoTower, rounds: int) -> dict[str, tuple[float, str]]:
-    """Prefill of 512, AR decoding of 64 and a denoiser step of 16: values with their units."""
-    theirs, new = as_transformers(model), 64
-    prompt = torch.randint(4, SMALL.vocab_size, (1, 512))
-    block, attention_mask = torch.full((1, 16), SMALL.mask_token_id), torch.ones_like(prompt)
-    context, out = model.prefill(prompt), theirs(prompt, use_cache=True, logits_to_keep=1)
+def against_transformers(model: TwoTower, rounds: int) -> dict[str, float]:
+    """Prefill of 512, AR decoding of 64, by their generate() and by a bare loop over their model,
+    and a denoiser step of 16; the roof is the time that a product of 1536 x 1536 and a copy of
+    256 MB, both float32, would allow."""
+    theirs, new, prompt = as_transformers(model), 64, torch.randint(4, SMALL.vocab_size, (1, 512))
+    read = functools.partial(theirs, use_cache=True, logits_to_keep=1)
+    context, out = model.prefill(prompt), read(prompt)
+    block = torch.full((1, 16), SMALL.mask_token_id)
     gap = (context.logits - out.logits[:, -1]).abs().max() / out.logits.std()
     if not gap <= 1e-3:
         raise ValueError(f"the two context towers differ by {gap:.1e}; no speed is reported")
 
-    def bare_loop():            # their model without their generate()
-        out = theirs(prompt, use_cache=True, logits_to_keep=1)
+    def bare_loop():
+        out = read(prompt)
         for _ in range(new - 1):
-            token = out.logits[:, -1:].argmax(-1)
-            out = theirs(token, past_key_values=out.past_key_values, use_cache=True)
+            out = read(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
 
-    square, large = torch.randn(1536, 1536), torch.zeros(2**26)             # 256 MB of float32
+    square, large = torch.randn(1536, 1536), torch.zeros(2**26)
     product, copied = torch.empty_like(square), torch.empty_like(large)
     t = take_turns({
-        "prefill": lambda: model.prefill(prompt),
-        "their prefill": lambda: theirs(prompt, use_cache=True, logits_to_keep=1),
-        "ar": lambda: model.generate_ar(prompt, new),
+        "prefill": lambda: model.prefill(prompt), "their prefill": lambda: read(prompt),
+        "ar": lambda: model.generate_ar(prompt, new), "their loop": bare_loop,
         "their ar": lambda: theirs.generate(
             prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-            attention_mask=attention_mask),
-        "their loop": bare_loop, "denoise": lambda: model.denoise(block, context, 1.0),
+            attention_mask=torch.ones_like(prompt)),
+        "denoise": lambda: model.denoise(block, context, 1.0),
         "product": lambda: torch.mm(square, square, out=product),
         "copy": lambda: copied.copy_(large)}, rounds)
     token, their_token, their_loop = (
@@ -222,23 +214,21 @@ def against_transformers(model: TwoTower, rounds: int) -> dict[str, tuple[float,
         for name in ("ar", "their ar", "their loop"))
     rate, bandwidth = 2 * len(square)**3 / t["product"], 2 * large.nbytes / t["copy"]
     cost = functools.partial(cost_of_pass, SMALL, extends=True, dtype=torch.float32)
-    experts = experts_hit(model, lambda: model.prefill(prompt))
+    experts = experts_hit(lambda: model.prefill(prompt))
     prefill_roof = cost(experts, tokens=512).seconds(bandwidth, rate)
     token_roof = cost(SMALL.num_experts_per_tok, cached=512 + new // 2).seconds(bandwidth, rate)
-    states = Context(model.context_tower, 1, 1).states
-    kv, mamba = (sum(bytes_of(state) for state in states if isinstance(state, kind))
-                 for kind in (KVCache, MambaState))
+    kv, mamba = state_bytes(model, 1)
     return {
-        "prefill_512_speedup": (t["their prefill"] / t["prefill"], "x transformers' speed"),
-        "ar_token_speedup": (their_token / token, "x transformers' generate()"),
-        "ar_token_speedup_over_bare_loop": (their_loop / token, "x a bare loop over its model"),
-        "denoise_16_in_ar_tokens": (t["denoise"] / token, "AR tokens of time"),
-        "prefill_512_in_ar_tokens": (t["prefill"] / token, "AR tokens of time"),
-        "gflops_per_second": (rate / 1e9, "a float32 product of 1536 x 1536"),
-        "copied_gb_per_second": (bandwidth / 1e9, "256 MB read and written"),
-        "prefill_512_share_of_roof": (prefill_roof / t["prefill"], "of the speed these two allow"),
-        "ar_token_share_of_roof": (token_roof / token, "of the speed these two allow"),
-        "kv_bytes_per_token": (kv, "bytes"), "mamba_bytes": (mamba, "bytes, however long")}
+        "prefill_512_speedup": t["their prefill"] / t["prefill"],
+        "ar_token_speedup": their_token / token,
+        "ar_token_speedup_over_bare_loop": their_loop / token,
+        "denoise_16_in_ar_tokens": t["denoise"] / token,
+        "prefill_512_in_ar_tokens": t["prefill"] / token,
+        "gflops_per_second": rate / 1e9,
+        "copied_gb_per_second": bandwidth / 1e9,            # read and written
+        "prefill_512_share_of_roof": prefill_roof / t["prefill"],
+        "ar_token_share_of_roof": token_roof / token,
+        "kv_bytes_per_token": kv, "mamba_bytes": mamba}
 
 
 def by_length(model: TwoTower, rounds: int) -> list[dict]:
@@ -377,7 +367,7 @@ def table_of_passes(model: TwoTower, batches, length: int, seconds_of, bandwidth
             runs = passes_over(model, batch, length, graphs=bool(kind))
             for name, row in by_pass.items():
                 if not kind:
-                    experts = experts_hit(model, runs[name])
+                    experts = experts_hit(runs[name])
                     cost = cost_of_pass(model.config, experts, cached=length, rows=batch,
                                         **PASSES[name])
                     row |= {"experts": experts, "gigabytes": cost.bytes / 1e9,
@@ -412,21 +402,19 @@ def time_decoding(model: TwoTower, new: int = 512) -> list[dict]:
     model.use("triton", graphs=True)
     prompt, rows = torch.randint(4, model.config.vocab_size, (1, 2048)), []
 
-    def seconds(passes: int, tokens: int) -> float:
+    def seconds(write, tokens: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        if passes:
-            model.generate_mask_diffusion(prompt, tokens, steps_per_block=passes,
-                                          confidence_threshold=2.0)
-        else:
-            model.generate_ar(prompt, tokens)
+        write(prompt, tokens)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    diffuse = functools.partial(model.generate_mask_diffusion, confidence_threshold=2.0)
     for n in (0, 1, 2, 4, 8, 16):
-        seconds(n, 32)
+        write = functools.partial(diffuse, steps_per_block=n) if n else model.generate_ar
+        seconds(write, 32)
         # both record their graphs: the difference is decoding
-        speed = new / (seconds(n, new + 32) - seconds(n, 32))
+        speed = new / (seconds(write, new + 32) - seconds(write, 32))
         rows.append({"passes_a_block": n or "AR", "tokens_per_second": speed})
         rows[-1]["over_ar"] = speed / rows[0]["tokens_per_second"]
     show("whole generations of batch 1, graphs", rows)
@@ -460,26 +448,18 @@ MODES |= {"speculative": ("speculative", {})}
 MODES |= {"t frozen": ("mask_diffusion", {}), "no Mamba seeding": ("mask_diffusion", {})}
 
 
-def altered(model: TwoTower, name: str):
+def altered(model: TwoTower, name: str) -> contextlib.ExitStack:
     """The model with t held at 0.5, or with Mamba layers of the denoiser starting from zeros."""
-    def frozen(_, args):
-        return torch.full_like(args[0], 0.5)
-
-    def unseeded(mixer, args):
-        x, _, at = args
-        return x, mixer.empty_state(len(x), 0), at
-
-    mixers = [layer.mixer for layer in model.denoiser_tower.layers if layer.kind == "M"]
-    modules, hook = {"t frozen": ([model.t_embedder], frozen),
-                     "no Mamba seeding": (mixers, unseeded)}.get(name, ([], None))
-    return hooked([module.register_forward_pre_hook(hook) for module in modules])
-
-
-def total(scores) -> Counter:
-    summed = Counter()
-    for score in scores:
-        summed.update(score)
-    return summed
+    hooks = contextlib.ExitStack()
+    if name == "t frozen":
+        hooks.enter_context(model.t_embedder.register_forward_pre_hook(
+            lambda _, args: torch.full_like(args[0], 0.5)))
+    if name == "no Mamba seeding":
+        for layer in model.denoiser_tower.layers:
+            if layer.kind == "M":
+                hooks.enter_context(layer.mixer.register_forward_pre_hook(
+                    lambda mixer, args: (args[0], mixer.empty_state(len(args[0]), 0), args[2])))
+    return hooks
 
 
 def load(checkpoint: str) -> tuple[TwoTower, Tokenizer]:
@@ -492,7 +472,8 @@ def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 50) 
     """Let one mode answer (prompt ids, right answer, new tokens) items, `batch` rows at a time.
 
     Returns: sums over the items: how many are right; tokens, up to and with </s>; blocks of 16 of
-    them, whatever the mode's own; log_likelihood under the context tower in nats; passes; seconds.
+    them, whatever the mode's own; nats, minus their log-likelihood under the context tower; passes;
+    seconds.
     """
     (mode, knobs), score = MODES[name], Counter()
     for i in range(0, len(items), batch):
@@ -508,7 +489,7 @@ def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 50) 
             tokens=sum(map(len, result.tokens)),
             blocks=sum(-(-len(new) // 16) for new in result.tokens),
             nfe=int(result.nfe.sum()), context_passes=int(result.context_passes.sum()),
-            log_likelihood=float(model.score(prompts, result.tokens).total.sum()))
+            nats=-float(model.score(prompts, result.tokens).total.sum()))
     return score
 
 
@@ -523,10 +504,9 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
     model, tokenizer = load(checkpoint)
     kinds = {task: task_prompts(tokenizer, task, items) for task in TASKS}
     kinds["library"] = library_prompts(tokenizer, items)
-    quality, speed = ({(name, kind): Counter() for name in MODES for kind in kinds}
-                      for _ in range(2))
-    for name, kind in quality:
-        quality[name, kind] = answer(model, tokenizer, kinds[kind], name)
+    quality = {(name, kind): answer(model, tokenizer, prompts, name)
+               for name in MODES for kind, prompts in kinds.items()}
+    speed = {which: Counter() for which in quality}
     for i in range(-1, min(timed, items)):              # the first round only warms up
         for kind, prompts in kinds.items():
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
@@ -536,9 +516,10 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
     for table, of in tables.items():
         tables[table] = rows = []
         for name in MODES:
-            sums = (total(found[name, kind] for kind in of) for found in (quality, speed))
+            score, timing = (sum((found[name, kind] for kind in of), Counter())
+                             for found in (quality, speed))
             row = {"mode": name} | {kind: quality[name, kind]["right"] / items for kind in of}
-            rows.append(row | summary(*sums, rows))
+            rows.append(row | summary(score, timing, rows))
         show("right to the last character; tokens of a denoiser pass, or in AR of a context pass; "
              "passes for a block of 16", rows)
     return tables
@@ -555,7 +536,7 @@ def summary(score: Counter, timed: Counter, before: list[dict]) -> dict:
             "denoiser_passes_per_block": score["nfe"] / score["blocks"],
             "context_passes_per_block": context_passes / score["blocks"],
             "tokens_per_second": speed, "speedup": speed / ar["tokens_per_second"],
-            "log_likelihood": score["log_likelihood"] / score["tokens"]}
+            "log_likelihood": -score["nats"] / score["tokens"]}
 
 
 # ---------------------------------------------------------------------------------------------
