@@ -1,20 +1,27 @@
-"""What the miniature reads: five tasks whose answers can be checked exactly (bills, sorting,
-records to JSON, letters, classes), the standard library of the running Python, and a byte-level
-BPE tokenizer of both, by which any text round-trips.
+"""What the miniature reads: tasks whose answers can be checked exactly, three made from words
+(sorting, records to JSON, letters) and two on real source (a variable renamed, a line edited); the
+standard library of the running Python; and a byte-level BPE tokenizer, by which any text
+round-trips.
 
 One prompt in 16, by its CRC, and one library file in 16, by the CRC of its name, are held out.
 """
 
 from __future__ import annotations
 
+import ast
+import bisect
+import functools
 import hashlib
 import itertools
 import json
 import platform
 import random
+import re
 import sysconfig
+import textwrap
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,31 +43,15 @@ ITEMS = ("books boxes chairs clocks cups desks doors fans keys lamps maps pens p
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 COLORS = "black blue brown gray green orange pink purple red silver white yellow".split()
 JOBS = "baker cook doctor driver farmer judge nurse painter pilot singer teacher writer".split()
-TYPES = "bool bytes dict float int list set str".split()
-FIELDS = ("address age city code color count date depth height index key kind label length "
-          "level limit name number offset owner path port price rate size source speed start "
-          "state status target text time title total unit user value weight width").split()
-CLASSES = ("Account Block Book Box Client Color Event Field File Frame Group Image Item Job "
-           "Line Message Node Order Page Point Query Record Route Server Shape Table Task Ticket "
-           "Token Tree User Window").split()
 
 
-def bill(rng: random.Random) -> tuple[str, str]:
-    lines = [(number, rng.randint(2, 9), item, rng.randint(2, 9))
-             for number, item in enumerate(rng.sample(ITEMS, rng.randint(4, 6)), 1)]
-    return (", ".join(f"{number}: {count} {item} at {price}"
-                      for number, count, item, price in lines),
-            "\n".join(f"{number}: {count} {item} x {price} = {count * price:02}"
-                      for number, count, item, price in lines))
-
-
-def sort(rng: random.Random) -> tuple[str, str]:
+def sort(rng: random.Random, held_out: bool) -> tuple[str, str]:
     lines = [f"{number} {rng.choice(COLORS)} {item}"
              for number, item in enumerate(rng.sample(ITEMS, rng.randint(5, 8)), 1)]
     return ", ".join(rng.sample(lines, len(lines))), "\n".join(lines)
 
 
-def to_json(rng: random.Random) -> tuple[str, str]:
+def to_json(rng: random.Random, held_out: bool) -> tuple[str, str]:
     record = {"name": rng.choice(NAMES), "age": rng.randrange(10, 100), "city": rng.choice(CITIES),
               "color": rng.choice(COLORS), "job": rng.choice(JOBS), "day": rng.choice(DAYS),
               "count": rng.randrange(10, 100), "item": rng.choice(ITEMS)}
@@ -69,35 +60,13 @@ def to_json(rng: random.Random) -> tuple[str, str]:
     return " ".join(f"{field}={value}" for field, value in record.items()), json.dumps(record)
 
 
-def letter(rng: random.Random) -> tuple[str, str]:
+def letter(rng: random.Random, held_out: bool) -> tuple[str, str]:
     name, city, day, item = (rng.choice(words) for words in (NAMES, CITIES, DAYS, ITEMS))
     count, code = rng.randrange(10, 100), rng.randrange(1000, 10000)
     return (f"code={code} count={count} item={item} name={name} city={city} day={day}",
             f"Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\n"
             f"We send all {count} {item} to you in {city}.\n"
             f"If they are not there a week after {day}, call us and give the number {code}.")
-
-
-def to_class(rng: random.Random) -> tuple[str, str]:
-    name = rng.choice(CLASSES)
-    fields = [(field, rng.choice(TYPES)) for field in rng.sample(FIELDS, rng.randint(3, 5))]
-    return (" ".join([name] + [f"{field}:{kind}" for field, kind in fields]),
-            f"class {name}:\n    def __init__(self, "
-            + ", ".join(f"{field}: {kind}" for field, kind in fields) + "):"
-            + "".join(f"\n        self.{field} = {field}" for field, _ in fields))
-
-
-TASKS = {"bill": bill, "sort": sort, "json": to_json, "letter": letter, "class": to_class}
-
-
-def task_items(task: str, seed: str, held_out: bool = False):
-    """Endless (prompt, answer) pairs; one prompt in 16, by its CRC, is held out from training."""
-    rng = random.Random(f"{task} {seed}")
-    while True:
-        prompt, answer = TASKS[task](rng)
-        prompt = f"{task} {prompt}\n"
-        if (zlib.crc32(prompt.encode()) % 16 == 0) == held_out:
-            yield prompt, answer
 
 
 def library(held_out: bool = False, every: int = 1) -> list[str]:
@@ -112,6 +81,106 @@ def library(held_out: bool = False, every: int = 1) -> list[str]:
     names = [name for name in names if not skip & set(name.split("/"))
              and (zlib.crc32(name.encode()) % 16 == 0) == held_out]
     return [(root / name).read_text(encoding="utf-8", errors="replace") for name in names[::every]]
+
+
+class Function(NamedTuple):
+    text: str                       # its source, not indented, without decorators
+    variables: tuple[str, ...]      # of its parameters and variables, those that can be renamed
+
+
+@functools.cache
+def sources(held_out: bool) -> tuple[list[str], list[int], str]:
+    """library(), the lengths summed, and what it must not share: what is trained on, if held out."""
+    files = library(held_out)
+    return files, list(itertools.accumulate(map(len, files))), "".join(library() * held_out)
+
+
+@functools.cache
+def functions(file: int, held_out: bool) -> list[Function]:
+    """The functions of a library file that have LENGTHS characters and no copy on the other side of
+    the split."""
+    files, _, others = sources(held_out)
+    lines, found = files[file].splitlines(keepends=True), []
+    try:
+        tree = ast.parse(files[file])
+    except (SyntaxError, ValueError):
+        return []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            source = "".join(lines[node.lineno - 1:node.end_lineno]).rstrip()
+            text = textwrap.dedent(source)
+            if len(text) in LENGTHS and text.isascii() and source not in others:
+                found.append(Function(text, renamable(node, text)))
+    return found
+
+
+def renamable(node: ast.FunctionDef, text: str) -> tuple[str, ...]:
+    """Parameters and variables, used at least once, that are all there is of their names in it: no
+    attribute, keyword, string or comment has one of them."""
+    names = [name.arg if isinstance(name, ast.arg) else name.id for name in ast.walk(node)
+             if isinstance(name, (ast.arg, ast.Name))]
+    own = {name.arg if isinstance(name, ast.arg) else name.id for name in ast.walk(node)
+           if isinstance(name, ast.arg) or isinstance(getattr(name, "ctx", None), ast.Store)
+           and isinstance(name, ast.Name)} - {"self", "cls"}
+    return tuple(name for name in sorted(own)
+                 if len(re.findall(rf"\b{name}\b", text)) == names.count(name) > 1)
+
+
+def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
+    """Those of a file, drawn by its length."""
+    _, ends, _ = sources(held_out)
+    while True:
+        found = functions(bisect.bisect(ends, rng.randrange(ends[-1])), held_out)
+        if len(found) > 1:
+            return found
+
+
+def rename(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    """A variable of a function renamed to one that the file has elsewhere."""
+    while True:
+        found = draw_functions(rng, held_out)
+        text, variables = rng.choice(found)
+        names = sorted({name for function in found for name in function.variables
+                        if not re.search(rf"\b{name}\b", text)})
+        if variables and names:
+            old, new = rng.choice(variables), rng.choice(names)
+            return f"{old} {new}\n{text}\n---", re.sub(rf"\b{old}\b", new, text)
+
+
+def edit(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    """A line of a function replaced by one of another function of the file, equally indented."""
+    while True:
+        found = draw_functions(rng, held_out)
+        (text, _), (other, _) = rng.sample(found, 2)
+        lines = text.split("\n")
+        at = rng.randrange(1, len(lines))
+        new = [line for line in other.split("\n")[1:] if line.strip() and indent(line) ==
+               indent(lines[at]) and line not in lines]
+        if new and lines[at].strip() and lines.count(lines[at]) == 1:
+            line = rng.choice(new)
+            return (f"@@\n-{lines[at]}\n+{line}\n{text}\n---",
+                    "\n".join(lines[:at] + [line] + lines[at + 1:]))
+
+
+def indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+LENGTHS = range(120, 401)           # characters of a function: about 40 to 160 tokens
+FROM_WORDS = {"sort": sort, "json": to_json, "letter": letter}
+FROM_SOURCE = {"rename": rename, "edit": edit}
+TASKS = FROM_WORDS | FROM_SOURCE
+
+
+def task_items(task: str, seed: str, held_out: bool = False):
+    """Endless (prompt, answer) pairs. Held out from training are, of tasks made from words, one
+    prompt in 16, by its CRC; of tasks on source, the files that `library` holds out."""
+    rng = random.Random(f"{task} {seed}")
+    while True:
+        prompt, answer = TASKS[task](rng, held_out)
+        prompt = f"{task} {prompt}\n"
+        if task in FROM_SOURCE or (zlib.crc32(prompt.encode()) % 16 == 0) == held_out:
+            yield prompt, answer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,7 +223,7 @@ def prepare(path: Path, vocab_size: int, every_file: int):
 
 def task_prompts(tokenizer, task: str, count: int, seed: str = "bench") -> list:
     """(prompt ids, right answer, how many tokens to ask for) of each item."""
-    return [(torch.tensor(tokenizer.encode(prompt).ids), text, 96)
+    return [(torch.tensor(tokenizer.encode(prompt).ids), text, 192)
             for prompt, text in itertools.islice(task_items(task, seed, held_out=True), count)]
 
 
@@ -203,10 +272,10 @@ class Data:
     """Rows of M tokens and which of them are targets: learned, and masked in phase 2.
 
     A library row is a window of source text, all of it targets. A task row holds items, each as
-    prompt, answer and </s>. Every answer begins a block, as it does when decoding: as much library
-    text as that takes is put before the prompt, random so that nothing can depend on it (but some
-    rows begin with a prompt, as generation does, wherever that puts the answer), and </s> fills
-    its last block. Targets are answers and the </s> after them. In phase 2 some rows leave out the
+    prompt, answer and </s>, which fills the last block. Before the prompt stands random library
+    text, so that nothing can depend on it: as much as makes the answer begin a block, as it does
+    when decoding; in the recipe's `unaligned` share of the rows any number of tokens, since blocks
+    of another size begin elsewhere. Targets are answers and the </s> after them. In phase 2 some rows leave out the
     prompts, so that what stands to the right of a mask is worth reading. `recipe`, a Recipe of
     train.py, says how many of each.
     """
@@ -236,7 +305,7 @@ class Data:
         while len(tokens) <= recipe.row:
             prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
             prompt = prompt if prompted else []
-            fill = -(len(tokens) + len(prompt)) % Q if tokens or aligned else 0
+            fill = -(len(tokens) + len(prompt)) % Q if aligned else rng.randrange(Q)
             rest = Q - (len(tokens) + fill + len(prompt) + len(answer)) % Q
             before = self.library_row(rng, recipe.row, held_out)[0][:fill].tolist()
             tokens += before + prompt + answer + [self.eos] * rest
@@ -251,11 +320,10 @@ class Data:
         only: a task, or "library", for all rows.
         """
         rng = random.Random(f"{self.seed} {recipe.phase} {step} {held_out}")
-        turns = [turns for first, turns in recipe.turns if first <= step][-1]
         drawn = []
-        for r in range(recipe.rows):
+        for r in range(step * recipe.rows, (step + 1) * recipe.rows):
             kind = only or ("library" if r % recipe.library_every == 0 else
-                            turns[(step * recipe.rows + r) % len(turns)])
+                            recipe.turns[r % len(recipe.turns)])
             if kind == "library":
                 drawn.append(self.library_row(rng, recipe.row, held_out))
             else:

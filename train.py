@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bench import answer
 from corpus import TASKS, Data, prepare, task_prompts
-from twotower import Router, TwoTower, TwoTowerConfig, write
+from twotower import Router, TwoTower, TwoTowerConfig, masked_cross_entropy, write
 
 # under torchrun: this process, its place on this machine, and how many there are
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
@@ -56,11 +56,13 @@ class Recipe:
     phase: int                      # 1: the context tower, next token; 2: the denoiser tower
     steps: int
     decay: float                    # share of the steps over which the learning rate falls
-    turns: tuple                    # (from this step on, whose turn it is in task rows)
+    turns: tuple                    # whose turn it is in task rows
     library_every: int              # one row in so many is library text
-    unaligned: float                # share of the task rows that begin with a prompt
+    unaligned: float                # share of the task rows whose answers begin anywhere in a block
     unprompted: float = 0.0         # share that have no prompts
-    restart: int = 0                # the learning rate starts again at this step, at half; or 0
+    mock_ar: float = 0.0            # share of the sequences that the denoiser also reads as AR does
+    stages: tuple = ()              # (step, other values from there on); one that gives a peak
+                                    # starts the learning rate again
     rows: int = 8                   # sequences a step
     row: int = 192                  # M, tokens a sequence
     block_size: int = 16
@@ -78,25 +80,32 @@ class Recipe:
     tied: bool = False              # one tower in both roles, also trained with AR loss
     timeless: bool = False          # t is 0 whatever it is
 
+    def at(self, step: int) -> Recipe:
+        """The recipe with what its stages have changed by this step."""
+        changes = [changes for first, changes in self.stages if first <= step]
+        return replace(self, **{name: value for one in changes for name, value in one.items()})
+
     def learning_rate(self, step: int) -> float:
-        """Warm-up, stable, decay (square root), as a function of the step; after a restart the
-        same again at half the rate."""
-        first, end, peak = 0, self.restart or self.steps, self.peak
-        if step >= end:
-            first, end, peak = end, self.steps, peak / 2
-        left = (end - step) / (self.decay * (end - first))
+        """Warm-up, stable, decay (square root), as a function of the step, from one restart to the
+        next."""
+        starts = [0, *(first for first, changes in self.stages if "peak" in changes)]
+        first = max(start for start in starts if start <= step)
+        end, now = min([start for start in starts if start > step] + [self.steps]), self.at(step)
+        left = (end - step) / (now.decay * (end - first))
         decay = max(self.floor, 1 - math.sqrt(max(0.0, 1 - left)))
-        return peak * min(1.0, (step - first + 1) / self.warm_up, decay)
+        return now.peak * min(1.0, (step - first + 1) / self.warm_up, decay)
 
 
-# what is still hard comes more often
+# what is hard comes more often
+WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=4800, decay=0.3, restart=4000, library_every=3, unaligned=0.5, turns=(
-        (0, tuple(TASKS)),
-        (4000, ("letter", "json", "class", "letter", "sort", "json", "letter", "class", "bill")))),
-    Recipe(2, steps=13000, decay=0.69, library_every=8, unaligned=0.2, unprompted=0.08, turns=(
-        (0, ("json", "sort", "bill", "class", "json", "sort", "bill", "class", "letter")),
-        (7000, ("json", "bill", "json", "class", "bill", "json", "sort", "json", "letter")))))
+    Recipe(1, steps=12000, decay=0.3, library_every=3, unaligned=0.5, turns=WORDS, stages=(
+        (4000, dict(peak=1.5e-3)),
+        (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
+                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))))),
+    Recipe(2, steps=12000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=0.25,
+           rows=4, row=384, turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort"), stages=(
+               (0, dict(block_size=32)), (3000, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -104,13 +113,13 @@ MODEL = dict(
     intermediate_size=256, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
     moe_shared_expert_intermediate_size=256, norm_topk_prob=True, routed_scaling_factor=1.0,
     initializer_range=0.05, max_position_embeddings=4096)
-SMOKE = tuple(replace(recipe, steps=steps, restart=0, rows=4, row=128, warm_up=10, every_file=16)
+SMOKE = tuple(replace(recipe, steps=steps, stages=(), rows=4, row=128, warm_up=10, every_file=16)
               for recipe, steps in zip(PHASES, (200, 100)))
 SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hidden_layers=3,
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 tied=False, timeless=False)
+                 mock_ar=0.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -260,13 +269,20 @@ class Trainer:
             if recipe.weight == "1/t":
                 loss = loss / per_token(t, tokens.shape[1])[masked].to(loss.device)
             found.append(loss)
+        if recipe.phase == 2 and recipe.mock_ar:
+            n = len(masked)
+            some = (seed + torch.arange(math.ceil(recipe.mock_ar * n))) % n
+            x, wanted = tokens[share][some], targets[share][some]
+            logits = self.model.diffusion_logits(x, x, None, 1)[:, :-1]
+            found.append(masked_cross_entropy(logits, x[:, 1:], wanted[:, 1:], "none"))
         if recipe.phase == 1 or recipe.tied:
             found.append(self.model.ar_loss(tokens[share], targets[share], reduction="none"))
         return found
 
     def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
         """The loss of a step, a scalar of which every process has its summand."""
-        recipe = replace(self.recipe, **PUBLISHED) if held_out else self.recipe
+        recipe = self.recipe.at(self.recipe.steps if held_out else step)
+        recipe = replace(recipe, **PUBLISHED) if held_out else recipe
         tokens, targets = self.data.batch(recipe, step, held_out, only)
         # no cache of cast weights: one cast in the frozen context's pass would have no gradient
         with torch.autocast(self.device.type, torch.bfloat16, self.autocast, cache_enabled=False):
@@ -302,7 +318,8 @@ class Trainer:
     def run(self, every: int = 0):
         """Train to the end of the phase, validating and saving every so many steps."""
         total, name = self.recipe.steps, f"phase {self.recipe.phase}"
-        tokens, every = self.recipe.rows * self.recipe.row, every or min(250, total // 2)
+        last, every = self.recipe.at(total), every or min(250, total // 2)
+        tokens = last.rows * last.row
         losses, start = [], time.perf_counter()
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not sys.stdout.isatty() or RANK > 0) as bar:
@@ -348,7 +365,7 @@ def compare_recipes(args: argparse.Namespace) -> list[dict]:
     batches; what it then writes is measured as `bench.py miniature` does."""
     (_, base), fields = (SMOKE, SMOKE_MODEL) if args.smoke else (PHASES, MODEL)
     steps, items = (8, 2) if args.smoke else (400, 500)
-    base = replace(base, steps=steps, warm_up=30)
+    base = replace(base, steps=steps, stages=(), warm_up=30)
     saved, context = read_checkpoint(args.out / "phase1.pt", "cpu"), build(base, fields)
     if json.dumps(asdict(context.config)) not in saved["made_with"]:
         raise ValueError(f"{args.out / 'phase1.pt'} is of another model")
