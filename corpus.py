@@ -20,6 +20,7 @@ import re
 import sysconfig
 import textwrap
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -280,6 +281,8 @@ class Data:
     train.py, says how many of each.
     """
 
+    kinds = ("library", *TASKS)
+
     def __init__(self, tokenizer: Tokenizer, every_file: int, seed: int):
         self.tokenizer, self.seed = tokenizer, seed
         self.eos = tokenizer.token_to_id(EOS)
@@ -313,11 +316,11 @@ class Data:
         # the item that did not fit is cut: what there is of it is learned all the same
         return torch.tensor(tokens[:recipe.row]), torch.tensor(targets[:recipe.row])
 
-    def batch(self, recipe, step: int, held_out: bool = False,
-              only: str | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, recipe, step: int, held_out: bool = False, only: str | None = None,
+              mine: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """tokens (rows, M) int64 and targets (rows, M) bool; the same for the same step.
 
-        only: a task, or "library", for all rows.
+        only: one of `kinds`, for all rows. mine: the rows wanted.
         """
         rng = random.Random(f"{self.seed} {recipe.phase} {step} {held_out}")
         drawn = []
@@ -330,4 +333,146 @@ class Data:
                 items = task_items(kind, str(rng.random()), held_out)
                 drawn.append(self.task_row(recipe, rng, items, held_out))
         tokens, targets = zip(*drawn)
-        return torch.stack(tokens), torch.stack(targets)
+        return torch.stack(tokens)[mine], torch.stack(targets)[mine]
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows of one's own text
+
+
+PIECE = 2**16                       # bytes: a text file is read as documents of about this size
+
+
+def documents(path: Path):
+    """(first byte, last byte + 1, CRC) of each document of a file: a line of JSONL, or a piece of
+    text that ends with a line. Raises: ValueError naming the line that is no such thing."""
+    start = end = crc = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and path.suffix == ".jsonl":
+                    parse_line(line)
+                line.decode()
+            except ValueError as error:
+                what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                raise ValueError(f"{path} line {number}: {what}") from None
+            end, crc = end + len(line), zlib.crc32(line, crc)
+            if path.suffix == ".jsonl" or end - start >= PIECE:
+                if line.strip():
+                    yield start, end, crc
+                start, crc = end, 0
+    if end > start:
+        yield start, end, crc
+
+
+def parse_line(line: bytes) -> tuple[str, str]:
+    """A prompt, empty for plain text, and what is to be learned."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    for names in (("text",), ("prompt", "answer")):
+        if isinstance(found, dict) and all(isinstance(found.get(name), str) for name in names):
+            return found.get("prompt", "") if len(names) > 1 else "", found[names[-1]]
+    raise ValueError('not an object with "text", or with "prompt" and "answer"')
+
+
+class Text:
+    """Rows of M tokens packed from documents of one's own files, each closed by an end token, and
+    which of them are targets: all of a text, of a prompt and its answer the answer.
+
+    Row r of every step reads on where it was, through the documents that are its own in an epoch: a
+    permutation by seed and epoch, dealt out in turn. So a process tokenises its rows alone, and
+    where a row stands, `cursor` (rows, 3) int64 (epoch, document, token), is a function of the step
+    however many processes there are. The next step's rows are made while this one's are used.
+
+    valid: the files held out; without them one document in 32, by its CRC, or else that of the
+    least CRC. Raises: ValueError for what cannot be read, or holds nothing.
+    """
+
+    kinds = ("text",)
+
+    def __init__(self, tokenizer: Tokenizer, eos: int, files: list[Path], valid: list[Path],
+                 seed: int):
+        self.tokenizer, self.eos, self.seed, self.paths = tokenizer, eos, seed, [*files, *valid]
+        digest, found = hashlib.sha256(tokenizer.to_str().encode()), []
+        for number, path in enumerate(self.paths):
+            own = [(number, *place) for place in documents(path)]
+            if not own:
+                raise ValueError(f"{path} holds no text")
+            found += own
+        places = torch.tensor(found)                            # (documents, 4)
+        self.digest = (digest.update(places.numpy().tobytes()), digest.hexdigest())[1]
+        held = places[:, 0] >= len(files)
+        if not valid:
+            held = places[:, 3] % 32 == 0
+            held[places[:, 3].argmin()] = True
+            if held.all():
+                raise ValueError(f"{files[0]} is a single document; give --valid another")
+        self.places = {side: places[held == side, :3] for side in (False, True)}
+        self.step, self.cursor, self.coming = 0, None, {}
+        self.worker = ThreadPoolExecutor(1)                     # tokenizers work without the GIL
+
+    @functools.lru_cache(maxsize=8)
+    def order(self, epoch: int, held_out: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
+        return torch.randperm(len(self.places[held_out]), generator=generator)
+
+    @functools.lru_cache(maxsize=256)
+    def document(self, number: int, held_out: bool) -> tuple[list[int], int]:
+        """Its ids, and how many of them are its prompt's."""
+        file, start, end = self.places[held_out][number].tolist()
+        with open(self.paths[file], "rb") as source:
+            source.seek(start)
+            content = source.read(end - start)
+        if self.paths[file].suffix != ".jsonl":
+            return [*self.tokenizer.encode(content.decode()).ids, self.eos], 0
+        prompt, text = parse_line(content)
+        before = self.tokenizer.encode(prompt).ids if prompt else []
+        after = self.tokenizer.encode(text, add_special_tokens=not prompt).ids
+        return [*before, *after, self.eos], len(before)
+
+    def row(self, r: int, rows: int, M: int, at: list[int], held_out: bool):
+        """The next M tokens of row r, which are targets, and where it then stands."""
+        (epoch, place, offset), tokens, targets = at, [], []
+        while len(tokens) < M:
+            order = self.order(epoch, held_out)
+            index = (r - epoch) % rows + place * rows           # each epoch deals to another first
+            if index >= len(order):
+                epoch, place = epoch + 1, 0
+                continue
+            ids, prompt = self.document(int(order[index]), held_out)
+            new = ids[offset:offset + M - len(tokens)]
+            tokens += new
+            targets += [token >= prompt for token in range(offset, offset + len(new))]
+            offset += len(new)
+            if offset == len(ids):
+                place, offset = place + 1, 0
+        return tokens, targets, [epoch, place, offset]
+
+    def read(self, rows: int, M: int, mine: slice, cursor: Tensor, held_out: bool):
+        drawn, cursor = [], cursor.clone()
+        for r in range(rows)[mine]:
+            *row, at = self.row(r, rows, M, cursor[r].tolist(), held_out)
+            drawn.append(row)
+            cursor[r] = torch.tensor(at)
+        tokens, targets = zip(*drawn)
+        return torch.tensor(tokens), torch.tensor(targets), cursor
+
+    def batch(self, recipe, step: int, held_out: bool = False, only: str | None = None,
+              mine: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """As of `Data`. Held-out rows begin at the same place whenever step is 0."""
+        start, read = torch.zeros(recipe.rows, 3, dtype=torch.long), (recipe.rows, recipe.row, mine)
+        if held_out:
+            for _ in range(step + 1):
+                tokens, targets, start = self.read(*read, start, True)
+            return tokens, targets
+        if self.cursor is None or self.step > step:
+            self.step, self.cursor, self.coming = 0, start, {}
+        while self.step <= step:                # all but once the next step is the one asked for
+            coming = self.coming.pop(self.step, None) or self.worker.submit(
+                self.read, *read, self.cursor, False)
+            tokens, targets, self.cursor = coming.result()
+            self.step += 1
+        self.coming = {self.step: self.worker.submit(self.read, *read, self.cursor, False)}
+        return tokens, targets
