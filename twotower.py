@@ -1145,11 +1145,9 @@ class TwoTower(Module):
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
         model.use(backend)              # refuses what cannot be had before a tensor is read
-        if context_device is None:
-            context_device = torch.get_default_device()
-        if denoiser_device is None:
-            denoiser_device = context_device
-        return model.fill(files, context_device, denoiser_device).use(backend)
+        first = torch.get_default_device() if context_device is None else context_device
+        second = first if denoiser_device is None else denoiser_device
+        return model.fill(files, first, second).use(backend)
 
     @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
@@ -1162,15 +1160,7 @@ class TwoTower(Module):
         with torch.device("meta"):
             model = cls(config, towers=towers)
             found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
-            expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
-                        for key, part in parts}
-            for key in sorted(expected.keys() | found):
-                path, shape, kind = found.get(key, (directory, None, None))
-                there = "missing" if shape is None else f"{kind} {shape}"
-                wanted = (f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else
-                          "nothing of that name")
-                require(shape is not None and shape == expected.get(key) and kind in DTYPES,
-                        f"{path}: tensor {key} is {there}, expected {wanted}")
+            check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
 
@@ -1178,51 +1168,55 @@ class TwoTower(Module):
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
         called with the bytes of each."""
-        tensors = self.state_dict()
-        for name, parts in checkpoint_tensors(self).items():
-            device = context_device if name.startswith("context_") else denoiser_device
-            tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
-            for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
-                # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
-                    part.copy_(file.get_tensor(key))
+        self.load_state_dict({name: torch.empty_like(
+            tensor, device=context_device if name.startswith("context_") else denoiser_device)
+            for name, tensor in self.state_dict().items()}, assign=True)
+        for key, part in checkpoint_tensors(self).items():
+            # opened anew for each tensor, so that pages already read do not stay mapped
+            with safe_open(files[key], "pt", device=str(part.device)) as file:
+                part.copy_(file.get_tensor(key))
             if on_load is not None:
-                on_load(tensor.nbytes)
-        self.load_state_dict(tensors, assign=True)
+                on_load(part.nbytes)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
-        """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-        No file is ever half-written; those of an older checkpoint are replaced or removed."""
-        directory = Path(directory)
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
+                        files: dict[str, bytes] | None = None):
+        """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
+        `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
+        any time, it leaves the older one, the new one, or one that does not load. What two modules
+        share is written for each. Raises: ValueError for tensors that would not load again; OSError
+        if writing fails."""
+        directory, parts, shards, size = Path(directory), checkpoint_tensors(self), [{}], 0
+        with torch.device("meta"):
+            like = TwoTower(self.config, towers="both" if self.denoiser_tower else "context")
+        check_tensors(like, {key: ("this model", list(part.shape), part.dtype)
+                             for key, part in parts.items()}, "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
         require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
                 "which a context tower alone must not replace; save it elsewhere")
-        shards, size = [{}], 0
-        for key, part in (pair for parts in checkpoint_tensors(self).values() for pair in parts):
+        for key, part in parts.items():
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
                 shards.append({})
                 size = part.nbytes
-            shards[-1][key] = part.contiguous()
+            shards[-1][key] = part
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-        files = {"config.json": dataclasses.asdict(self.config) | {
+        made = {"config.json": dataclasses.asdict(self.config) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
-            total = sum(part.nbytes for shard in shards for part in shard.values())
-            files[INDEX] = {
-                "metadata": {"total_size": total},
+            made[INDEX] = {
+                "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        for name, value in files.items():
-            write(directory / name, lambda path: path.write_text(
-                json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-        for path in old:
-            if path.name not in (*names, *files):
-                path.unlink()
+        made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
+        saves = {name: lambda path, content=content: path.write_bytes(content)
+                 for name, content in (made | (files or {})).items()}
+        for name, shard in zip(names, shards):
+            saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
+                {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
+                path, {"format": "pt"})
+        write({directory / name: save for name, save in saves.items()}, old)
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
@@ -1255,7 +1249,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
     """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus: the
     most likely tokens, up to and including the one that takes their total past top_p."""
-    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / temperature     # cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -1654,13 +1648,15 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 # Checkpoint files
 
 INDEX = "model.safetensors.index.json"
-CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+PARTIAL = ".partial"                # ends the name of a file that is being written
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_json(path: Path) -> dict:
-    require(path.is_file(), f"{path} is missing")
+    partial = path.with_name(path.name + PARTIAL).exists()
+    check_file(path, ": saving was interrupted; save again" * partial)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1669,25 +1665,62 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write(path: Path, save: Callable[[Path], None]):
-    """Write a file under another name first, so that it is never half-written."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+def check_file(path: Path, cause: str = ""):
+    """Raise where there is no file, or only what stands for one that was not downloaded."""
+    require(path.is_file(), f"{path} is missing{cause}" if not path.is_symlink() else
+            f"{path} is a link to nothing: its download did not end; download it again")
+    with path.open("rb") as file:
+        require(file.read(23) != b"version https://git-lfs", f"{path} is a Git LFS pointer: the "
+                "file itself was not downloaded; run git lfs pull, or download it")
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
-    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
-    return {name: [(name.replace(".experts.", f".experts.{e}."), part)
-                   for e, part in enumerate(tensor)] if ".mixer.experts." in name else
-            [(name, tensor)] for name, tensor in model.state_dict().items()}
+def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
+    """Write files, and remove old ones, as one: each is first saved under another name; then the
+    first, without which a reader takes none, is removed, and it comes back last."""
+    partial = {path: path.with_name(path.name + PARTIAL) for path in files}
+    first, *others = files
+    try:
+        for path, save in files.items():
+            save(partial[path])
+            partial[path].chmod(partial[first].stat().st_mode)      # save_file's own is 0600
+    except BaseException as error:
+        for unfinished in partial.values():
+            unfinished.unlink(missing_ok=True)
+        raise OSError(f"writing {path} failed: {error}") if isinstance(error, Exception) else error
+    if others:
+        first.unlink(missing_ok=True)
+    for path in {*old} - {*files, *partial.values()}:
+        path.unlink()
+    for path in (*others, first):
+        os.replace(partial[path], path)
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model, by name: of stacked experts the weight of each. What a
+    wrapper, such as torch.compile's, adds to names is left out."""
+    return {key.replace(".mixer.experts.", f".mixer.experts.{e}."): part
+            for name, tensor in model.state_dict().items()
+            for key in [re.sub(r"\b(_orig_mod|module)\.", "", name)]
+            for e, part in enumerate(tensor if ".mixer.experts." in key else [tensor])}
+
+
+def check_tensors(model: nn.Module, found: dict[str, tuple], where):
+    """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
+    expected = {key: list(part.shape) for key, part in checkpoint_tensors(model).items()}
+    for key in sorted(expected.keys() | found):
+        path, shape, kind = found.get(key, (where, None, None))
+        there = "missing" if shape is None else f"{kind} {shape}"
+        wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
+        known = kind in (*DTYPES, *DTYPES.values())
+        require(known and shape is not None and shape == expected.get(key),
+                f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
 def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for names that begin with one of `unread`; of a broken promise without shape."""
     index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
-    if index.exists():
+    if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
         for key, name in weight_map.items():
@@ -1696,7 +1729,7 @@ def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Pa
             if not key.startswith(unread):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
-        require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
+        check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
                 for key in (key for key in file.keys() if not key.startswith(unread)):
@@ -1713,13 +1746,12 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    for name, parts in checkpoint_tensors(model).items():
-        dtypes = {dtype or found[key]: key for key, _ in parts}
-        own = next(iter(dtypes))
+    for key, own in found.items():
+        own, name = dtype or own, re.sub(r"\.experts\.\d+", ".experts", key)
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
-            keys = dtypes | keys
+            keys.setdefault(own, key)
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
