@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
-                      Written, require)
+                      Written, eos_ids, require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -237,20 +237,20 @@ class Row:
     context_passes: int = 0
     stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
 
-    def take(self, written: Written, tokenizer: Tokenizer, eos: int | None, stops: list[str]):
+    def take(self, written: Written, tokenizer: Tokenizer, eos: list[int], stops: list[str]):
         """Add new tokens, up to a stop string."""
         self.nfe, self.context_passes = written.nfe, written.context_passes
         for token in written.new:
             self.tokens.append(token)
-            if token != eos:                        # the last one, or inside a template
+            if token not in eos:                    # the last one, or inside a template
                 self.text += self.stream.step(tokenizer, token) or ""
                 found = [self.text.index(stop) for stop in stops if stop in self.text]
                 if found:
                     self.text, self.ended = self.text[:min(found)], "stop"
                     return
         if written.ended:
-            self.ended = "eos" if self.tokens[-1] == eos else "length"
-            whole = tokenizer.decode([token for token in self.tokens if token != eos])
+            self.ended = "eos" if self.tokens[-1] in eos else "length"
+            whole = tokenizer.decode([token for token in self.tokens if token not in eos])
             if whole.startswith(self.text):         # with what the last bytes left unfinished
                 self.text = whole
 
@@ -444,7 +444,7 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
 class Output:
     """Takes what a model reports, and writes the trace and, in the order of the input, results."""
 
-    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: int | None, mask_id: int | None,
+    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: list[int], mask_id: int | None,
                  many: bool, keep: int):
         """keep: bytes of --output that an earlier run has written."""
         self.tokenizer, self.eos, self.mask_id, self.stops = tokenizer, eos, mask_id, args.stop
@@ -671,8 +671,8 @@ def run(args: Namespace) -> int:
     if args.plan:
         return 0
     model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
-    output = Output(args, tokenizer, model.config.eos_token_id, knobs.get("mask_token_id"),
-                    len(prompts) > 1, keep)
+    eos = eos_ids(model.config.eos_token_id, model.config.vocab_size)
+    output = Output(args, tokenizer, eos, knobs.get("mask_token_id"), len(prompts) > 1, keep)
     start, columns = perf_counter(), (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress("loading", *columns, console=Console(stderr=True), transient=True,
                   disable=not sys.stderr.isatty()) as bar:

@@ -32,6 +32,7 @@ import weakref
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,10 +209,43 @@ def test_config_files(tmp_path):
     assert TwoTowerConfig(time_step_limit=None) == TwoTowerConfig(time_step_limit=[0.0, math.inf])
 
 
+def test_config_files_in_other_words(tmp_path):
+    """What transformers 5 writes and what the older members of the family lack; we write neither
+    Infinity nor any other word that is not JSON's, and read what we write."""
+    other = dict(TINY, time_step_limit=[0.05, {"__float__": "Infinity"}], eos_token_id=[2, 11],
+                 layers_block_type="linear_attention moe full_attention mlp mamba moe".split(),
+                 attention_head_dim=TINY["head_dim"], moe_latent_size=None, n_group=None)
+    for name in ("hybrid_override_pattern", "num_hidden_layers", "head_dim"):
+        del other[name]
+    read = TwoTowerConfig.from_dict(other)
+    assert read == TwoTowerConfig(**TINY, time_step_limit=(0.05, math.inf), eos_token_id=[2, 11])
+    assert TwoTowerConfig.from_dict(other | dict(layers_block_type=["attention"])
+                                    ).hybrid_override_pattern == "*"
+    refuses("hybrid_override_pattern is 'Mconv', but it must be M (Mamba-2)",
+            TwoTowerConfig.from_dict, other | dict(layers_block_type=["mamba", "conv"]))
+    moe = [name for name in TINY if "expert" in name or name.startswith(("moe", "norm", "routed"))]
+    dense = {name: value for name, value in TINY.items() if name not in moe}
+    assert len(moe) == 6
+    dense |= dict(hybrid_override_pattern="M-*-M-", mamba_head_dim=np.int64(80))
+    assert TwoTowerConfig.from_dict(dense).d_inner == 320
+
+    def strict(word):
+        raise AssertionError(f"{word} is not JSON")
+    for config in (read, TwoTowerConfig(), TwoTowerConfig.from_dict(dense)):
+        written = json.loads(json.dumps(config.to_dict()), parse_constant=strict)
+        assert TwoTowerConfig.from_dict(written) == config
+        assert ("time_step_limit" in written) == (config is read)
+    json.loads((MINIATURE / "config.json").read_text(), parse_constant=strict)
+    numbers = dict(hidden_size=np.int64(32), routed_scaling_factor=np.float32(2.5),
+                   time_step_limit=np.array([0.0, math.inf]), eos_token_id=np.array([2, 5]))
+    assert TwoTowerConfig(**TINY | numbers) == TwoTowerConfig(**TINY, eos_token_id=[2, 5])
+
+
 def test_config_rules_at_their_edges():
     """What is still possible, and what no longer is."""
     for fields in (dict(n_group=4, topk_group=4), dict(num_experts_per_tok=8), dict(chunk_size=1),
                    dict(eos_token_id=None, bos_token_id=0, pad_token_id=63),
+                   dict(eos_token_id=[0, 63], bos_token_id=64, pad_token_id=-1),
                    dict(time_step_min=0.1), dict(time_step_limit=(0.3, 0.3)),
                    dict(layer_norm_epsilon=1)):
         assert dataclasses.asdict(TwoTowerConfig(**TINY | fields)).items() >= fields.items()
@@ -228,8 +262,8 @@ def test_config_rules_at_their_edges():
             ("mlp_hidden_act", "only relu2 is supported", "gelu"),
             ("mamba_hidden_act", "only silu is supported", "gelu"),
             ("tie_word_embeddings", "only False is supported", True),
-            ("bos_token_id", "it must be an id below vocab_size 64", 64, -1, 2.0),
-            ("mask_token_id", "it must be an id", 64), ("mask_token_id", "decoding needs", None),
+            ("eos_token_id", "it must be ids in [0, 64)", 64, -1, 2.0, [2, 64], "2", True),
+            ("mask_token_id", "it must be an id in [0, 64)", 64, -1, None, 2.0, [3]),
             ("time_step_limit", "it must be [low, high]", (0.1,), (0, 1, 2), (-1, 1), (0, math.nan),
              (0, True), (0.3, 0.1), "none")):
         for bad in values:
@@ -1101,6 +1135,9 @@ def test_length_eos_and_top(mode, monkeypatch):
     for n in (1, 7, 8, 9, 25):
         assert generate(n) == long[:n]
     assert generate(40, eos_token_id=long[11]) == long[:long.index(long[11]) + 1]
+    for eos in ([long[30], long[11]], np.array([long[30], 5, long[11]])):
+        end = 1 + min(i for i, token in enumerate(long) if token in list(eos))
+        assert generate(np.int64(40), eos_token_id=eos) == long[:end]
     assert MASK not in long or mode != "generate_mask_diffusion"
     hot = functools.partial(generate, 16, temperature=5.0, seed=0)
     assert hot(top_k=1) == hot(top_p=1e-6) == long[:16] != hot()
@@ -1344,7 +1381,7 @@ def test_bad_arguments():
                               ("max_new_tokens is None, but it must be", [[5], None])):
         refuses(message, model.generate_mask_diffusion, [one[0]] * 2, template=template)
     refuses(f"5000 {too_many}", diffusion, 8, block_size=5000)
-    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, 4]),
+    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, -1], 2.0),
                           ("top_k", 0), ("top_p", 1.5, 0), ("seed", -1, [1.5], [1, 2]),
                           ("block_size", 0, 8.0), ("steps_per_block", 0), ("mask_token_id", 128),
                           ("confidence_threshold", math.nan)):
@@ -1902,8 +1939,9 @@ def test_sample_prints_what_the_model_writes(mode, knobs):
 
 
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
-def test_sample_stops(mode):
-    """Before EOS, or the first stop string, of which nothing is shown while it comes."""
+def test_sample_stops(mode, tmp_path):
+    """Before EOS, any of several, or the first stop string, of which nothing is shown while it
+    comes."""
     new = written(mode, LETTER, 128)
     text = tokenizer().decode(new[:-1])
     assert new[-1] == 2 and len(new) % 16               # EOS, within a block
@@ -1918,6 +1956,11 @@ def test_sample_stops(mode):
         assert tokens == new[:len(tokens)] and (tokens == new) == (not stops)
         before = tokenizer().decode(tokens[:-1])        # no token but the last completes a stop
         assert not any(stop in before for stop in stops)
+    config(eos_token_id=[2, new[9]])(directory := copy_checkpoint(tmp_path, MINIATURE))
+    result, = results_of(sample(*flags, "--json", directory=directory).stdout)
+    end = new.index(new[9])
+    assert (result["tokens"], result["ended"]) == (new[:end + 1], "eos")
+    assert result["text"] == tokenizer().decode(new[:end])
 
 
 def test_sample_is_seeded():

@@ -54,6 +54,10 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 # Configuration
 
+LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*",
+               "moe": "E", "mlp": "-"}                  # transformers 5's layers_block_type
+INFINITY = {"__float__": "Infinity"}                    # and what its JSON has for that
+
 
 @dataclass
 class TwoTowerConfig:
@@ -98,24 +102,32 @@ class TwoTowerConfig:
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
     max_position_embeddings: int = 262144               # longest sequence; there are no positions
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    bos_token_id: int | None = 1                        # read by nothing, nor is pad_token_id
+    eos_token_id: int | list[int] | None = 2            # any of several ends a text
     pad_token_id: int | None = 0
     mask_token_id: int | None = 3                       # a convention, not in the released file
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            setattr(self, name, plain(value))
         limit = (0.0, math.inf) if self.time_step_limit is None else self.time_step_limit
         self.time_step_limit = tuple(limit) if isinstance(limit, list) else limit
         check_config(self)
 
     @classmethod
     def from_dict(cls, given: dict) -> TwoTowerConfig:
-        """What config.json holds; fields that the model does not use are ignored. Raises:
-        ValueError naming the field that is missing or impossible."""
+        """What config.json holds, in either spelling; fields that the model does not use are
+        ignored. Raises: ValueError naming the field that is missing or impossible."""
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in names[:names.index("n_group")]:
-            require(name in given, f"config: field {name!r} is missing")
-        return cls(**{name: given[name] for name in names if name in given})
+        given = {"head_dim": given.get("attention_head_dim")} | given
+        if isinstance(kinds := given.get("layers_block_type"), list):
+            pattern = "".join(LAYER_KINDS.get(str(kind), str(kind)) for kind in kinds)
+            given |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(kinds)}
+        moe = "E" in str(given.get("hybrid_override_pattern"))
+        for name in names[:names.index("n_group" if moe else "n_routed_experts")]:
+            require(given.get(name) is not None, f"config: field {name!r} is missing")
+        return cls(**{name: given[name] for name in names if name in given
+                      and (given[name] is not None or name == "eos_token_id")})
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
@@ -125,6 +137,13 @@ class TwoTowerConfig:
             return cls.from_dict(given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict:
+        """What config.json is to hold: strict JSON, with infinity as transformers 5 writes it."""
+        fields = dataclasses.asdict(self)
+        low, high = fields.pop("time_step_limit")
+        high = INFINITY if high == math.inf else high
+        return fields | ({} if (low, high) == (0, INFINITY) else {"time_step_limit": [low, high]})
 
     @property
     def d_inner(self) -> int:
@@ -1112,7 +1131,7 @@ class TwoTower(Module):
                        mask_token_id, confidence_threshold, **options)
         going = run.append(run.next_token(run.prefill(run.prompts), report=False))
         run.block_index, place = 0, torch.arange(draft_length)
-        eos = -1 if run.eos_token_id is None else run.eos_token_id      # -1: no token
+        eos = torch.tensor(run.eos_token_ids, dtype=torch.long)
         while going:
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
@@ -1120,7 +1139,7 @@ class TwoTower(Module):
             left = torch.tensor([run.left[row] for row in run.live])                     # (R,)
             block = run.denoise_block(block, masked, place < left[:, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
-            right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
+            right = (block[:, 1:] == ids[:, :-1]) & ~torch.isin(ids[:, :-1], eos)
             kept = (1 + right.long().cumprod(1).sum(1)).minimum(left)                    # (R,)
             run.check_finite(confidence, place < kept[:, None])
             run.context.settle(kept)
@@ -1203,7 +1222,7 @@ class TwoTower(Module):
             shards[-1][key] = part
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        made = {"config.json": dataclasses.asdict(self.config) | {
+        made = {"config.json": self.config.to_dict() | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             made[INDEX] = {
@@ -1348,7 +1367,7 @@ class Decoding:
         prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
         block_size .. template: see `generate_mask_diffusion`.
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
-        eos_token_id: ends a row; None never stops early.
+        eos_token_id: ends a row, as any of several does; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
             seed gives a row the same text whatever stands beside it. None takes torch's.
         on_step: called with a `Step` after every denoiser pass, or AR token.
@@ -1360,7 +1379,7 @@ class Decoding:
                  temperature: float = 0.0, block_size: int = 1, steps_per_block: int = 1,
                  mask_token_id: int | None = None, confidence_threshold: float = 0.8,
                  template: Sequence | None = None, *, top_k: int | None = None,
-                 top_p: float | None = None, eos_token_id: int | None = None,
+                 top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None,
                  seed: int | Sequence[int] | None = None,
                  on_step: Callable[[Step], None] | None = None,
                  on_tokens: Callable[[Written], bool | None] | None = None):
@@ -1369,14 +1388,15 @@ class Decoding:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.block_size, self.steps_per_block = block_size, steps_per_block
         self.mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
-        self.confidence_threshold, self.eos_token_id = confidence_threshold, eos_token_id
+        self.confidence_threshold = confidence_threshold
+        self.eos_token_ids = eos_ids(eos_token_id, model.config.vocab_size)
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
         # of each row what is still to come: the tokens of its template, and how many at most in all
         self.templates = check_templates(template, rows, model.config)
         self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = int(torch.randint(2**62, ())) if seed is None else plain(seed)
         seeds = check_rows(seed, "seed", 0, rows)
         seeds = seeds if isinstance(seed, Sequence) else range(seed, seed + rows)
         self.seeds = torch.tensor([one % 2**63 for one in seeds])                    # (B,)
@@ -1483,8 +1503,9 @@ class Decoding:
         for r, row in enumerate(self.live):
             ids, template = new[r][:self.left[row]].tolist(), len(self.templates[row])
             ended = len(ids) == self.left[row]
-            if self.eos_token_id in ids[template:]:
-                ids, ended = ids[:ids.index(self.eos_token_id, template) + 1], True
+            ends = [i for i in range(template, len(ids)) if ids[i] in self.eos_token_ids]
+            if ends:
+                ids, ended = ids[:ends[0] + 1], True
             self.templates[row] = self.templates[row][len(ids):]
             self.left[row] -= len(ids)
             self.texts[row] += ids
@@ -1511,6 +1532,23 @@ def require(ok: bool, message: str):
         raise ValueError(message)
 
 
+def plain(value):
+    """Numbers of NumPy and torch, and transformers 5's infinity, as Python's; in lists too."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value))
+    return math.inf if value == INFINITY else value
+
+
+def eos_ids(given: int | Sequence[int] | None, V: int, name: str = "eos_token_id") -> list[int]:
+    """The ids that end a text: none, one or several."""
+    ids = plain(given)
+    ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
+    require(all(type(one) is int and 0 <= one < V for one in ids),
+            f"{name} is {given!r}, but it must be ids in [0, {V}), one or several, or None")
+    return ids
+
+
 def check_config(c: TwoTowerConfig):
     """Raise for the first field that breaks its rule."""
     def check(name: str, holds: bool, rule: str):
@@ -1522,10 +1560,8 @@ def check_config(c: TwoTowerConfig):
         "bool": (lambda v: type(v) is bool, "true or false"),
         "str": (lambda v: type(v) is str, "text"),
         "tuple[float, float]": (lambda v: type(v) is tuple and {*map(type, v)} <= {int, float} and
-                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
-        "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
-                       f"an id below vocab_size {c.vocab_size}")}
-    for field in dataclasses.fields(c):
+                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high")}
+    for field in dataclasses.fields(c)[:-4]:                # the ids are the last four
         holds, what = types[field.type]
         check(field.name, holds(getattr(c, field.name)), f"it must be {what}")
     for name, other in (("num_attention_heads", "num_key_value_heads"),
@@ -1538,12 +1574,15 @@ def check_config(c: TwoTowerConfig):
         check(name, getattr(c, name) <= most, f"{other} is {most}")
     for name, only in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu"),
                        ("tie_word_embeddings", False)):
-        check(name, getattr(c, name) == only, f"only {only} is supported")
+        check(name, getattr(c, name) == only, f"only {only} is supported"
+              + "; write lm_head.weight apart from the embeddings" * (name[:3] == "tie"))
     pattern, layers = c.hybrid_override_pattern, c.num_hidden_layers
     check("hybrid_override_pattern", set(pattern) <= set("M*E-") and len(pattern) == layers,
           f"it must be M (Mamba-2), * (attention), E (MoE) or - (MLP) for each of {layers} layers")
     check("n_group", c.n_group == 1 or c.n_routed_experts >= 2 * c.n_group, "each needs 2 experts")
-    check("mask_token_id", c.mask_token_id is not None, "decoding needs one")
+    eos_ids(c.eos_token_id, V := c.vocab_size, "config: eos_token_id")
+    check("mask_token_id", type(c.mask_token_id) is int and 0 <= c.mask_token_id < V,
+          f"it must be an id in [0, {V})")
 
 
 def check_ids(ids, name: str, config: TwoTowerConfig, shape: tuple = (None, None)) -> Tensor:
@@ -1576,7 +1615,7 @@ def check_length(length: int, config: TwoTowerConfig):
 
 
 def check_positive(value: int, name: str):
-    require(type(value) is int and value > 0,
+    require(type(plain(value)) is int and value > 0,
             f"{name} is {value!r}, but it must be a positive integer")
 
 
@@ -1603,19 +1642,16 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
             ("top_k", lambda v: v is None or v >= 1, "1 or more"),
             ("top_p", lambda v: v is None or 0 < v <= 1, "in (0, 1]"),
             ("confidence_threshold", lambda v: v >= 0, "0 or more"),
-            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})"),
-            ("eos_token_id", lambda v: v is None or type(v) is int and 0 <= v < V,
-             f"one id in [0, {V}), or None")):
-        value = getattr(run, name)
+            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})")):
+        value = plain(getattr(run, name))
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
 def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int]]:
     """The ids of each row's template, none where there is no template."""
     rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
-    require(template is None or isinstance(template, Sequence | Tensor), rule)
-    one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
-                               all(isinstance(token, int) for token in template))
+    require((template := plain(template)) is None or isinstance(template, Sequence), rule)
+    one = template is None or all(isinstance(token, int) for token in template)
     templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
     return [[] if ids is None else check_ids(ids, f"template {row}", config, (None,)).tolist()
@@ -1637,7 +1673,7 @@ def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int
 
 def check_rows(value, name: str, least: int, rows: int) -> list[int]:
     """One integer of `least` or more for each row: those given, or the one given."""
-    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    values = list(value) if isinstance(value := plain(value), Sequence) else [value] * rows
     require(len(values) == rows and all(type(v) is int and v >= least for v in values), f"{name} "
             f"is {value!r}, but it must be an integer of {least} or more, for all or for each of "
             f"{rows} prompts")
