@@ -615,9 +615,11 @@ class Mamba2(Module):
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
         """The state before the first token: zeros."""
-        c, zeros = self.config, self.in_proj.weight.new_zeros
-        ssm = zeros(rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
-        return MambaState(zeros(rows, c.conv_kernel - 1, c.conv_dim), wide(ssm))
+        c, weight = self.config, self.in_proj.weight        # whose new_zeros FSDP would shard
+        conv, ssm = (torch.zeros(rows, *shape, dtype=weight.dtype, device=weight.device)
+                     for shape in ((c.conv_kernel - 1, c.conv_dim),
+                                   (c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)))
+        return MambaState(conv, wide(ssm))
 
     def forward(self, x: Tensor, state: MambaState, at: Pass) -> Tensor:
         """x (b, L, D) -> (b, L, D). at.keep: "end" updates the state in place, "blocks" replaces
@@ -668,7 +670,8 @@ class Attention(Module):
     def empty_state(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens a row."""
         shape = (rows, self.config.num_key_value_heads, capacity, self.config.head_dim)
-        return KVCache(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape))
+        return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                         for weight in (self.k_proj.weight, self.v_proj.weight)))
 
     def forward(self, x: Tensor, cache: KVCache, at: Pass) -> Tensor:
         """x (B, L, D) -> (B, L, D): queries of the new tokens over the slots that `at` lets them
