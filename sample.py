@@ -37,8 +37,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
-                      Written, eos_ids, require)
+from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written, eos_ids,
+                      require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -329,8 +329,8 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        wanted += sorted({file for key, file in shards.items()      # only those that are needed
-                          if towers == "both" or not key.startswith(DENOISER_KEYS)})
+        skip = unread(shards, towers)               # only those that are needed
+        wanted += sorted({file for key, file in shards.items() if not key.startswith(skip)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
         raise ValueError(
@@ -653,8 +653,9 @@ def run(args: Namespace) -> int:
     towers = "both" if args.mode in DENOISING else "context"
     directory = fetch(args.checkpoint, towers, args.plan)
     tokenizer = load_tokenizer(directory) if prompts else None
-    model, files = TwoTower.skeleton(directory, towers=towers,
-                                     dtype=args.dtype and getattr(torch, args.dtype))
+    model, files = TwoTower.skeleton(
+        directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
+        layout="any" if towers == "context" else "released")
     knobs = choose_knobs(args, model.config)
     settings = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),

@@ -123,6 +123,8 @@ class TwoTowerConfig:
         if isinstance(kinds := given.get("layers_block_type"), list):
             pattern = "".join(LAYER_KINDS.get(str(kind), str(kind)) for kind in kinds)
             given |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(kinds)}
+        require(given.get("moe_latent_size") is None, "config: moe_latent_size is "
+                f"{given.get('moe_latent_size')!r}, but experts of a latent size are not supported")
         moe = "E" in str(given.get("hybrid_override_pattern"))
         for name in names[:names.index("n_group" if moe else "n_routed_experts")]:
             require(given.get(name) is not None, f"config: field {name!r} is missing")
@@ -138,9 +140,12 @@ class TwoTowerConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_dict(self) -> dict:
-        """What config.json is to hold: strict JSON, with infinity as transformers 5 writes it."""
-        fields = dataclasses.asdict(self)
+    def to_dict(self, layout: str = "released") -> dict:
+        """What config.json is to hold: strict JSON, with infinity as transformers 5 writes it; for
+        a "backbone" also what transformers and vLLM ask for."""
+        fields = dataclasses.asdict(self) | ({} if layout == "released" else {
+            "model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
+            "n_shared_experts": 1})
         low, high = fields.pop("time_step_limit")
         high = INFINITY if high == math.inf else high
         return fields | ({} if (low, high) == (0, INFINITY) else {"time_step_limit": [low, high]})
@@ -1049,6 +1054,14 @@ class TwoTower(Module):
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
 
+    @torch.no_grad()
+    def open_gates(self):
+        """Make shift 0, scale 0 and gate 1, at first whatever t is: a denoiser that is a copy then
+        computes what the context tower does. Not as published."""
+        self.t_block[1].weight.zero_()
+        for table in self.scale_shift_tables:
+            table.copy_(torch.eye(3)[2, :, None].expand_as(table))
+
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
     @torch.inference_mode()
@@ -1151,7 +1164,8 @@ class TwoTower(Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch") -> TwoTower:
+                        towers: str = "both", backend: str = "torch",
+                        layout: str = "released") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Names and shapes are checked against the headers before any tensor is read; each tensor then
@@ -1159,10 +1173,11 @@ class TwoTower(Module):
 
         Args: context_device, denoiser_device: None is torch's default device, and the context's;
             dtype: None keeps each tensor's own; the router is float32 at least in any case;
-            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`.
+            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`;
+            layout: "backbone" does what `from_backbone` does.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
-        model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
+        model, files = cls.skeleton(directory, dtype=dtype, towers=towers, layout=layout)
         model.use(backend)              # refuses what cannot be had before a tensor is read
         if context_device is None:
             context_device = torch.get_default_device()
@@ -1171,18 +1186,48 @@ class TwoTower(Module):
         return model.fill(files, context_device, denoiser_device).use(backend)
 
     @classmethod
+    def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
+                      **options) -> TwoTower:
+        """Start from a single-tower checkpoint of the Nemotron-H family, as Hugging Face holds it:
+        both towers are what it holds, the time conditioning is fresh.
+
+        Args: gate: "copy" begins with `open_gates`; options: those of `from_pretrained`.
+        Weights of multi-token prediction, `mtp.*`, are not read: the tower is the same without.
+        Raises: ValueError as `from_pretrained` does.
+        """
+        require(gate in ("published", "copy"),
+                f"gate is {gate!r}, but it must be 'published' or 'copy'")
+        model = cls.from_pretrained(directory, layout="backbone", **options)
+        if gate == "copy" and model.denoiser_tower is not None:
+            model.open_gates()
+        return model
+
+    @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
+                 towers: str = "both", layout: str = "released"
+                 ) -> tuple[TwoTower, dict[str, tuple[Path, str, int | None]]]:
         """What `from_pretrained` would load, without data: a model on the meta device, with the
-        shapes and dtypes it would have, and the file of every tensor of the checkpoint."""
+        shapes and dtypes it would have, and for its tensors by their released names the file, the
+        name there and the number in a stack of experts. layout: "released", "backbone" or "any".
+        """
         directory = Path(directory)
         require(directory.is_dir(), f"{directory} is not a directory")
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
-            expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
-                        for key, part in parts}
+            found = read_headers(directory, towers)
+            tower = backbone_of(found)
+            require(tower is None or layout != "released", f"{directory} holds a backbone, one "
+                    f"tower ({tower}*) and no denoiser: TwoTower.from_backbone loads it, python "
+                    f"train.py --backbone {directory} --data FILE trains a denoiser for it")
+            require(tower is not None or layout != "backbone", f"{directory} holds no backbone "
+                    "(backbone.* or model.*); TwoTower.from_pretrained loads two towers")
+            shapes = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
+                      for key, part in parts}
+            names = file_names(shapes, found)
+            expected = {name: shapes[key] if number is None else
+                        [config.n_routed_experts, *shapes[key]]
+                        for key, (name, number) in names.items()}
             for key in sorted(expected.keys() | found):
                 path, shape, kind = found.get(key, (directory, None, None))
                 there = "missing" if shape is None else f"{kind} {shape}"
@@ -1190,46 +1235,67 @@ class TwoTower(Module):
                           "nothing of that name")
                 require(shape is not None and shape == expected.get(key) and kind in DTYPES,
                         f"{path}: tensor {key} is {there}, expected {wanted}")
-            set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
-        return model, {key: path for key, (path, _, _) in found.items()}
+            first = names["context_tower.embeddings.weight"]    # whose dtype what is fresh takes
+            set_dtypes(model, {key: DTYPES[found[names.get(key, first)[0]][2]] for key in shapes},
+                       dtype)
+        return model, {key: (found[name][0], name, number) for key, (name, number) in names.items()}
 
-    def fill(self, files: dict[str, Path], context_device, denoiser_device,
+    def fill(self, files: dict[str, tuple[Path, str, int | None]], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
-        called with the bytes of each."""
+        called with the bytes of each. Time conditioning that they lack is initialised."""
         tensors = self.state_dict()
         for name, parts in checkpoint_tensors(self).items():
             device = context_device if name.startswith("context_") else denoiser_device
             tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
             for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
-                # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
-                    part.copy_(file.get_tensor(key))
+                if key in files:
+                    path, key, number = files[key]
+                    # opened anew for each, so that pages already read do not stay mapped
+                    with safe_open(path, "pt", device=str(tensor.device)) as file:
+                        part.copy_(file.get_tensor(key) if number is None else
+                                   file.get_slice(key)[number])
             if on_load is not None:
                 on_load(tensor.nbytes)
         self.load_state_dict(tensors, assign=True)
+        if self.denoiser_tower is not None and "t_block.1.weight" not in files:
+            self.t_embedder.apply(self._initialise)
+            self.t_block.apply(self._initialise)
+            for table in self.scale_shift_tables:
+                nn.init.normal_(table, std=self.config.hidden_size ** -0.5)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9, *,
+                        towers: str = "both", layout: str = "released"):
         """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-        No file is ever half-written; those of an older checkpoint are replaced or removed."""
-        directory = Path(directory)
+        No file is ever half-written; those of an older checkpoint are replaced or removed.
+
+        Args: towers: "context" leaves the denoiser out; layout: with that, "backbone" writes what
+            `from_backbone`, transformers and vLLM read.
+        """
+        directory, context = Path(directory), towers == "context" or self.denoiser_tower is None
+        require(towers in ("both", "context") and layout in ("released", *["backbone"] * context),
+                f"towers {towers!r} of layout {layout!r} cannot be written; it must be 'both' or "
+                "'context' of 'released', or 'context' of 'backbone'")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
+        require(not old or not context, f"{directory} holds a checkpoint, "
                 "which a context tower alone must not replace; save it elsewhere")
+        parts = {key: part for parts in checkpoint_tensors(self).values() for key, part in parts
+                 if not context or key.startswith("context_")}
+        names = file_names(parts, ["backbone."] if layout == "backbone" else [])
         shards, size = [{}], 0
-        for key, part in (pair for parts in checkpoint_tensors(self).values() for pair in parts):
+        for key, part in parts.items():
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
                 shards.append({})
                 size = part.nbytes
-            shards[-1][key] = part.contiguous()
+            shards[-1][names[key][0]] = part.contiguous()
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
             write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-        files = {"config.json": self.config.to_dict() | {
+        files = {"config.json": self.config.to_dict(layout) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             total = sum(part.nbytes for shard in shards for part in shard.values())
@@ -1691,7 +1757,8 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -1719,23 +1786,54 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
             [(name, tensor)] for name, tensor in model.state_dict().items()}
 
 
-def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
+def backbone_of(names) -> str | None:
+    """How a single-tower checkpoint begins the names of its tower; None: it is none."""
+    return next((name[:name.index(".") + 1] for name in names
+                 if name.startswith(("backbone.", "model."))), None)
+
+
+def file_names(keys, found) -> dict[str, tuple[str, int | None]]:
+    """What files with the names found call tensors, given their released names, and the number in a
+    stack where they stack experts. A backbone's tensors are both towers'; it has none for time."""
+    tower, names = backbone_of(found), {}
+    for key in keys:
+        name, number = key, None
+        if tower is not None:
+            name = re.sub(r"^(context|denoiser)_tower\.", tower, key).removeprefix("context_")
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)(\.\w+\.\w+)", name)
+        stack = expert and expert[1] + expert[3]
+        for stacked in (stack, stack.removesuffix(".weight")) if expert else ():
+            if stacked in found:
+                name, number = stacked, int(expert[2])
+        if tower is None or not key.startswith(TIME_KEYS):
+            names[key] = name, number
+    return names
+
+
+def unread(names, towers: str) -> tuple[str, ...]:
+    """How the names begin of tensors that are not needed."""
+    return ("mtp.",) if backbone_of(names) else DENOISER_KEYS if towers == "context" else ()
+
+
+def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
-    promises, but for names that begin with one of `unread`; of a broken promise without shape."""
+    promises, but for those that are `unread`; of a broken promise without shape."""
     index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+        skip = unread(weight_map, towers)
         for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
-            if not key.startswith(unread):
+            if not key.startswith(skip):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
         require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                for key in (key for key in file.keys() if not key.startswith(unread)):
+                skip = unread(places or file.keys(), towers)
+                for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
                             "its place too")
