@@ -1188,13 +1188,9 @@ class TwoTower(Module):
     @classmethod
     def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
                       **options) -> TwoTower:
-        """Start from a single-tower checkpoint of the Nemotron-H family, as Hugging Face holds it:
-        both towers are what it holds, the time conditioning is fresh.
-
-        Args: gate: "copy" begins with `open_gates`; options: those of `from_pretrained`.
-        Weights of multi-token prediction, `mtp.*`, are not read: the tower is the same without.
-        Raises: ValueError as `from_pretrained` does.
-        """
+        """Both towers from one of the Nemotron-H family, as Hugging Face holds it; the time
+        conditioning is fresh, with gate "copy" as by `open_gates`. Multi-token prediction, `mtp.*`,
+        is not read: the tower does not need it. Options and errors: of `from_pretrained`."""
         require(gate in ("published", "copy"),
                 f"gate is {gate!r}, but it must be 'published' or 'copy'")
         model = cls.from_pretrained(directory, layout="backbone", **options)
@@ -1204,12 +1200,11 @@ class TwoTower(Module):
 
     @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both", layout: str = "released"
-                 ) -> tuple[TwoTower, dict[str, tuple[Path, str, int | None]]]:
+                 towers: str = "both",
+                 layout: str = "released") -> tuple[TwoTower, dict[str, Path]]:
         """What `from_pretrained` would load, without data: a model on the meta device, with the
-        shapes and dtypes it would have, and for its tensors by their released names the file, the
-        name there and the number in a stack of experts. layout: "released", "backbone" or "any".
-        """
+        shapes and dtypes it would have, and the file of every tensor of the checkpoint. layout: of
+        the checkpoint, "released", "backbone" or "any"."""
         directory = Path(directory)
         require(directory.is_dir(), f"{directory} is not a directory")
         config = TwoTowerConfig.from_json(directory / "config.json")
@@ -1217,17 +1212,12 @@ class TwoTower(Module):
             model = cls(config, towers=towers)
             found = read_headers(directory, towers)
             tower = backbone_of(found)
-            require(tower is None or layout != "released", f"{directory} holds a backbone, one "
-                    f"tower ({tower}*) and no denoiser: TwoTower.from_backbone loads it, python "
-                    f"train.py --backbone {directory} --data FILE trains a denoiser for it")
-            require(tower is not None or layout != "backbone", f"{directory} holds no backbone "
-                    "(backbone.* or model.*); TwoTower.from_pretrained loads two towers")
-            shapes = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
-                      for key, part in parts}
-            names = file_names(shapes, found)
-            expected = {name: shapes[key] if number is None else
-                        [config.n_routed_experts, *shapes[key]]
-                        for key, (name, number) in names.items()}
+            require(layout in ("any", "backbone" if tower else "released"), f"{directory} holds " + (
+                f"one tower, a backbone ({tower}*): load it with TwoTower.from_backbone, train a "
+                f"denoiser for it with python train.py --backbone {directory} --data FILE" if tower
+                else "no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+            expected = {key: list(part.shape) for parts in checkpoint_tensors(model, found).values()
+                        for key, part in parts}
             for key in sorted(expected.keys() | found):
                 path, shape, kind = found.get(key, (directory, None, None))
                 there = "missing" if shape is None else f"{kind} {shape}"
@@ -1235,30 +1225,25 @@ class TwoTower(Module):
                           "nothing of that name")
                 require(shape is not None and shape == expected.get(key) and kind in DTYPES,
                         f"{path}: tensor {key} is {there}, expected {wanted}")
-            first = names["context_tower.embeddings.weight"]    # whose dtype what is fresh takes
-            set_dtypes(model, {key: DTYPES[found[names.get(key, first)[0]][2]] for key in shapes},
-                       dtype)
-        return model, {key: (found[name][0], name, number) for key, (name, number) in names.items()}
+            set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
+        return model, {key: path for key, (path, _, _) in found.items()}
 
-    def fill(self, files: dict[str, tuple[Path, str, int | None]], context_device, denoiser_device,
+    def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
         called with the bytes of each. Time conditioning that they lack is initialised."""
         tensors = self.state_dict()
-        for name, parts in checkpoint_tensors(self).items():
+        for name, parts in checkpoint_tensors(self, files).items():
             device = context_device if name.startswith("context_") else denoiser_device
             tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
-            for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
-                if key in files:
-                    path, key, number = files[key]
-                    # opened anew for each, so that pages already read do not stay mapped
-                    with safe_open(path, "pt", device=str(tensor.device)) as file:
-                        part.copy_(file.get_tensor(key) if number is None else
-                                   file.get_slice(key)[number])
+            for (key, _), part in zip(parts, tensor if len(parts) > 1 else [tensor]):
+                # opened anew for each tensor, so that pages already read do not stay mapped
+                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
+                    part.copy_(file.get_tensor(key))
             if on_load is not None:
                 on_load(tensor.nbytes)
         self.load_state_dict(tensors, assign=True)
-        if self.denoiser_tower is not None and "t_block.1.weight" not in files:
+        if self.denoiser_tower is not None and backbone_of(files):
             self.t_embedder.apply(self._initialise)
             self.t_block.apply(self._initialise)
             for table in self.scale_shift_tables:
@@ -1281,16 +1266,14 @@ class TwoTower(Module):
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
         require(not old or not context, f"{directory} holds a checkpoint, "
                 "which a context tower alone must not replace; save it elsewhere")
-        parts = {key: part for parts in checkpoint_tensors(self).values() for key, part in parts
-                 if not context or key.startswith("context_")}
-        names = file_names(parts, ["backbone."] if layout == "backbone" else [])
-        shards, size = [{}], 0
-        for key, part in parts.items():
+        shards, size, like = [{}], 0, ["backbone."] if layout == "backbone" else ()
+        for key, part in (pair for name, parts in checkpoint_tensors(self, like).items()
+                          for pair in parts if not context or name.startswith("context_")):
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
                 shards.append({})
                 size = part.nbytes
-            shards[-1][names[key][0]] = part.contiguous()
+            shards[-1][key] = part.contiguous()
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
@@ -1757,6 +1740,7 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+EMBEDDINGS = "context_tower.embeddings.weight"
 TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -1779,35 +1763,27 @@ def write(path: Path, save: Callable[[Path], None]):
     os.replace(partial, path)
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
-    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
-    return {name: [(name.replace(".experts.", f".experts.{e}."), part)
-                   for e, part in enumerate(tensor)] if ".mixer.experts." in name else
-            [(name, tensor)] for name, tensor in model.state_dict().items()}
+def checkpoint_tensors(model: nn.Module, files=()) -> dict[str, list[tuple[str, Tensor]]]:
+    """For each of our tensors its names and parts in a checkpoint: stacked experts have many. In
+    one that has names as in `files`: stacked experts have one if they are stacked there too; a
+    backbone's tensors are those of either tower, and it has none for the time."""
+    tower, found = backbone_of(files), {}
+    for name, tensor in model.state_dict().items():
+        key = name if tower is None else re.sub(
+            r"^(context|denoiser)_tower\.", tower, name).removeprefix("context_")
+        stacked = [stack for stack in (key, key.removesuffix(".weight")) if stack in files]
+        found[name] = [(key.replace(".experts.", f".experts.{e}."), part)
+                       for e, part in enumerate(tensor)] if (
+            ".mixer.experts." in name and not stacked) else [(*stacked, key)[:1] + (tensor,)]
+        if tower is not None and name.startswith(TIME_KEYS):
+            found[name] = []
+    return found
 
 
 def backbone_of(names) -> str | None:
     """How a single-tower checkpoint begins the names of its tower; None: it is none."""
     return next((name[:name.index(".") + 1] for name in names
                  if name.startswith(("backbone.", "model."))), None)
-
-
-def file_names(keys, found) -> dict[str, tuple[str, int | None]]:
-    """What files with the names found call tensors, given their released names, and the number in a
-    stack where they stack experts. A backbone's tensors are both towers'; it has none for time."""
-    tower, names = backbone_of(found), {}
-    for key in keys:
-        name, number = key, None
-        if tower is not None:
-            name = re.sub(r"^(context|denoiser)_tower\.", tower, key).removeprefix("context_")
-        expert = re.fullmatch(r"(.*\.experts)\.(\d+)(\.\w+\.\w+)", name)
-        stack = expert and expert[1] + expert[3]
-        for stacked in (stack, stack.removesuffix(".weight")) if expert else ():
-            if stacked in found:
-                name, number = stacked, int(expert[2])
-        if tower is None or not key.startswith(TIME_KEYS):
-            names[key] = name, number
-    return names
 
 
 def unread(names, towers: str) -> tuple[str, ...]:
@@ -1847,8 +1823,9 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    for name, parts in checkpoint_tensors(model).items():
-        dtypes = {dtype or found[key]: key for key, _ in parts}
+    parts_of = checkpoint_tensors(model, found)
+    for name, parts in parts_of.items():                # what no file has is like the embeddings
+        dtypes = {dtype or found[key]: key for key, _ in parts or parts_of[EMBEDDINGS]}
         own = next(iter(dtypes))
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
