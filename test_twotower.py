@@ -1406,6 +1406,64 @@ def test_save_and_load(tmp_path, odd):
     assert all((f"denoiser_tower.layers.{at}.bias" in index["weight_map"]) == odd for at in biases)
 
 
+class Killed(BaseException):
+    pass
+
+
+def fail_at(monkeypatch, n: int, error: type[BaseException]) -> list[str]:
+    """The n-th operation on files raises the error, a write when half done; if that is Killed all
+    later ones do, as nothing tidies up after a kill. Returns the names of those begun."""
+    begun = []
+
+    def patched(function, written: int | None = None):
+        def run(*args, **knobs):
+            begun.append(function.__name__)
+            if len(begun) < n or len(begun) > n and error is not Killed:
+                return function(*args, **knobs)
+            if len(begun) == n and written is not None:
+                function(*args, **knobs)
+                os.truncate(args[written], os.path.getsize(args[written]) // 2)
+            raise error("interrupted")
+        return run
+    for owner, name, *written in ((os, "replace"), (Path, "unlink"), (Path, "chmod"),
+                                  (Path, "mkdir"), (Path, "write_bytes", 0),
+                                  (twotower, "save_file", 1)):
+        monkeypatch.setattr(owner, name, patched(getattr(owner, name), *written))
+    return begun
+
+
+@pytest.mark.parametrize("error, size", [(OSError, 60_000), (Killed, 40_000)])
+def test_an_interrupted_save_leaves_the_old_checkpoint_the_new_or_none(tmp_path, error, size):
+    """At every single operation; with the tokenizer it was made with. Saving again mends it."""
+    fields, found = TINY | dict(hybrid_override_pattern="M-", num_hidden_layers=2), []
+    old, new = (TwoTower(TwoTowerConfig(**fields)) for _ in range(2))
+    for n in itertools.count(1):
+        directory = tmp_path / str(n)
+        old.save_pretrained(directory, 40_000, {"tokenizer.json": b"old"})
+        with pytest.MonkeyPatch.context() as patch:
+            begun = fail_at(patch, n, error)
+            with contextlib.suppress(OSError, Killed):
+                new.save_pretrained(directory, size, {"tokenizer.json": b"new"})
+        try:
+            loaded, tokenizer = TwoTower.from_pretrained(directory), directory / "tokenizer.json"
+            found.append(tokenizer.read_text())
+            assert same_tensors(loaded, {"old": old, "new": new}[found[-1]])
+            left = [path.name for path in directory.iterdir() if path.suffix == ".partial"]
+            assert not left or error is Killed
+        except ValueError as refusal:
+            assert "config.json is missing: saving was interrupted; save again" in str(refusal)
+            found.append("none")
+        new.save_pretrained(directory, 90_000, {"tokenizer.json": b"new"})
+        assert same_tensors(TwoTower.from_pretrained(directory), new)
+        names = set(json.loads((directory / twotower.INDEX).read_text())["weight_map"].values())
+        assert {path.name for path in directory.iterdir()} == {
+            *names, twotower.INDEX, "config.json", "tokenizer.json"}
+        if len(begun) < n:
+            break
+    assert [state for state, _ in itertools.groupby(found)] == ["old", "none", "new"]
+    assert found.count("old") > 8 and found.count("none") > 8 and len(names) > 1
+
+
 def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     """Shards that hold only denoiser tensors may even be absent."""
     model = random_model(False, torch.float32)

@@ -1683,12 +1683,12 @@ def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
         for path, save in files.items():
             save(partial[path])
             partial[path].chmod(partial[first].stat().st_mode)      # save_file's own is 0600
+        if others:
+            first.unlink(missing_ok=True)
     except BaseException as error:
         for unfinished in partial.values():
             unfinished.unlink(missing_ok=True)
         raise OSError(f"writing {path} failed: {error}") if isinstance(error, Exception) else error
-    if others:
-        first.unlink(missing_ok=True)
     for path in {*old} - {*files, *partial.values()}:
         path.unlink()
     for path in (*others, first):
