@@ -1187,10 +1187,11 @@ class TwoTower(Module):
         share is written for each. Raises: ValueError for tensors that would not load again; OSError
         if writing fails."""
         directory, parts, shards, size = Path(directory), checkpoint_tensors(self), [{}], 0
+        towers = "context" if self.denoiser_tower is None else "both"
         with torch.device("meta"):
-            like = TwoTower(self.config, towers="both" if self.denoiser_tower else "context")
-        check_tensors(like, {key: ("this model", list(part.shape), part.dtype)
-                             for key, part in parts.items()}, "this model")
+            check_tensors(TwoTower(self.config, towers=towers), {
+                key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
+                "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
         require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
