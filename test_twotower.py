@@ -11,6 +11,7 @@ as rounding alone costs 2e-3.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -187,8 +188,7 @@ def test_the_defaults_are_the_released_model():
     assert round(count(tower, model.context_lm_head) / 1e9, 3) == 31.578
     moe = [layer.mixer for layer in tower.layers if layer.kind == "E"]
     assert round(count(*moe) / 1e9, 3) == 29.842
-    keys = [key for parts in twotower.checkpoint_tensors(model).values() for key, _ in parts]
-    assert len(keys) == len(set(keys)) == 12544
+    assert len(twotower.checkpoint_tensors(model)) == 12544
     caches, states = ([state for state in Context(tower, 1, 1).states if isinstance(state, kind)]
                       for kind in (KVCache, MambaState))
     assert sum(cache.key_cache.nbytes + cache.value_cache.nbytes for cache in caches) == 6144
@@ -1444,6 +1444,104 @@ def test_save_and_load(tmp_path, odd):
     assert all((f"denoiser_tower.layers.{at}.bias" in index["weight_map"]) == odd for at in biases)
 
 
+class Killed(BaseException):
+    pass
+
+
+def fail_at(monkeypatch, n: int, error: type[BaseException]) -> list[str]:
+    """The n-th operation on files raises the error, a write when half done; if that is Killed all
+    later ones do, as nothing tidies up after a kill. Returns the names of those begun."""
+    begun = []
+
+    def patched(function, written: int | None = None):
+        def run(*args, **knobs):
+            begun.append(function.__name__)
+            if len(begun) < n or len(begun) > n and error is not Killed:
+                return function(*args, **knobs)
+            if len(begun) == n and written is not None:
+                function(*args, **knobs)
+                os.truncate(args[written], os.path.getsize(args[written]) // 2)
+            raise error("interrupted")
+        return run
+    for owner, name, *written in ((os, "replace"), (Path, "unlink"), (Path, "chmod"),
+                                  (Path, "mkdir"), (Path, "write_bytes", 0),
+                                  (twotower, "save_file", 1)):
+        monkeypatch.setattr(owner, name, patched(getattr(owner, name), *written))
+    return begun
+
+
+@pytest.mark.parametrize("error, size", [(OSError, 60_000), (Killed, 40_000)])
+def test_an_interrupted_save_leaves_the_old_checkpoint_the_new_or_none(tmp_path, error, size):
+    """At every single operation; with the tokenizer it was made with. Saving again mends it."""
+    fields, found = TINY | dict(hybrid_override_pattern="M-", num_hidden_layers=2), []
+    old, new = (TwoTower(TwoTowerConfig(**fields)) for _ in range(2))
+    for n in itertools.count(1):
+        directory = tmp_path / str(n)
+        old.save_pretrained(directory, 40_000, {"tokenizer.json": b"old"})
+        with pytest.MonkeyPatch.context() as patch:
+            begun = fail_at(patch, n, error)
+            with contextlib.suppress(OSError, Killed):
+                new.save_pretrained(directory, size, {"tokenizer.json": b"new"})
+        try:
+            loaded, tokenizer = TwoTower.from_pretrained(directory), directory / "tokenizer.json"
+            found.append(tokenizer.read_text())
+            assert same_tensors(loaded, {"old": old, "new": new}[found[-1]])
+            left = [path.name for path in directory.iterdir() if path.suffix == ".partial"]
+            assert not left or error is Killed
+        except ValueError as refusal:
+            assert "config.json is missing: saving was interrupted; save again" in str(refusal)
+            found.append("none")
+        new.save_pretrained(directory, 90_000, {"tokenizer.json": b"new"})
+        assert same_tensors(TwoTower.from_pretrained(directory), new)
+        names = set(json.loads((directory / twotower.INDEX).read_text())["weight_map"].values())
+        assert {path.name for path in directory.iterdir()} == {
+            *names, twotower.INDEX, "config.json", "tokenizer.json"}
+        if len(begun) < n:
+            break
+    assert [state for state, _ in itertools.groupby(found)] == ["old", "none", "new"]
+    assert found.count("old") > 5 and found.count("none") > 5 and len(names) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")    # of torch.compile itself
+def test_what_is_saved_loads_again(tmp_path):
+    """Under wrappers that add to names, with tensors that modules share or hold transposed; what
+    could not be loaded is refused, and nothing is touched."""
+    model, state = random_model.__wrapped__(False, torch.float32), torch.get_rng_state()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = lambda: TwoTower.from_pretrained(tmp_path).state_dict()
+    equal = lambda a, b: a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    layers = model.denoiser_tower.layers
+    layers[1].mixer.experts = torch.compile(layers[1].mixer.experts)        # each wraps, runs none
+    layers[3] = torch.nn.DataParallel(layers[3])
+    model.context_tower = torch.compile(model.context_tower)
+    head = model.lm_head.weight
+    head.data = head.T.contiguous().T
+    model.save_pretrained(tmp_path, 20_000)
+    assert equal(again(), plain) and torch.get_rng_state().equal(state)
+    model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
+    model.save_pretrained(tmp_path)
+    tied = {name: plain[name if name.startswith(("t_", "scale")) else "context_" + name.replace(
+        "denoiser_", "").removeprefix("context_")] for name in plain}
+    assert equal(again(), tied)
+    if hasattr(os, "getuid"):                               # not on Windows
+        assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for part, name, change, message in (
+            (model.t_block, "1", lambda linear: torch.nn.utils.parametrizations.weight_norm(linear),
+             "t_block.1.parametrizations.weight.original0 is torch.float32 [96, 1], expected noth"),
+            (model, "lm_head", lambda head: head.to(torch.float8_e5m2),
+             "lm_head.weight is torch.float8_e5m2 [64, 32], expected F64"),
+            (model, "lm_head", lambda head: torch.nn.Linear(32, 65, bias=False),
+             "lm_head.weight is torch.float32 [65, 32], expected F64 or F32 or F16 or BF16 [64,"),
+            (model, "t_embedder", lambda _: torch.nn.Identity(), "mlp.0.bias is missing")):
+        whole = getattr(part, name)
+        setattr(part, name, change(copy.deepcopy(whole)))
+        refuses(message, model.save_pretrained, tmp_path)
+        refuses("this model: tensor ", model.save_pretrained, tmp_path / "new")
+        setattr(part, name, whole)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     """Shards that hold only denoiser tensors may even be absent."""
     model = random_model(False, torch.float32)
@@ -1525,7 +1623,7 @@ def write_headers(directory: Path, fields: dict, shards: int) -> int:
     """A checkpoint of bfloat16 tensors (float32 routers) without data: the files are holes."""
     with torch.device("meta"):
         model = TwoTower(TwoTowerConfig(**fields))
-    parts = [pair for pairs in twotower.checkpoint_tensors(model).values() for pair in pairs]
+    parts = [(key, part) for key, _, part in twotower.checkpoint_tensors(model)]
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     weight_map = {key: names[i * shards // len(parts)] for i, (key, _) in enumerate(parts)}
     for name in names:
@@ -1589,6 +1687,8 @@ def edit_tensors(path: Path, change):
 cut = lambda name, keep: lambda d: (d / name).write_bytes((d / name).read_bytes()[:keep])
 gone = lambda name: lambda d: (d / name).unlink()
 text = lambda name, content: lambda d: (d / name).write_text(content)
+link = lambda name: lambda d: (gone(name)(d), (d / name).symlink_to(d / "blobs" / "0123abcd"))
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 20231824\n"
 config = lambda **changes: lambda d: edit_json(d / "config.json", lambda c: c.update(changes))
 index = lambda change: lambda d: edit_json(d / twotower.INDEX, lambda i: change(i["weight_map"]))
 weights = lambda change, name="model.safetensors": lambda d: edit_tensors(d / name, change)
@@ -1599,6 +1699,11 @@ FIRST, SHARD = "context_tower.embeddings.weight", "model-00002-of-00005.safetens
 # what is wrong -> (how to break a checkpoint, what the one line must say)
 BROKEN = {
     "config missing": (gone("config.json"), "config.json is missing"),
+    "config is a link": (link("config.json"), "config.json is a link to nothing: its download did"),
+    "weights are a link": (link("model.safetensors"), "model.safetensors is a link to nothing: its"),
+    "weights are of Git LFS": (text("model.safetensors", LFS), "is a Git LFS pointer: the file it"),
+    "index is a link": (link(twotower.INDEX), "index.json is a link to nothing: its download did"),
+    "shard is of Git LFS": (text(SHARD, LFS), f"{SHARD} is a Git LFS pointer: the file itself was "),
     "config is broken JSON": (cut("config.json", 100), "config.json is not valid JSON"),
     "config is a list": (text("config.json", "[]"), "must hold a JSON object"),
     "config is impossible": (config(n_groups=0), "config.json: config: n_groups is 0, but it"),

@@ -1179,11 +1179,9 @@ class TwoTower(Module):
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers, layout=layout)
         model.use(backend)              # refuses what cannot be had before a tensor is read
-        if context_device is None:
-            context_device = torch.get_default_device()
-        if denoiser_device is None:
-            denoiser_device = context_device
-        return model.fill(files, context_device, denoiser_device).use(backend)
+        first = torch.get_default_device() if context_device is None else context_device
+        second = first if denoiser_device is None else denoiser_device
+        return model.fill(files, first, second).use(backend)
 
     @classmethod
     def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
@@ -1216,15 +1214,7 @@ class TwoTower(Module):
                 f"one tower, a backbone ({tower}*): load it with TwoTower.from_backbone, train a "
                 f"denoiser for it with python train.py --backbone {directory} --data FILE" if tower
                 else "no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
-            expected = {key: list(part.shape) for parts in checkpoint_tensors(model, found).values()
-                        for key, part in parts}
-            for key in sorted(expected.keys() | found):
-                path, shape, kind = found.get(key, (directory, None, None))
-                there = "missing" if shape is None else f"{kind} {shape}"
-                wanted = (f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else
-                          "nothing of that name")
-                require(shape is not None and shape == expected.get(key) and kind in DTYPES,
-                        f"{path}: tensor {key} is {there}, expected {wanted}")
+            check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
 
@@ -1232,17 +1222,15 @@ class TwoTower(Module):
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
         called with the bytes of each. Time conditioning that they lack is initialised."""
-        tensors = self.state_dict()
-        for name, parts in checkpoint_tensors(self, files).items():
-            device = context_device if name.startswith("context_") else denoiser_device
-            tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
-            for (key, _), part in zip(parts, tensor if len(parts) > 1 else [tensor]):
-                # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
-                    part.copy_(file.get_tensor(key))
+        self.load_state_dict({name: torch.empty_like(
+            tensor, device=context_device if name.startswith("context_") else denoiser_device)
+            for name, tensor in self.state_dict().items()}, assign=True)
+        for key, _, part in checkpoint_tensors(self, files):
+            # opened anew for each tensor, so that pages already read do not stay mapped
+            with safe_open(files[key], "pt", device=str(part.device)) as file:
+                part.copy_(file.get_tensor(key))
             if on_load is not None:
-                on_load(tensor.nbytes)
-        self.load_state_dict(tensors, assign=True)
+                on_load(part.nbytes)
         if self.denoiser_tower is not None and backbone_of(files):
             self.t_embedder.apply(self._initialise)
             self.t_block.apply(self._initialise)
@@ -1250,47 +1238,55 @@ class TwoTower(Module):
                 nn.init.normal_(table, std=self.config.hidden_size ** -0.5)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9, *,
-                        towers: str = "both", layout: str = "released"):
-        """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-        No file is ever half-written; those of an older checkpoint are replaced or removed.
-
-        Args: towers: "context" leaves the denoiser out; layout: with that, "backbone" writes what
-            `from_backbone`, transformers and vLLM read.
-        """
-        directory, context = Path(directory), towers == "context" or self.denoiser_tower is None
-        require(towers in ("both", "context") and layout in ("released", *["backbone"] * context),
-                f"towers {towers!r} of layout {layout!r} cannot be written; it must be 'both' or "
-                "'context' of 'released', or 'context' of 'backbone'")
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
+                        files: dict[str, bytes] | None = None, *, towers: str = "both",
+                        layout: str = "released"):
+        """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
+        `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
+        any time, it leaves the older one, the new one, or one that does not load. What two modules
+        share is written for each. towers: "context" leaves the denoiser out; then layout "backbone"
+        is what `from_backbone`, transformers and vLLM read. Raises: ValueError for tensors that
+        would not load again; OSError if writing fails."""
+        require(towers in ("both", "context") and layout in ("released", "backbone"),
+                f"towers is {towers!r} and layout {layout!r}, but they must be 'both' or 'context', "
+                "and 'released' or 'backbone'")
+        towers = "context" if self.denoiser_tower is None else towers
+        require(towers == "context" or layout == "released",
+                "a backbone is one tower; give towers='context'")
+        directory, shards, size = Path(directory), [{}], 0
+        parts = {key: part for key, name, part in checkpoint_tensors(
+            self, ["backbone."] * (layout == "backbone"))
+            if towers == "both" or name.startswith("context_")}
+        with torch.device("meta"):
+            check_tensors(TwoTower(self.config, towers=towers), {
+                key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
+                "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or not context, f"{directory} holds a checkpoint, "
+        require(not old or towers == "both", f"{directory} holds a checkpoint, "
                 "which a context tower alone must not replace; save it elsewhere")
-        shards, size, like = [{}], 0, ["backbone."] if layout == "backbone" else ()
-        for key, part in (pair for name, parts in checkpoint_tensors(self, like).items()
-                          for pair in parts if not context or name.startswith("context_")):
+        for key, part in parts.items():
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
                 shards.append({})
                 size = part.nbytes
-            shards[-1][key] = part.contiguous()
+            shards[-1][key] = part
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-        files = {"config.json": self.config.to_dict(layout) | {
+        made = {"config.json": self.config.to_dict(layout) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
-            total = sum(part.nbytes for shard in shards for part in shard.values())
-            files[INDEX] = {
-                "metadata": {"total_size": total},
+            made[INDEX] = {
+                "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        for name, value in files.items():
-            write(directory / name, lambda path: path.write_text(
-                json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-        for path in old:
-            if path.name not in (*names, *files):
-                path.unlink()
+        made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
+        saves = {name: lambda path, content=content: path.write_bytes(content)
+                 for name, content in (made | (files or {})).items()}
+        for name, shard in zip(names, shards):
+            saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
+                {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
+                path, {"format": "pt"})
+        write({directory / name: save for name, save in saves.items()}, old)
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
@@ -1323,7 +1319,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
     """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus: the
     most likely tokens, up to and including the one that takes their total past top_p."""
-    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / temperature     # cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -1739,15 +1735,16 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 # Checkpoint files
 
 INDEX = "model.safetensors.index.json"
-CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-EMBEDDINGS = "context_tower.embeddings.weight"
+CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+PARTIAL = ".partial"                # ends the name of a file that is being written
 TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_json(path: Path) -> dict:
-    require(path.is_file(), f"{path} is missing")
+    partial = path.with_name(path.name + PARTIAL).exists()
+    check_file(path, ": saving was interrupted; save again" * partial)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1756,28 +1753,65 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write(path: Path, save: Callable[[Path], None]):
-    """Write a file under another name first, so that it is never half-written."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+def check_file(path: Path, cause: str = ""):
+    """Raise where there is no file, or only what stands for one that was not downloaded."""
+    require(path.is_file(), f"{path} is missing{cause}" if not path.is_symlink() else
+            f"{path} is a link to nothing: its download did not end; download it again")
+    with path.open("rb") as file:
+        require(file.read(23) != b"version https://git-lfs", f"{path} is a Git LFS pointer: the "
+                "file itself was not downloaded; run git lfs pull, or download it")
 
 
-def checkpoint_tensors(model: nn.Module, files=()) -> dict[str, list[tuple[str, Tensor]]]:
-    """For each of our tensors its names and parts in a checkpoint: stacked experts have many. In
-    one that has names as in `files`: stacked experts have one if they are stacked there too; a
-    backbone's tensors are those of either tower, and it has none for the time."""
-    tower, found = backbone_of(files), {}
+def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
+    """Write files, and remove old ones, as one: each is first saved under another name; then the
+    first, without which a reader takes none, is removed, and it comes back last."""
+    partial = {path: path.with_name(path.name + PARTIAL) for path in files}
+    first, *others = files
+    try:
+        for path, save in files.items():
+            save(partial[path])
+            partial[path].chmod(partial[first].stat().st_mode)      # save_file's own is 0600
+        if others:
+            first.unlink(missing_ok=True)
+    except BaseException as error:
+        for unfinished in partial.values():
+            unfinished.unlink(missing_ok=True)
+        raise OSError(f"writing {path} failed: {error}") if isinstance(error, Exception) else error
+    for path in {*old} - {*files, *partial.values()}:
+        path.unlink()
+    for path in (*others, first):
+        os.replace(partial[path], path)
+
+
+def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tensor]]:
+    """What a checkpoint with names like those of `files` holds of the model: its names there and
+    here, and itself. Of stacked experts the weight of each, if they are not stacked there too; of a
+    backbone each tensor for either tower, and none for the time. What a wrapper, such as
+    torch.compile's, adds to names is left out."""
+    tower, found = backbone_of(files), []
     for name, tensor in model.state_dict().items():
-        key = name if tower is None else re.sub(
-            r"^(context|denoiser)_tower\.", tower, name).removeprefix("context_")
-        stacked = [stack for stack in (key, key.removesuffix(".weight")) if stack in files]
-        found[name] = [(key.replace(".experts.", f".experts.{e}."), part)
-                       for e, part in enumerate(tensor)] if (
-            ".mixer.experts." in name and not stacked) else [(*stacked, key)[:1] + (tensor,)]
-        if tower is not None and name.startswith(TIME_KEYS):
-            found[name] = []
+        key = re.sub(r"\b(_orig_mod|module)\.", "", name)
+        if tower is not None:
+            key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
+        stack = [whole for whole in (key, key.removesuffix(".weight")) if whole in files] or [key]
+        if ".mixer.experts." in key and stack[0] not in files:
+            found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
+                      for e, part in enumerate(tensor)]
+        elif tower is None or not key.startswith(TIME_KEYS):
+            found.append((stack[0], name, tensor))
     return found
+
+
+def check_tensors(model: nn.Module, found: dict[str, tuple], where):
+    """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
+    expected = {key: list(part.shape) for key, _, part in checkpoint_tensors(model, found)}
+    for key in sorted(expected.keys() | found):
+        path, shape, kind = found.get(key, (where, None, None))
+        there = "missing" if shape is None else f"{kind} {shape}"
+        wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
+        known = kind in (*DTYPES, *DTYPES.values())
+        require(known and shape is not None and shape == expected.get(key),
+                f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
 def backbone_of(names) -> str | None:
@@ -1795,7 +1829,7 @@ def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, st
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for those that are `unread`; of a broken promise without shape."""
     index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
-    if index.exists():
+    if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
         skip = unread(weight_map, towers)
@@ -1805,7 +1839,7 @@ def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, st
             if not key.startswith(skip):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
-        require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
+        check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
                 skip = unread(places or file.keys(), towers)
@@ -1823,17 +1857,17 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    parts_of = checkpoint_tensors(model, found)
-    for name, parts in parts_of.items():                # what no file has is like the embeddings
-        dtypes = {dtype or found[key]: key for key, _ in parts or parts_of[EMBEDDINGS]}
-        own = next(iter(dtypes))
+    for key, name, _ in checkpoint_tensors(model, found):
+        own = dtype or found[key]
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
-            keys = dtypes | keys
+            keys.setdefault(own, key)
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
+    tensors |= {name: tensor.to(next(iter(keys))) for name, tensor in tensors.items()
+                if name.startswith(TIME_KEYS)}          # of which a backbone says nothing
     model.load_state_dict(tensors, assign=True)
 
 
