@@ -37,8 +37,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written, eos_ids,
-                      require, unread)
+from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written, check_file,
+                      eos_ids, require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -226,7 +226,7 @@ class Row:
     index: int
     prompt: str
     ids: list[int]
-    given: list[list[int]]              # the template, if any; or the choices to be scored
+    given: list[list[int | None]]       # the template, if any; or the choices to be scored
     max_new_tokens: int
     settings: dict                      # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
@@ -276,19 +276,20 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
     """settings: those that all rows share. Raises: ValueError for no token, or too many."""
     longest = config.max_position_embeddings
 
-    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
-        """whole: a text of its own, before which the tokenizer may put a token."""
+    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int | None]:
+        """whole: a text of its own, before which the tokenizer may put a token. None is a hole."""
         require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
         ids = []
         for i, part in enumerate(HOLE.split(text) if holes else [text]):
             if i % 2:                               # texts and holes take turns
                 count = len(part) if part[0] == "_" else int(part[2:-2])
-                ids += [settings["mask_token_id"]] * min(count, longest)
+                ids += [None] * min(count, longest)
             else:
                 ids += tokenizer.encode(part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
-        require(max(ids) < config.vocab_size,
-                f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
+        most = max(token or 0 for token in ids)
+        require(most < config.vocab_size,
+                f"{what} has id {most}, but the model's vocab_size is {config.vocab_size}; "
                 "tokenizer.json is not this model's")
         return ids
 
@@ -341,7 +342,7 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
+    check_file(path := directory / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:              # the package raises nothing more specific
@@ -494,9 +495,10 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
-        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
-            run = [token for token, _ in group]
+        masked = step.masked[0] & (ids[0] == self.mask_id)
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist(), masked.tolist())
+        for (fresh, masked), group in groupby(pairs, lambda p: p[1:]):
+            run = [token for token, *_ in group]
             text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
                         "dim" if masked else "bold underline" if fresh else "")
         return text

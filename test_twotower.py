@@ -1201,6 +1201,10 @@ def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     return ids(n, seed=seed).masked_fill(holes, MASK)
 
 
+def as_template(ids: torch.Tensor) -> list[int | None]:
+    return [None if token == MASK else token for token in ids.tolist()]
+
+
 def test_templates_are_kept():
     """Fixed tokens from the first step on; blocks without holes cost nothing; each row as alone."""
     model, steps = random_model(), []
@@ -1208,7 +1212,7 @@ def test_templates_are_kept():
         ("random", 21), ("fixed", 8), ("alternating", 30), ("start", 3), ("end", 17),
         ("holes", 21))]
     generate = functools.partial(model.generate_mask_diffusion, block_size=8)
-    result = generate(prompts, template=templates, on_step=steps.append)
+    result = generate(prompts, template=[*map(as_template, templates)], on_step=steps.append)
     for row, (text, template) in enumerate(zip(result.tokens, templates, strict=True)):
         assert MASK not in text
         assert torch.equal(text.masked_fill(template == MASK, MASK), template)
@@ -1217,14 +1221,38 @@ def test_templates_are_kept():
             own = template[step.block_index * 8:][:8]
             shown = step.before[r, :len(own)]
             assert torch.equal(shown[own != MASK], own[own != MASK])
-            assert step.t[r] == (step.before[r] == MASK).float().mean()
+            assert step.masked[r].equal(step.before[r] == MASK)
+            assert step.t[r] == step.masked[r].float().mean()
         blocks = {step.block_index for step, r in seen if step.committed[r].any()}
         assert blocks == {b for b in range(4) if (template[b * 8:b * 8 + 8] == MASK).any()}
-        alone = generate([prompts[row]], template=template.tolist())
+        alone = generate([prompts[row]], template=[as_template(template)])
         assert alone.tokens[0].equal(text) and (alone.nfe[0], alone.context_passes[0]) == (
             result.nfe[row], result.context_passes[row])
     plain = generate([prompts[5]], 21).tokens[0]
     assert result.nfe[1] == 0 and torch.equal(text[:16], plain[:16])
+
+
+def test_a_hole_is_a_position_not_an_id():
+    """The mask token's id in a template is text: there from the first step on, written, counted as
+    no mask. Tensors and lists of ids alone have no holes and cost no pass."""
+    model, steps = random_model(), []
+    generate = functools.partial(model.generate_mask_diffusion, ids(2, 9), block_size=8)
+    given = [[MASK, None, 5, MASK, None, None, 6, 7, 8, MASK, None], [None] * 2 + [MASK] * 9]
+    result = generate(template=given, on_step=steps.append)
+    for text, template in zip(texts(result), given, strict=True):
+        assert len(text) == 11
+        for one, wanted in zip(text, template):
+            assert one == wanted or wanted is None and one != MASK
+    first = steps[0]
+    assert first.masked.tolist() == [[one is None for one in row[:8]] for row in given]
+    assert first.t.tolist() == [3 / 8, 2 / 8] and not (first.committed & ~first.masked).any()
+    for fixed in ([MASK, 5, MASK], torch.tensor([MASK, 5, MASK])):
+        for template in (fixed, [fixed] * 2):
+            result = generate(template=template)
+            assert texts(result) == [[MASK, 5, MASK]] * 2 and result.nfe.tolist() == [0, 0]
+    free = texts(generate(5))                               # rows without one, or with holes alone
+    assert texts(generate(5, template=[None, None])) == free
+    assert texts(generate(template=[[None] * 5, [None] * 5])) == free
 
 
 def test_two_thousand_templates_survive():
@@ -1236,7 +1264,7 @@ def test_two_thousand_templates_survive():
     lengths = [len(template) + 3 * (seed % 2) for seed, template in enumerate(templates)]
     result = model.generate_mask_diffusion(
         list(ids(2000, 2)), lengths, block_size=4, steps_per_block=2, eos_token_id=9,
-        template=templates, temperature=2.0, seed=0)
+        template=[*map(as_template, templates)], temperature=2.0, seed=0)
     for text, template, length in zip(result.tokens, templates, lengths, strict=True):
         kept = text[:len(template)]
         assert torch.equal(kept.masked_fill(template == MASK, MASK), template)
@@ -1375,7 +1403,8 @@ def test_bad_arguments():
             refuses(message, function, *args)
     for message, template, *more in (
             ("template 0 holds id 128", [5, 128]), ("template must be ids", 5),
-            ("or one sequence of them (or None) for each of 1 ", [[5, 7], [6]]),
+            ("(None is a hole), or such a sequence for each of 1 ", [[5, 7], [6]]),
+            ("template 0 must be token ids", [5, None, "x"]), ("must be ids", [None] * 2),
             ("template 0 has 3 tokens, more than the 2", [5, 3, 7], 2)):
         refuses(message, diffusion, *more, template=template)
     for message, template in ((f"template 1 {int64} (1 or more)", [[5], []]),
@@ -1700,10 +1729,10 @@ FIRST, SHARD = "context_tower.embeddings.weight", "model-00002-of-00005.safetens
 BROKEN = {
     "config missing": (gone("config.json"), "config.json is missing"),
     "config is a link": (link("config.json"), "config.json is a link to nothing: its download did"),
-    "weights are a link": (link("model.safetensors"), "model.safetensors is a link to nothing: its"),
+    "weights are a link": (link("model.safetensors"), "model.safetensors is a link to nothing:"),
     "weights are of Git LFS": (text("model.safetensors", LFS), "is a Git LFS pointer: the file it"),
     "index is a link": (link(twotower.INDEX), "index.json is a link to nothing: its download did"),
-    "shard is of Git LFS": (text(SHARD, LFS), f"{SHARD} is a Git LFS pointer: the file itself was "),
+    "shard is of Git LFS": (text(SHARD, LFS), f"{SHARD} is a Git LFS pointer: the file itself was"),
     "config is broken JSON": (cut("config.json", 100), "config.json is not valid JSON"),
     "config is a list": (text("config.json", "[]"), "must hold a JSON object"),
     "config is impossible": (config(n_groups=0), "config.json: config: n_groups is 0, but it"),
@@ -2271,7 +2300,7 @@ def test_sample_fills_templates(tmp_path):
     """Holes by length in both notations; the text around them stays; a line may have its own."""
     def filled(*parts: str | int) -> str:
         template = [token for part in parts for token in (
-            [MASK] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
+            [None] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
         return tokenizer().decode(written("mask_diffusion", LETTER, None, template=tuple(template)))
 
     expected = filled("Dear", 4, "\nyour_order", 12, " on __Monday.")
@@ -2287,8 +2316,11 @@ def test_sample_fills_templates(tmp_path):
             assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
             assert " and then" in third["text"] and len(third["tokens"]) == 9
             assert first["settings"]["template"] == "Hello{{3}}."
-    fixed = tokenizer().decode(tokenizer().encode("Yes</s>no").ids)     # EOS inside, as any token
-    assert sample("--template", "Yes</s>no", LETTER).stdout == f"{LETTER}{fixed}\n"
+    for given in ("Yes</s>no", "Yes<mask>no"):              # special tokens inside, as any token
+        tokens = tokenizer().encode(given).ids
+        result, = results_of(sample("--template", given, "--json", LETTER).stdout)
+        assert (result["tokens"], result["nfe"]) == (tokens, 0) and len({2, 3} & {*tokens}) == 1
+        assert result["text"] == tokenizer().decode(tokens)
     flags = ["--max-new-tokens", 5, "--output", tmp_path / "one.jsonl", LETTER]
     assert sample("--template", "x____", *flags).returncode == 0
     one_line(sample("--resume", *flags), "was made with template 'x____', not None")
@@ -2434,7 +2466,9 @@ def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, messag
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: shutil.rmtree(d), "is not a directory"),
-    (gone("tokenizer.json"), "tokenizer.json cannot be read as a tokenizer: No such file"),
+    (gone("tokenizer.json"), "tokenizer.json is missing"),
+    (link("tokenizer.json"), "tokenizer.json is a link to nothing: its download did not end; down"),
+    (text("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer: the file itself was not"),
     (cut("tokenizer.json", 300), "tokenizer.json cannot be read"),
     (cut("config.json", 300), "is not valid JSON"),
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),

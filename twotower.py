@@ -1103,18 +1103,17 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: ids that the new text begins with, as if committed, mask_token_id where it is
-                to be filled in; one sequence for all rows, or one (or None) for each. The text ends
-                with it unless max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed, and None for each hole to
+                be filled in; mask_token_id is an id like any other. One sequence for all rows, or
+                one (or None) for each; a tensor has no holes. The text ends with it unless
+                max_new_tokens is larger; EOS ends it only after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
                        mask_token_id, confidence_threshold, template, **options)
         run.prefill(run.prompts, None, repeats=True)
         while True:
-            block, wanted = run.next_block()
-            block = run.denoise_block(block, block == run.mask_token_id, wanted)
-            if not run.append(block):
+            if not run.append(run.denoise_block(*run.next_block())):
                 return run.result()
             run.extend(run.newest(block_size))
 
@@ -1383,6 +1382,7 @@ class Step(NamedTuple):
     after: Tensor               # (R, Q) ids
     committed: Tensor           # (R, Q) bool: written in this step
     confidence: Tensor          # (R, Q) probability of the predicted token
+    masked: Tensor              # (R, Q) bool: before the step
 
 
 class Written(NamedTuple):
@@ -1512,20 +1512,21 @@ class Decoding:
         if report:
             before = torch.full_like(ids, self.mask_token_id)
             self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)), before, ids,
-                              everywhere, confidence))
+                              everywhere, confidence, everywhere))
         return ids
 
-    def next_block(self) -> tuple[Tensor, Tensor]:
-        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
-        positions must be filled (R, Q): all but those past the end of a template."""
+    def next_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each live row its template's tokens, where it has some, and masks (R, Q); which
+        positions are masked (R, Q), and which are wanted: all but those past a template's end."""
         block = torch.full((len(self.live), self.block_size), self.mask_token_id)
-        wanted = torch.ones_like(block, dtype=torch.bool)
+        masked, wanted = torch.ones(2, *block.shape, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            rest = self.templates[row][:self.block_size]
-            block[r, :len(rest)] = torch.tensor(rest, dtype=torch.long)
+            for i, token in enumerate(self.templates[row][:self.block_size]):
+                if token is not None:
+                    block[r, i], masked[r, i] = token, False
             if len(self.templates[row]) == self.left[row]:
-                wanted[r, len(rest):] = False
-        return block, wanted
+                wanted[r, self.left[row]:] = False
+        return block, masked, wanted
 
     def denoise_block(self, block: Tensor, masked: Tensor, wanted: Tensor,
                       greedy: bool = False) -> Tensor:
@@ -1542,9 +1543,10 @@ class Decoding:
             self.check_finite(confidence, fillable, step)
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
-            before, block, masked = block, ids.where(commits, block), masked & ~commits
+            before, block = block, ids.where(commits, block)
             self.on_step(Step(self.live, self.block_index, step, t, before, block, commits,
-                              confidence))
+                              confidence, masked))
+            masked = masked & ~commits
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
@@ -1698,15 +1700,21 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
-def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int]]:
-    """The ids of each row's template, none where there is no template."""
-    rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
+def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int | None]]:
+    """Each row's template, [] where there is none."""
+    rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
     require((template := plain(template)) is None or isinstance(template, Sequence), rule)
-    one = template is None or all(isinstance(token, int) for token in template)
-    templates = [template] * rows if one else template
+    one = template is None or any(isinstance(token, int) for token in template)
+    templates = [template] * rows if one else list(template)
     require(len(templates) == rows, rule)
-    return [[] if ids is None else check_ids(ids, f"template {row}", config, (None,)).tolist()
-            for row, ids in enumerate(templates)]
+    for row, ids in enumerate(templates):
+        holes = isinstance(ids, Sequence) and [i for i, one in enumerate(ids) if one is None] or []
+        filled = [0 if one is None else one for one in ids] if holes else ids
+        templates[row] = [] if ids is None else check_ids(filled, f"template {row}", config,
+                                                          (None,)).tolist()
+        for i in holes:
+            templates[row][i] = None
+    return templates
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int]],
