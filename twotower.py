@@ -140,15 +140,12 @@ class TwoTowerConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_dict(self, layout: str = "released") -> dict:
-        """What config.json is to hold: strict JSON, with infinity as transformers 5 writes it; for
-        a "backbone" also what transformers and vLLM ask for."""
-        fields = dataclasses.asdict(self) | ({} if layout == "released" else {
-            "model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
-            "n_shared_experts": 1})
-        low, high = fields.pop("time_step_limit")
-        high = INFINITY if high == math.inf else high
-        return fields | ({} if (low, high) == (0, INFINITY) else {"time_step_limit": [low, high]})
+    def to_dict(self) -> dict:
+        """What config.json is to hold; strict JSON has no infinity, so that is left out or spelled
+        as by transformers 5."""
+        limit = [INFINITY if value == math.inf else value for value in self.time_step_limit]
+        fields = dataclasses.asdict(self) | {"time_step_limit": limit}
+        return {name: value for name, value in fields.items() if value != [0.0, INFINITY]}
 
     @property
     def d_inner(self) -> int:
@@ -1056,8 +1053,7 @@ class TwoTower(Module):
 
     @torch.no_grad()
     def open_gates(self):
-        """Make shift 0, scale 0 and gate 1, at first whatever t is: a denoiser that is a copy then
-        computes what the context tower does. Not as published."""
+        """Start with shift 0, scale 0 and gate 1 whatever t is; not as published."""
         self.t_block[1].weight.zero_()
         for table in self.scale_shift_tables:
             table.copy_(torch.eye(3)[2, :, None].expand_as(table))
@@ -1209,10 +1205,10 @@ class TwoTower(Module):
             model = cls(config, towers=towers)
             found = read_headers(directory, towers)
             tower = backbone_of(found)
-            require(layout in ("any", "backbone" if tower else "released"), f"{directory} holds " + (
-                f"one tower, a backbone ({tower}*): load it with TwoTower.from_backbone, train a "
-                f"denoiser for it with python train.py --backbone {directory} --data FILE" if tower
-                else "no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+            require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
+                f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser "
+                f"is trained for it by python train.py --backbone {directory} --data FILE" if tower
+                else "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
             check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
@@ -1231,8 +1227,7 @@ class TwoTower(Module):
             if on_load is not None:
                 on_load(part.nbytes)
         if self.denoiser_tower is not None and backbone_of(files):
-            self.t_embedder.apply(self._initialise)
-            self.t_block.apply(self._initialise)
+            nn.ModuleList([self.t_embedder, self.t_block]).apply(self._initialise)
             for table in self.scale_shift_tables:
                 nn.init.normal_(table, std=self.config.hidden_size ** -0.5)
         return self
@@ -1246,16 +1241,13 @@ class TwoTower(Module):
         share is written for each. towers: "context" leaves the denoiser out; then layout "backbone"
         is what `from_backbone`, transformers and vLLM read. Raises: ValueError for tensors that
         would not load again; OSError if writing fails."""
-        require(towers in ("both", "context") and layout in ("released", "backbone"),
-                f"towers is {towers!r} and layout {layout!r}, but they must be 'both' or 'context', "
-                "and 'released' or 'backbone'")
+        require((towers, layout) in (("both", "released"), ("context", "released"),
+                                     ("context", "backbone")), f"layout {layout!r} cannot hold "
+                f"towers {towers!r}; released can hold both or context, backbone context")
         towers = "context" if self.denoiser_tower is None else towers
-        require(towers == "context" or layout == "released",
-                "a backbone is one tower; give towers='context'")
         directory, shards, size = Path(directory), [{}], 0
-        parts = {key: part for key, name, part in checkpoint_tensors(
-            self, ["backbone."] * (layout == "backbone"))
-            if towers == "both" or name.startswith("context_")}
+        parts = {key: part for key, name, part in checkpoint_tensors(self, [layout + "."])
+                 if towers == "both" or name.startswith("context_")}
         with torch.device("meta"):
             check_tensors(TwoTower(self.config, towers=towers), {
                 key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
@@ -1272,7 +1264,7 @@ class TwoTower(Module):
             shards[-1][key] = part
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        made = {"config.json": self.config.to_dict(layout) | {
+        made = {"config.json": self.config.to_dict() | {"backbone": BACKBONE}.get(layout, {}) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             made[INDEX] = {
@@ -1745,6 +1737,8 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 PARTIAL = ".partial"                # ends the name of a file that is being written
+BACKBONE = {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
+            "n_shared_experts": 1}      # what transformers and vLLM want of a config.json
 TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -1792,10 +1786,9 @@ def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
 
 
 def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tensor]]:
-    """What a checkpoint with names like those of `files` holds of the model: its names there and
-    here, and itself. Of stacked experts the weight of each, if they are not stacked there too; of a
-    backbone each tensor for either tower, and none for the time. What a wrapper, such as
-    torch.compile's, adds to names is left out."""
+    """What a checkpoint whose names are like `files` holds of the model: its names there and here,
+    and itself; each expert's own, if not stacked there too; in a backbone the same for either tower
+    and nothing for the time. What a wrapper, such as torch.compile's, adds to names is left out."""
     tower, found = backbone_of(files), []
     for name, tensor in model.state_dict().items():
         key = re.sub(r"\b(_orig_mod|module)\.", "", name)
