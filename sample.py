@@ -37,8 +37,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
-                      Written, eos_ids, require)
+from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written, check_file,
+                      eos_ids, require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -226,7 +226,7 @@ class Row:
     index: int
     prompt: str
     ids: list[int]
-    given: list[list[int]]              # the template, if any; or the choices to be scored
+    given: list[list[int | None]]       # the template, if any; or the choices to be scored
     max_new_tokens: int
     settings: dict                      # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
@@ -276,19 +276,20 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
     """settings: those that all rows share. Raises: ValueError for no token, or too many."""
     longest = config.max_position_embeddings
 
-    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
-        """whole: a text of its own, before which the tokenizer may put a token."""
+    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int | None]:
+        """whole: a text of its own, before which the tokenizer may put a token. None is a hole."""
         require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
         ids = []
         for i, part in enumerate(HOLE.split(text) if holes else [text]):
             if i % 2:                               # texts and holes take turns
                 count = len(part) if part[0] == "_" else int(part[2:-2])
-                ids += [settings["mask_token_id"]] * min(count, longest)
+                ids += [None] * min(count, longest)
             else:
                 ids += tokenizer.encode(part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
-        require(max(ids) < config.vocab_size,
-                f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
+        most = max(token or 0 for token in ids)
+        require(most < config.vocab_size,
+                f"{what} has id {most}, but the model's vocab_size is {config.vocab_size}; "
                 "tokenizer.json is not this model's")
         return ids
 
@@ -329,8 +330,8 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        wanted += sorted({file for key, file in shards.items()      # only those that are needed
-                          if towers == "both" or not key.startswith(DENOISER_KEYS)})
+        skip = unread(shards, towers)               # only those that are needed
+        wanted += sorted({file for key, file in shards.items() if not key.startswith(skip)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
         raise ValueError(
@@ -341,7 +342,7 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
+    check_file(path := directory / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:              # the package raises nothing more specific
@@ -494,9 +495,10 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
-        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
-            run = [token for token, _ in group]
+        masked = step.masked[0] & (ids[0] == self.mask_id)
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist(), masked.tolist())
+        for (fresh, masked), group in groupby(pairs, lambda p: p[1:]):
+            run = [token for token, *_ in group]
             text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
                         "dim" if masked else "bold underline" if fresh else "")
         return text
@@ -653,8 +655,9 @@ def run(args: Namespace) -> int:
     towers = "both" if args.mode in DENOISING else "context"
     directory = fetch(args.checkpoint, towers, args.plan)
     tokenizer = load_tokenizer(directory) if prompts else None
-    model, files = TwoTower.skeleton(directory, towers=towers,
-                                     dtype=args.dtype and getattr(torch, args.dtype))
+    model, files = TwoTower.skeleton(
+        directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
+        layout="any" if towers == "context" else "released")
     knobs = choose_knobs(args, model.config)
     settings = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),

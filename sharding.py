@@ -32,17 +32,21 @@ Read = Callable[[str, int, int], Tensor]
 
 def read_backbone(directory: Path) -> tuple[TwoTower, Read]:
     """A context tower on the meta device, shapes and dtypes as in the files, and what reads it."""
-    model, files = TwoTower.skeleton(directory, towers="context")
+    model, files = TwoTower.skeleton(directory, towers="context", layout="any")
+    keys, state = {}, model.state_dict()
+    for key, name, part in checkpoint_tensors(model, files):
+        keys.setdefault(name, []).append((key, part.dim() < state[name].dim()))
+
+    def rows(key: str, which: slice = slice(None)) -> Tensor:
+        with safe_open(files[key], "pt") as file:
+            return file.get_slice(key)[which]
 
     def read(name: str, start: int, stop: int) -> Tensor:
-        def part(key: str, rows: slice = slice(None)) -> Tensor:
-            with safe_open(files[key], "pt") as file:
-                return file.get_slice(key)[rows]
-
-        if ".mixer.experts." not in name:
-            return part(name, slice(start, stop))
-        parts = [part(name.replace(".experts.", f".experts.{e}.")) for e in range(start, stop)]
-        return torch.stack(parts) if parts else model.state_dict()[name].new_empty(0, device="cpu")
+        (key, one_by_one), *_ = keys[name]
+        if not one_by_one:
+            return rows(key, slice(start, stop))
+        experts = [rows(key) for key, _ in keys[name][start:stop]]
+        return torch.stack(experts) if experts else torch.empty(0, *state[name].shape[1:])
 
     return model, read
 
@@ -180,7 +184,8 @@ def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Pa
             value = value.to("cpu", tensor.dtype)
             yield from value if ".mixer.experts." in name else [value]
 
-    expected, shards, size, source, error = checkpoint_tensors(like), [{}], 0, values(), None
+    expected = {key: part for key, _, part in checkpoint_tensors(like)}
+    shards, size, source, error = [{}], 0, values(), None
     for key, part in expected.items():
         size += part.nbytes
         if shards[-1] and size > 5 * 10**9:

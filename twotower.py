@@ -123,6 +123,8 @@ class TwoTowerConfig:
         if isinstance(kinds := given.get("layers_block_type"), list):
             pattern = "".join(LAYER_KINDS.get(str(kind), str(kind)) for kind in kinds)
             given |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(kinds)}
+        require(given.get("moe_latent_size") is None, "config: moe_latent_size is "
+                f"{given.get('moe_latent_size')!r}, but experts of a latent size are not supported")
         moe = "E" in str(given.get("hybrid_override_pattern"))
         for name in names[:names.index("n_group" if moe else "n_routed_experts")]:
             require(given.get(name) is not None, f"config: field {name!r} is missing")
@@ -139,11 +141,11 @@ class TwoTowerConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict:
-        """What config.json is to hold: strict JSON, with infinity as transformers 5 writes it."""
-        fields = dataclasses.asdict(self)
-        low, high = fields.pop("time_step_limit")
-        high = INFINITY if high == math.inf else high
-        return fields | ({} if (low, high) == (0, INFINITY) else {"time_step_limit": [low, high]})
+        """What config.json is to hold; strict JSON has no infinity, so that is left out or spelled
+        as by transformers 5."""
+        limit = [INFINITY if value == math.inf else value for value in self.time_step_limit]
+        fields = dataclasses.asdict(self) | {"time_step_limit": limit}
+        return {name: value for name, value in fields.items() if value != [0.0, INFINITY]}
 
     @property
     def d_inner(self) -> int:
@@ -1052,6 +1054,13 @@ class TwoTower(Module):
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
 
+    @torch.no_grad()
+    def open_gates(self):
+        """Start with shift 0, scale 0 and gate 1 whatever t is; not as published."""
+        self.t_block[1].weight.zero_()
+        for table in self.scale_shift_tables:
+            table.copy_(torch.eye(3)[2, :, None].expand_as(table))
+
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
     @torch.inference_mode()
@@ -1093,18 +1102,17 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: ids that the new text begins with, as if committed, mask_token_id where it is
-                to be filled in; one sequence for all rows, or one (or None) for each. The text ends
-                with it unless max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed, and None for each hole to
+                be filled in; mask_token_id is an id like any other. One sequence for all rows, or
+                one (or None) for each; a tensor has no holes. The text ends with it unless
+                max_new_tokens is larger; EOS ends it only after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
                        mask_token_id, confidence_threshold, template, **options)
         run.prefill(run.prompts, None, repeats=True)
         while True:
-            block, wanted = run.next_block()
-            block = run.denoise_block(block, block == run.mask_token_id, wanted)
-            if not run.append(block):
+            if not run.append(run.denoise_block(*run.next_block())):
                 return run.result()
             run.extend(run.newest(block_size))
 
@@ -1154,7 +1162,8 @@ class TwoTower(Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch") -> TwoTower:
+                        towers: str = "both", backend: str = "torch",
+                        layout: str = "released") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Names and shapes are checked against the headers before any tensor is read; each tensor then
@@ -1162,26 +1171,47 @@ class TwoTower(Module):
 
         Args: context_device, denoiser_device: None is torch's default device, and the context's;
             dtype: None keeps each tensor's own; the router is float32 at least in any case;
-            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`.
+            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`;
+            layout: "backbone" does what `from_backbone` does.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
-        model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
+        model, files = cls.skeleton(directory, dtype=dtype, towers=towers, layout=layout)
         model.use(backend)              # refuses what cannot be had before a tensor is read
         first = torch.get_default_device() if context_device is None else context_device
         second = first if denoiser_device is None else denoiser_device
         return model.fill(files, first, second).use(backend)
 
     @classmethod
+    def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
+                      **options) -> TwoTower:
+        """Both towers from one of the Nemotron-H family, as Hugging Face holds it; the time
+        conditioning is fresh, with gate "copy" as by `open_gates`. Multi-token prediction, `mtp.*`,
+        is not read: the tower does not need it. Options and errors: of `from_pretrained`."""
+        require(gate in ("published", "copy"),
+                f"gate is {gate!r}, but it must be 'published' or 'copy'")
+        model = cls.from_pretrained(directory, layout="backbone", **options)
+        if gate == "copy" and model.denoiser_tower is not None:
+            model.open_gates()
+        return model
+
+    @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
+                 towers: str = "both",
+                 layout: str = "released") -> tuple[TwoTower, dict[str, Path]]:
         """What `from_pretrained` would load, without data: a model on the meta device, with the
-        shapes and dtypes it would have, and the file of every tensor of the checkpoint."""
+        shapes and dtypes it would have, and the file of every tensor of the checkpoint. layout: of
+        the checkpoint, "released", "backbone" or "any"."""
         directory = Path(directory)
         require(directory.is_dir(), f"{directory} is not a directory")
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
+            found = read_headers(directory, towers)
+            tower = backbone_of(found)
+            require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
+                f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser "
+                f"is trained for it by python train.py --backbone {directory} --data FILE" if tower
+                else "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
             check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
@@ -1189,33 +1219,45 @@ class TwoTower(Module):
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
-        called with the bytes of each."""
+        called with the bytes of each. Time conditioning that they lack is initialised."""
         self.load_state_dict({name: torch.empty_like(
             tensor, device=context_device if name.startswith("context_") else denoiser_device)
             for name, tensor in self.state_dict().items()}, assign=True)
-        for key, part in checkpoint_tensors(self).items():
+        for key, _, part in checkpoint_tensors(self, files):
             # opened anew for each tensor, so that pages already read do not stay mapped
             with safe_open(files[key], "pt", device=str(part.device)) as file:
                 part.copy_(file.get_tensor(key))
             if on_load is not None:
                 on_load(part.nbytes)
+        if self.denoiser_tower is not None and backbone_of(files):
+            nn.ModuleList([self.t_embedder, self.t_block]).apply(self._initialise)
+            for table in self.scale_shift_tables:
+                nn.init.normal_(table, std=self.config.hidden_size ** -0.5)
         return self
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
-                        files: dict[str, bytes] | None = None):
+                        files: dict[str, bytes] | None = None, *, towers: str = "both",
+                        layout: str = "released"):
         """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
         `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
         any time, it leaves the older one, the new one, or one that does not load. What two modules
-        share is written for each. Raises: ValueError for tensors that would not load again; OSError
-        if writing fails."""
-        directory, parts, shards, size = Path(directory), checkpoint_tensors(self), [{}], 0
+        share is written for each. towers: "context" leaves the denoiser out; then layout "backbone"
+        is what `from_backbone`, transformers and vLLM read. Raises: ValueError for tensors that
+        would not load again; OSError if writing fails."""
+        require((towers, layout) in (("both", "released"), ("context", "released"),
+                                     ("context", "backbone")), f"layout {layout!r} cannot hold "
+                f"towers {towers!r}; released can hold both or context, backbone context")
+        towers = "context" if self.denoiser_tower is None else towers
+        directory, shards, size = Path(directory), [{}], 0
+        parts = {key: part for key, name, part in checkpoint_tensors(self, [layout + "."])
+                 if towers == "both" or name.startswith("context_")}
         with torch.device("meta"):
-            like = TwoTower(self.config, towers="both" if self.denoiser_tower else "context")
-        check_tensors(like, {key: ("this model", list(part.shape), part.dtype)
-                             for key, part in parts.items()}, "this model")
+            check_tensors(TwoTower(self.config, towers=towers), {
+                key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
+                "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
+        require(not old or towers == "both", f"{directory} holds a checkpoint, "
                 "which a context tower alone must not replace; save it elsewhere")
         for key, part in parts.items():
             size += part.nbytes
@@ -1225,7 +1267,7 @@ class TwoTower(Module):
             shards[-1][key] = part
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        made = {"config.json": self.config.to_dict() | {
+        made = {"config.json": self.config.to_dict() | {"backbone": BACKBONE}.get(layout, {}) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             made[INDEX] = {
@@ -1335,6 +1377,7 @@ class Step(NamedTuple):
     after: Tensor               # (R, Q) ids
     committed: Tensor           # (R, Q) bool: written in this step
     confidence: Tensor          # (R, Q) probability of the predicted token
+    masked: Tensor              # (R, Q) bool: before the step
 
 
 class Written(NamedTuple):
@@ -1464,20 +1507,21 @@ class Decoding:
         if report:
             before = torch.full_like(ids, self.mask_token_id)
             self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)), before, ids,
-                              everywhere, confidence))
+                              everywhere, confidence, everywhere))
         return ids
 
-    def next_block(self) -> tuple[Tensor, Tensor]:
-        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
-        positions must be filled (R, Q): all but those past the end of a template."""
+    def next_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each live row its template's tokens, where it has some, and masks (R, Q); which
+        positions are masked (R, Q), and which are wanted: all but those past a template's end."""
         block = torch.full((len(self.live), self.block_size), self.mask_token_id)
-        wanted = torch.ones_like(block, dtype=torch.bool)
+        masked, wanted = torch.ones(2, *block.shape, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            rest = self.templates[row][:self.block_size]
-            block[r, :len(rest)] = torch.tensor(rest, dtype=torch.long)
+            for i, token in enumerate(self.templates[row][:self.block_size]):
+                if token is not None:
+                    block[r, i], masked[r, i] = token, False
             if len(self.templates[row]) == self.left[row]:
-                wanted[r, len(rest):] = False
-        return block, wanted
+                wanted[r, self.left[row]:] = False
+        return block, masked, wanted
 
     def denoise_block(self, block: Tensor, masked: Tensor, wanted: Tensor,
                       greedy: bool = False) -> Tensor:
@@ -1494,9 +1538,10 @@ class Decoding:
             self.check_finite(confidence, fillable, step)
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
-            before, block, masked = block, ids.where(commits, block), masked & ~commits
+            before, block = block, ids.where(commits, block)
             self.on_step(Step(self.live, self.block_index, step, t, before, block, commits,
-                              confidence))
+                              confidence, masked))
+            masked = masked & ~commits
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
@@ -1650,15 +1695,21 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
-def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int]]:
-    """The ids of each row's template, none where there is no template."""
-    rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
+def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int | None]]:
+    """Each row's template, [] where there is none."""
+    rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
     require((template := plain(template)) is None or isinstance(template, Sequence), rule)
-    one = template is None or all(isinstance(token, int) for token in template)
-    templates = [template] * rows if one else template
+    one = template is None or any(isinstance(token, int) for token in template)
+    templates = [template] * rows if one else list(template)
     require(len(templates) == rows, rule)
-    return [[] if ids is None else check_ids(ids, f"template {row}", config, (None,)).tolist()
-            for row, ids in enumerate(templates)]
+    for row, ids in enumerate(templates):
+        holes = isinstance(ids, Sequence) and [i for i, one in enumerate(ids) if one is None] or []
+        filled = [0 if one is None else one for one in ids] if holes else ids
+        templates[row] = [] if ids is None else check_ids(filled, f"template {row}", config,
+                                                          (None,)).tolist()
+        for i in holes:
+            templates[row][i] = None
+    return templates
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int]],
@@ -1689,7 +1740,10 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 PARTIAL = ".partial"                # ends the name of a file that is being written
-DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+BACKBONE = {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
+            "n_shared_experts": 1}      # what transformers and vLLM want of a config.json
+TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -1722,30 +1776,39 @@ def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
         for path, save in files.items():
             save(partial[path])
             partial[path].chmod(partial[first].stat().st_mode)      # save_file's own is 0600
+        if others:
+            first.unlink(missing_ok=True)
     except BaseException as error:
         for unfinished in partial.values():
             unfinished.unlink(missing_ok=True)
         raise OSError(f"writing {path} failed: {error}") if isinstance(error, Exception) else error
-    if others:
-        first.unlink(missing_ok=True)
     for path in {*old} - {*files, *partial.values()}:
         path.unlink()
     for path in (*others, first):
         os.replace(partial[path], path)
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of the model, by name: of stacked experts the weight of each. What a
-    wrapper, such as torch.compile's, adds to names is left out."""
-    return {key.replace(".mixer.experts.", f".mixer.experts.{e}."): part
-            for name, tensor in model.state_dict().items()
-            for key in [re.sub(r"\b(_orig_mod|module)\.", "", name)]
-            for e, part in enumerate(tensor if ".mixer.experts." in key else [tensor])}
+def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tensor]]:
+    """What a checkpoint whose names are like `files` holds of the model: its names there and here,
+    and itself; each expert's own, if not stacked there too; in a backbone the same for either tower
+    and nothing for the time. What a wrapper, such as torch.compile's, adds to names is left out."""
+    tower, found = backbone_of(files), []
+    for name, tensor in model.state_dict().items():
+        key = re.sub(r"\b(_orig_mod|module)\.", "", name)
+        if tower is not None:
+            key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
+        stack = [whole for whole in (key, key.removesuffix(".weight")) if whole in files] or [key]
+        if ".mixer.experts." in key and stack[0] not in files:
+            found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
+                      for e, part in enumerate(tensor)]
+        elif tower is None or not key.startswith(TIME_KEYS):
+            found.append((stack[0], name, tensor))
+    return found
 
 
 def check_tensors(model: nn.Module, found: dict[str, tuple], where):
     """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
-    expected = {key: list(part.shape) for key, part in checkpoint_tensors(model).items()}
+    expected = {key: list(part.shape) for key, _, part in checkpoint_tensors(model, found)}
     for key in sorted(expected.keys() | found):
         path, shape, kind = found.get(key, (where, None, None))
         there = "missing" if shape is None else f"{kind} {shape}"
@@ -1755,23 +1818,36 @@ def check_tensors(model: nn.Module, found: dict[str, tuple], where):
                 f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
-def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
+def backbone_of(names) -> str | None:
+    """How a single-tower checkpoint begins the names of its tower; None: it is none."""
+    return next((name[:name.index(".") + 1] for name in names
+                 if name.startswith(("backbone.", "model."))), None)
+
+
+def unread(names, towers: str) -> tuple[str, ...]:
+    """How the names begin of tensors that are not needed."""
+    return ("mtp.",) if backbone_of(names) else DENOISER_KEYS if towers == "context" else ()
+
+
+def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
-    promises, but for names that begin with one of `unread`; of a broken promise without shape."""
+    promises, but for those that are `unread`; of a broken promise without shape."""
     index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
     if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+        skip = unread(weight_map, towers)
         for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
-            if not key.startswith(unread):
+            if not key.startswith(skip):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
         check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                for key in (key for key in file.keys() if not key.startswith(unread)):
+                skip = unread(places or file.keys(), towers)
+                for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
                             "its place too")
@@ -1785,8 +1861,8 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    for key, own in found.items():
-        own, name = dtype or own, re.sub(r"\.experts\.\d+", ".experts", key)
+    for key, name, _ in checkpoint_tensors(model, found):
+        own = dtype or found[key]
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
@@ -1794,6 +1870,8 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
+    tensors |= {name: tensor.to(next(iter(keys))) for name, tensor in tensors.items()
+                if name.startswith(TIME_KEYS)}          # of which a backbone says nothing
     model.load_state_dict(tensors, assign=True)
 
 
