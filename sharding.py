@@ -19,8 +19,8 @@ from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from twotower import (CHECKPOINT_FILE, DTYPES, INDEX, Router, TwoTower, TwoTowerConfig,
-                      checkpoint_tensors, write)
+from twotower import (BACKBONE, CHECKPOINT_FILE, DTYPES, INDEX, Router, TwoTower,
+                      TwoTowerConfig, checkpoint_tensors, write)
 
 # under torchrun: this process, its place on this machine, and how many there are
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
@@ -164,9 +164,9 @@ def all_reduce(x: Tensor) -> Tensor:
 
 def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Path,
            files: dict[str, str]):
-    """Write a checkpoint in the released layout, and other files. Tensors are gathered one by one;
-    the first process writes them, in the dtypes of the skeleton that training began with, and what
-    was frozen as it was read."""
+    """Write a checkpoint in the released layout, of a context tower alone as a backbone, and other
+    files. Tensors are gathered one by one; the first process writes them, in the dtypes of the
+    skeleton that training began with, and what was frozen as it was read."""
     with torch.device("meta"):
         like = TwoTower(model.config, towers="both" if model.denoiser_tower else "context")
     state, kinds = model.state_dict(), {k: v.dtype for k, v in skeleton.state_dict().items()}
@@ -184,7 +184,8 @@ def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Pa
             value = value.to("cpu", tensor.dtype)
             yield from value if ".mixer.experts." in name else [value]
 
-    expected = {key: part for key, _, part in checkpoint_tensors(like)}
+    alone = model.denoiser_tower is None
+    expected = {key: part for key, _, part in checkpoint_tensors(like, ["backbone."] * alone)}
     shards, size, source, error = [{}], 0, values(), None
     for key, part in expected.items():
         size += part.nbytes
@@ -193,7 +194,8 @@ def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Pa
             size = part.nbytes
         shards[-1][key] = part
     if RANK == 0:
-        config = model.config.to_dict() | {"torch_dtype": str(main).removeprefix("torch.")}
+        config = model.config.to_dict() | (BACKBONE if alone else {}) | {
+            "torch_dtype": str(main).removeprefix("torch.")}
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         texts = {"config.json": config}

@@ -188,7 +188,7 @@ class Balance:
     too often falls by `rate`, of the others rises (arXiv 2412.19437, 2.1.2)."""
 
     def __init__(self, tower, rate: float):
-        self.rate = rate
+        self.rate, self.counting = rate, True
         self.loads = {router: torch.zeros_like(router.e_score_correction_bias)
                       for router in tower.modules() if isinstance(router, Router)}
         for router in self.loads:
@@ -196,7 +196,7 @@ class Balance:
 
     def count(self, router: Router, _, routed: tuple[Tensor, Tensor]):
         load = self.loads[router]
-        load += torch.bincount(routed[0].flatten(), minlength=len(load))
+        load += self.counting * torch.bincount(routed[0].flatten(), minlength=len(load))
 
     def reset(self):
         for load in self.loads.values():
@@ -320,9 +320,10 @@ class Trainer:
                     if not some[WORLD * int(rows[0]):WORLD * (int(rows[-1]) + 1)].any():
                         continue
                     own = rows[some[mine][rows]]
-                    rows = own if len(own) else rows[:1]        # nothing of it is wanted
+                    rows, self.balance.counting = (own, True) if len(own) else (rows[:1], False)
                 yield self.losses(kind, tokens[rows], wanted[kind][rows], t[mine][rows],
                                   recipe).sum() / count
+                self.balance.counting = True
 
     def losses(self, kind: str, tokens: Tensor, wanted: Tensor, t: Tensor,
                recipe: Recipe) -> Tensor:
