@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,35 +187,37 @@ def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Pa
 
     alone = model.denoiser_tower is None
     expected = {key: part for key, _, part in checkpoint_tensors(like, ["backbone."] * alone)}
-    shards, size, source, error = [{}], 0, values(), None
+    shards, size, source = [{}], 0, values()
     for key, part in expected.items():
         size += part.nbytes
         if shards[-1] and size > 5 * 10**9:
             shards.append({})
             size = part.nbytes
         shards[-1][key] = part
-    if RANK == 0:
-        config = model.config.to_dict() | (BACKBONE if alone else {}) | {
-            "torch_dtype": str(main).removeprefix("torch.")}
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        texts = {"config.json": config}
-        if len(shards) > 1:
-            texts[INDEX] = {
-                "metadata": {"total_size": sum(part.nbytes for part in expected.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        texts = {name: json.dumps(text, indent=2) + "\n" for name, text in texts.items()} | files
-        saves = {name: save_text(text) for name, text in texts.items()}
-        for name, shard in zip(names, shards):
-            saves[name] = lambda path, shard=shard: write_tensors(path, shard, source)
-        old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
+    config = model.config.to_dict() | (BACKBONE if alone else {}) | {
+        "torch_dtype": str(main).removeprefix("torch.")}
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    texts = {"config.json": config}
+    if len(shards) > 1:
+        texts[INDEX] = {
+            "metadata": {"total_size": sum(part.nbytes for part in expected.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+    texts = {name: json.dumps(text, indent=2) + "\n" for name, text in texts.items()} | files
+    saves = {directory / name: save_text(text) for name, text in texts.items()}
+    for name, shard in zip(names, shards):
+        saves[directory / name] = lambda path, shard=shard: write_tensors(path, shard, source)
+
+    def commit():
         try:
-            write({directory / name: save for name, save in saves.items()}, old)
-        except OSError as problem:
-            error = str(problem)
-    for _ in source:                            # of the other processes, or if writing failed
-        pass
-    agree(error)
+            write(saves, [path for path in directory.iterdir()
+                          if CHECKPOINT_FILE.fullmatch(path.name)])
+        finally:
+            deque(source, 0)                    # or the others would wait for what is not gathered
+
+    if RANK > 0:
+        deque(source, 0)
+    in_first(commit)
 
 
 def save_text(text: str) -> Callable[[Path], object]:
@@ -235,10 +238,15 @@ def write_tensors(path: Path, expected: dict[str, Tensor], values: Iterator[Tens
             file.write(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def agree(error: str | None):
-    """Raise in every process what went wrong in the first."""
-    errors = [error]
+def in_first(action: Callable[[], object]):
+    """Do something in the first process alone; what goes wrong is raised in every one."""
+    errors = [None]
+    if RANK == 0:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            errors = [str(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(errors)
     if errors[0] is not None:
-        raise OSError(errors[0])
+        raise ValueError(errors[0])

@@ -24,7 +24,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -34,6 +33,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
 import plan
 from bench import answer
 from corpus import TASKS, Data, Text, prepare, task_prompts
-from sharding import (LOCAL_RANK, RANK, WORLD, How, agree, all_reduce, both_towers, export,
+from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
 from twotower import (CHECKPOINT_FILE, Router, TwoTower, TwoTowerConfig, masked_cross_entropy,
                       require, write)
@@ -273,29 +273,29 @@ class Trainer:
         """Another checkpoint; the one before it is removed once this is whole."""
         if self.path is None:
             return
-        partial, error = self.path / "partial", None
-        if RANK == 0:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(partial, ignore_errors=True)
-                log = "".join(json.dumps(entry) + "\n" for entry in self.log)
-                for name, text in (("made_with.json", self.made_with), ("log.jsonl", log)):
-                    write({self.path / name: save_text(text)})
-                plot(self.log, self.path / "loss.png")
-            except OSError as problem:
-                error = str(problem)
-        agree(error)
-        try:
-            dcp.save(self.state(), checkpoint_id=partial)
-        except CheckpointException as problem:
-            raise OSError(f"saving {partial} failed: {first_line(problem)}; "
-                          "the checkpoint before it is whole") from None
-        if RANK == 0:
-            old = list(self.path.glob("step-*[0-9]"))
+        partial = self.path / "partial"
+
+        def begin():
+            self.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            log = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            for name, text in (("made_with.json", self.made_with), ("log.jsonl", log)):
+                write({self.path / name: save_text(text)})
+            plot(self.log, self.path / "loss.png")
+
+        def commit():
+            old = [*self.path.glob("step-*[0-9]")]
             os.replace(partial, self.path / f"step-{self.step:08}")
             for path in old:
                 shutil.rmtree(path)
-        agree(None)                                 # no process goes on before
+
+        in_first(begin)
+        try:
+            dcp.save(self.state(), checkpoint_id=partial)
+        except CheckpointException as error:
+            raise OSError(f"saving {partial} failed, the checkpoint before it is whole: "
+                          f"{first_line(error)}") from None
+        in_first(commit)
 
     def passes(self, step: int, held_out: bool = False, only: str | None = None) -> Iterator:
         """The loss of a step in scalars to add, over the passes and over the processes. Each process
@@ -408,10 +408,13 @@ class Trainer:
         """Validate, and add a line to the log."""
         recipe, total = self.recipe.at(self.recipe.steps), self.recipe.steps
         speed, before = tokens / seconds, self.log[-1]["seconds"] if self.log else 0
+        device = self.how.device
         entry = {"step": self.step, "loss": loss, "learning_rate":
                  self.recipe.learning_rate(max(0, self.step - 1)),
                  "tokens_per_second": round(speed), "imbalance": imbalance,
-                 "seconds": round(before + seconds, 1), "peak_bytes": peak_bytes(self.how.device),
+                 "seconds": round(before + seconds, 1), "memory":
+                 torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+                 psutil.Process().memory_info().rss,
                  "valid": self.validate()}
         self.log.append(entry)
         valid = " ".join(f"{kind} {value:.3f}" for kind, value in entry["valid"].items())
@@ -430,13 +433,6 @@ def first_line(error: Exception) -> str:
     """Of what went wrong in some process, without a traceback."""
     failures = getattr(error, "failures", None) or {0: (error, None)}
     return str(next(iter(failures.values()))[0]).splitlines()[0]
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: of the device, or of this process on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plot(log: list[dict], path: Path):
@@ -489,6 +485,8 @@ def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------
 # Command line
+
+TOKENIZER = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 
 
 def fail(message):
@@ -594,80 +592,70 @@ def own_recipe(args: argparse.Namespace) -> Recipe:
         (i * recipe.steps // len(sizes), {"block_size": size}) for i, size in enumerate(sizes)))
 
 
-def claim(out: Path, overwrite: bool):
-    """Make the folder of a run, or see that what it holds is of one, unless that is given up."""
+def claim(out: Path, phase: str, overwrite: bool):
+    """Make the folder of a run, unless what it holds is not of one, and is not given up."""
     out.mkdir(parents=True, exist_ok=True)
     runs = [out / name for name in ("phase1", "phase2") if (out / name).is_dir()]
-    if overwrite:
-        for path in runs:
-            shutil.rmtree(path)
-        return
-    found = [path for path in out.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-    require(not found or runs, f"{out} holds a checkpoint that is not of a run here; give another "
-            "--out, or --overwrite to replace it")
+    theirs = [path.name for path in out.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)
+              or path.name in ("config.json", *TOKENIZER)]
+    require(overwrite or runs or not theirs, f"{out} holds {theirs[:1]}, which no run here made; "
+            "give another --out, or --overwrite to replace it")
+    for path in runs if overwrite else ():
+        shutil.rmtree(path)
+    (out / phase).mkdir(exist_ok=True)
 
 
 def train_denoiser(args, how: How, backbone: Path, recipe: Recipe, data, files: dict[str, str]):
     """Phase 2 from a backbone, and the result in --out."""
     skeleton, read = read_backbone(backbone)
     model = both_towers(recipe, skeleton.config, read, how)
-    trainer = Trainer(model, recipe, data, args.out / "phase2", how)
-    trainer.run(args.save_every or 0)
+    Trainer(model, recipe, data, args.out / "phase2", how).run(args.save_every or 0)
     done = args.out / "phase2" / "exported"
     if not done.exists():
         export(model, skeleton, read, args.out, files)
-        if RANK == 0:
-            done.touch()
-    if RANK == 0:
-        print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} PROMPT")
+        in_first(done.touch)
+    in_first(lambda: print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} "
+                           "PROMPT"))
 
 
 def run_miniature(args: argparse.Namespace, how: How):
     (first, second), fields = (SMOKE, SMOKE_MODEL) if args.smoke else (PHASES, MODEL)
-    if args.published:
-        second = replace(second, **PUBLISHED)
+    second = replace(second, **PUBLISHED if args.published else {})
     check_rows(first, how)
-    if RANK == 0:
-        claim(args.out, args.overwrite)
-        prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file)
-    agree(None)
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    data, phase1 = Data(tokenizer, first.every_file, args.seed), args.out / "phase1"
+    in_first(lambda: claim(args.out, "phase1", args.overwrite))
+    path, phase1 = args.out / "tokenizer.json", args.out / "phase1"
+    in_first(lambda: prepare(path, first.vocab_size, first.every_file))
+    data = Data(Tokenizer.from_file(str(path)), first.every_file, args.seed)
     torch.manual_seed(args.seed)
-    model = new_context(fields).to(how.device)
-    skeleton = model
+    model = skeleton = new_context(fields).to(how.device)
     how.share(model, model.context_tower)
     Trainer(model, first, data, phase1, how).run(args.save_every or 0)
     if not (phase1 / "config.json").exists():
         export(model, skeleton, None, phase1, {})
-    del model
+    del model, skeleton
     train_denoiser(args, how, phase1, second, data, {})
 
 
 def run_backbone(args: argparse.Namespace, how: How):
-    recipe = own_recipe(args)
+    recipe, backbone = own_recipe(args), args.backbone
     check_rows(recipe, how)
-    path = args.backbone / "tokenizer.json"
+    config, path = TwoTowerConfig.from_json(backbone / "config.json"), backbone / "tokenizer.json"
     require(path.is_file(), f"{path} is missing")
+    require(backbone.resolve() != args.out.resolve(), "--out must not be --backbone")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:                  # the library raises nothing narrower
         raise ValueError(f"{path}: {error}") from None
-    config = TwoTowerConfig.from_json(args.backbone / "config.json")
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    require(size <= config.vocab_size, f"{path} has ids up to {size - 1}, but vocab_size of the "
-            f"model is {config.vocab_size}")
+    last = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    require(last < config.vocab_size, f"{path} has ids up to {last}, but vocab_size of the model is "
+            f"{config.vocab_size}")
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    require(eos is not None, f"{args.backbone}/config.json has no eos_token_id, which is to end "
-            "documents")
+    require(eos is not None, f"{backbone}/config.json has no eos_token_id to end documents with")
     data = Text(tokenizer, eos, args.data, args.valid or [], args.seed)
-    if RANK == 0:
-        claim(args.out, args.overwrite)
-    agree(None)
-    files = {name: (args.backbone / name).read_text(encoding="utf-8")
-             for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-             if (args.backbone / name).is_file()}
-    train_denoiser(args, how, args.backbone, recipe, data, files)
+    in_first(lambda: claim(args.out, "phase2", args.overwrite))
+    train_denoiser(args, how, backbone, recipe, data, {
+        name: (backbone / name).read_text(encoding="utf-8") for name in TOKENIZER
+        if (backbone / name).is_file()})
 
 
 def check_rows(recipe: Recipe, how: How):
