@@ -16,6 +16,7 @@ of 16 (arXiv 2606.26493, training).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -28,13 +29,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from bench import answer
 from corpus import TASKS, Data, prepare, task_prompts
-from twotower import Router, TwoTower, TwoTowerConfig, masked_cross_entropy, write
+from twotower import Router, TwoTower, TwoTowerConfig, masked_cross_entropy, of_blocks, write
 
 # under torchrun: this process, its place on this machine, and how many there are
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
@@ -60,7 +62,8 @@ class Recipe:
     library_every: int              # one row in so many is library text
     unaligned: float                # share of the task rows whose answers begin anywhere in a block
     unprompted: float = 0.0         # share that have no prompts
-    mock_ar: float = 0.0            # share of the sequences that the denoiser also reads as AR does
+    mock_ar: int = 0                # every so many steps a sequence is also learned as by AR
+    denoised: float = 1.0           # share of a row's blocks to denoise, those with masks first
     stages: tuple = ()              # (step, other values from there on); one that gives a peak
                                     # starts the learning rate again
     rows: int = 8                   # sequences a step
@@ -103,9 +106,10 @@ PHASES = (
         (4000, dict(peak=1.5e-3)),
         (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
                     turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))))),
-    Recipe(2, steps=12000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=0.25,
-           rows=4, row=384, turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort"), stages=(
-               (0, dict(block_size=32)), (3000, dict(block_size=16)))))
+    Recipe(2, steps=12000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=8,
+           denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
+                                                  (3000, dict(block_size=16))),
+           turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort")))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -119,7 +123,7 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 mock_ar=0.0, tied=False, timeless=False)
+                 mock_ar=0, denoised=1.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -146,6 +150,13 @@ def add_noise(recipe: Recipe, targets: Tensor, generator: torch.Generator):
     if recipe.slope:        # later positions of a block are masked more often, for the same mean
         p = p + recipe.slope * p * (1 - p) * torch.linspace(-1, 1, Q).repeat(M // Q)
     return targets & (torch.rand(B, M, generator=generator) < p), t
+
+
+def choose_blocks(masked: Tensor, Q: int, share: float, generator: torch.Generator) -> Tensor:
+    """masked (B, M) -> (B, k) int64: of each row so many of its blocks, those with masks first."""
+    marked = masked.view(len(masked), -1, Q).any(2)
+    return (marked + torch.rand(marked.shape, generator=generator)).topk(
+        math.ceil(share * marked.shape[1])).indices
 
 
 def per_token(t: Tensor, M: int) -> Tensor:
@@ -262,19 +273,23 @@ class Trainer:
         share = slice(RANK * len(tokens) // WORLD, (RANK + 1) * len(tokens) // WORLD)
         found = []
         if recipe.phase == 2:
-            masked, t = add_noise(recipe, targets, torch.Generator().manual_seed(seed))
-            masked, t = masked[share], t[share]
-            loss = self.model.diffusion_loss(tokens[share], recipe.block_size, masked=masked, t=t,
-                                             reduction="none")
+            generator = torch.Generator().manual_seed(seed)
+            masked, t = add_noise(recipe, targets, generator)
+            noisy, Q = tokens.masked_fill(masked, self.model.config.mask_token_id), recipe.block_size
+            blocks = choose_blocks(masked, Q, recipe.denoised, generator)[share]
+            read = functools.partial(of_blocks, blocks=blocks, n=tokens.shape[1] // Q)
+            logits = self.model.diffusion_logits(tokens[share], noisy[share], t[share], Q, blocks)
+            loss = masked_cross_entropy(logits, read(tokens[share]), read(masked[share]), "none")
             if recipe.weight == "1/t":
-                loss = loss / per_token(t, tokens.shape[1])[masked].to(loss.device)
+                p = per_token(t, tokens.shape[1])[share]
+                loss = loss / read(p)[read(masked[share])].to(loss.device)
             found.append(loss)
-        if recipe.phase == 2 and recipe.mock_ar:
-            n = len(masked)
-            some = (seed + torch.arange(math.ceil(recipe.mock_ar * n))) % n
-            x, wanted = tokens[share][some], targets[share][some]
-            logits = self.model.diffusion_logits(x, x, None, 1)[:, :-1]
-            found.append(masked_cross_entropy(logits, x[:, 1:], wanted[:, 1:], "none"))
+        if recipe.phase == 2 and recipe.mock_ar and seed % recipe.mock_ar == 0:
+            x, wanted = tokens[share][:1], F.pad(targets[share][:1, 1:], (0, 1))
+            blocks = choose_blocks(wanted, 1, recipe.denoised / 2, generator)
+            read = functools.partial(of_blocks, blocks=blocks, n=x.shape[1])
+            logits = self.model.diffusion_logits(x, x, None, 1, blocks)     # l predicts l + 1
+            found.append(masked_cross_entropy(logits, read(x.roll(-1, 1)), read(wanted), "none"))
         if recipe.phase == 1 or recipe.tied:
             found.append(self.model.ar_loss(tokens[share], targets[share], reduction="none"))
         return found
