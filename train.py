@@ -102,13 +102,16 @@ class Recipe:
 # what is hard comes more often
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=12000, decay=0.3, library_every=3, unaligned=0.5, turns=WORDS, stages=(
+    Recipe(1, steps=17000, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
+           stages=(
         (4000, dict(peak=1.5e-3)),
         (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
-                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))))),
-    Recipe(2, steps=12000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=8,
+                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
+        (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
+            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))))),
+    Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=8,
            denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
-                                                  (3000, dict(block_size=16))),
+                                                  (2500, dict(block_size=16))),
            turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort")))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
@@ -153,10 +156,10 @@ def add_noise(recipe: Recipe, targets: Tensor, generator: torch.Generator):
 
 
 def choose_blocks(masked: Tensor, Q: int, share: float, generator: torch.Generator) -> Tensor:
-    """masked (B, M) -> (B, k) int64: of each row so many of its blocks, those with masks first."""
+    """masked (B, M) -> (B, k) int64: a share of each row's blocks, preferably those with masks."""
     marked = masked.view(len(masked), -1, Q).any(2)
-    return (marked + torch.rand(marked.shape, generator=generator)).topk(
-        math.ceil(share * marked.shape[1])).indices
+    order = marked + torch.rand(marked.shape, generator=generator)
+    return order.topk(math.ceil(share * marked.shape[1])).indices.sort().values
 
 
 def per_token(t: Tensor, M: int) -> Tensor:
