@@ -51,7 +51,7 @@ def memory(c: TwoTowerConfig, processes: int, rows: int, M: int, Q: int, bf16: b
         model = like(c, torch.bfloat16)
         layers, states, saved = model.denoiser_tower.layers, 0, {}
         at = Pass(torch.arange(M, 2 * M).expand(rows, M), 2 * M,
-                  mask=torch.ones(1, 1, M, 2 * M, dtype=torch.bool))
+                  mask=torch.ones(rows, 1, M, 2 * M, dtype=torch.bool))
         for layer in layers:
             state = layer.kind in "M*" and layer.mixer.empty_state(
                 n if layer.kind == "M" else rows, at.end)

@@ -21,6 +21,7 @@ phase 2 does with that what --backbone does with yours (arXiv 2606.26493, traini
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -32,11 +33,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -50,7 +53,7 @@ from corpus import TASKS, Data, Text, prepare, task_prompts
 from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
 from twotower import (CHECKPOINT_FILE, Router, TwoTower, TwoTowerConfig, masked_cross_entropy,
-                      require, write)
+                      of_blocks, require, write)
 
 # ---------------------------------------------------------------------------------------------
 # How a phase is trained
@@ -71,7 +74,8 @@ class Recipe:
     library_every: int              # one row in so many is library text
     unaligned: float                # share of the task rows whose answers begin anywhere in a block
     unprompted: float = 0.0         # share that have no prompts
-    mock_ar: float = 0.0            # share of the sequences that the denoiser also reads as AR does
+    mock_ar: float = 0.0            # share of the sequences also learned as by AR
+    denoised: float = 1.0           # share of a row's blocks to denoise, those with masks first
     stages: tuple = ()              # (step, other values from there on); one that gives a peak
                                     # starts the learning rate again
     rows: int = 8                   # sequences a step
@@ -110,13 +114,17 @@ class Recipe:
 # what is hard comes more often
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=12000, decay=0.3, library_every=3, unaligned=0.5, turns=WORDS, stages=(
+    Recipe(1, steps=17000, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
+           stages=(
         (4000, dict(peak=1.5e-3)),
         (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
-                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))))),
-    Recipe(2, steps=12000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=0.25,
-           rows=4, row=384, turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort"), stages=(
-               (0, dict(block_size=32)), (3000, dict(block_size=16)))))
+                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
+        (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
+            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))))),
+    Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=1 / 32,
+           denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
+                                                  (2500, dict(block_size=16))),
+           turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort")))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -130,7 +138,7 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 mock_ar=0.0, tied=False, timeless=False)
+                 mock_ar=0.0, denoised=1.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -140,8 +148,6 @@ RECIPES = {
     "1/t": dict(full_masks=0.0, weight="1/t"),
     "tied towers": dict(tied=True),
     "no time": dict(timeless=True)}
-
-
 # of a backbone, on text of one's own: what is known of the published recipe; flags change it
 BACKBONE = Recipe(2, steps=1000, decay=0.2, turns=(), library_every=0, unaligned=0.0, row=2048,
                   peak=1e-4, **PUBLISHED)
@@ -177,10 +183,68 @@ def draw_noise(recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tens
     return torch.rand(B, M, generator=generator) < p, t
 
 
+def choose_blocks(masked: Tensor, Q: int, share: float, draw: Tensor) -> Tensor:
+    """masked (B, M), draw (B, n) in [0, 1) -> (B, k) int64: a share of each row's blocks,
+    preferably those with masks."""
+    order = masked.view(len(masked), -1, Q).any(2) + draw
+    return order.topk(math.ceil(share * order.shape[1])).indices.sort().values
+
+
 def per_token(t: Tensor, M: int) -> Tensor:
     """t (B,) or (B, n) -> (B, M)."""
     t = t.view(len(t), -1)
     return t.repeat_interleave(M // t.shape[1], dim=1)
+
+
+class Reading(NamedTuple):
+    """One way to read a step's sequences: what a tower is given, and what it is to predict."""
+
+    tokens: Tensor                  # (B, M) int64
+    labels: Tensor                  # (B, L) int64, L of the blocks that are denoised, or M - 1
+    wanted: Tensor                  # (B, L) bool: where a label is learned
+    noisy: Tensor | None = None     # (B, M); None: the context tower reads, as AR
+    t: Tensor | None = None         # (B,) or (B, n); None: no time conditioning, as mock-AR
+    block_size: int = 1
+    blocks: Tensor | None = None    # (B, k): those that are denoised
+    weight: Tensor | None = None    # (B, L): losses are divided by it
+
+    def rows(self, rows: Tensor) -> Reading:
+        return Reading(*(part[rows] if isinstance(part, Tensor) else part for part in self))
+
+
+def readings(recipe: Recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask: int,
+             mine: slice = slice(None)) -> dict[str, Reading]:
+    """How a step's sequences are read. tokens, targets (B, M): this process's rows of the step,
+    `mine`; everything is drawn for all rows, so that it does not depend on the processes."""
+    found, generator = {}, torch.Generator().manual_seed(seed * 10**6 + step)
+    if recipe.phase == 2:
+        Q, M = recipe.block_size, recipe.row
+        noise, t = draw_noise(recipe, generator)
+        masked, t = targets & noise[mine], t[mine]
+        draw = torch.rand(recipe.rows, M // Q, generator=generator)[mine]
+        blocks = choose_blocks(masked, Q, recipe.denoised, draw)
+        read = functools.partial(of_blocks, blocks=blocks, n=M // Q)
+        found["masked"] = Reading(
+            tokens, read(tokens), read(masked), tokens.masked_fill(masked, mask), t, Q, blocks,
+            read(per_token(t, M)) if recipe.weight == "1/t" else None)
+        some = also_ar(recipe, step)
+        if some.any():
+            wanted = F.pad(targets[:, 1:], (0, 1)) & some[mine, None]       # token l predicts l + 1
+            draw = torch.rand(recipe.rows, M, generator=generator)[mine]
+            blocks = choose_blocks(wanted, 1, recipe.denoised / 2, draw)
+            read = functools.partial(of_blocks, blocks=blocks, n=M)
+            found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
+                                    blocks=blocks)
+    if recipe.phase == 1 or recipe.tied:
+        found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:])
+    return found
+
+
+def also_ar(recipe: Recipe, step: int) -> Tensor:
+    """Which of a step's sequences (rows,) the denoiser also learns as an AR model: the share of
+    them, evenly over all steps."""
+    before = torch.arange(step * recipe.rows, (step + 1) * recipe.rows + 1) * recipe.mock_ar
+    return before.double().round(decimals=9).ceil().diff() > 0
 
 
 class Balance:
@@ -303,42 +367,26 @@ class Trainer:
         recipe = self.recipe.at(self.recipe.steps if held_out else step)
         recipe, mine = replace(recipe, **PUBLISHED) if held_out else recipe, slice(RANK, None, WORLD)
         tokens, targets = self.data.batch(recipe, step, held_out, only, mine)
-        generator = torch.Generator().manual_seed(self.data.seed * 10**6 + step)
-        noise, t = draw_noise(recipe, generator)
-        some = torch.zeros(recipe.rows, dtype=torch.bool)       # rows that are read as AR does too
-        some[(step + torch.arange(math.ceil(recipe.mock_ar * recipe.rows))) % recipe.rows] = True
-        wanted = {"masked": targets & noise[mine], "mock": targets & some[mine, None],
-                  "ar": targets}
-        kinds = [kind for kind, there in (
-            ("masked", recipe.phase == 2), ("mock", recipe.phase == 2 and recipe.mock_ar),
-            ("ar", recipe.phase == 1 or recipe.tied)) if there]
-        for kind in kinds:
-            places = wanted[kind] if kind == "masked" else wanted[kind][:, 1:]
-            count = all_reduce(places.sum().to(self.how.device)).clamp(min=1)
+        mask, some = self.model.config.mask_token_id, also_ar(recipe, step)
+        for kind, reading in readings(recipe, tokens, targets, step, self.data.seed, mask,
+                                      mine).items():
+            count = all_reduce(reading.wanted.sum().to(self.how.device)).clamp(min=1)
             for rows in torch.arange(len(tokens)).chunk(self.how.accumulate):
                 if kind == "mock":
                     if not some[WORLD * int(rows[0]):WORLD * (int(rows[-1]) + 1)].any():
                         continue
-                    own = rows[some[mine][rows]]
+                    own = rows[some[mine][rows]]                # of another row nothing is wanted
                     rows, self.balance.counting = (own, True) if len(own) else (rows[:1], False)
-                yield self.losses(kind, tokens[rows], wanted[kind][rows], t[mine][rows],
-                                  recipe).sum() / count
+                yield self.losses(reading.rows(rows)).sum() / count
                 self.balance.counting = True
 
-    def losses(self, kind: str, tokens: Tensor, wanted: Tensor, t: Tensor,
-               recipe: Recipe) -> Tensor:
-        """At every wanted position: "masked", the denoiser's of what is masked there; "mock", its
-        own as an AR model; "ar", the context tower's."""
-        if kind == "masked":
-            noisy = tokens.masked_fill(wanted, self.model.config.mask_token_id)
-            logits = self.model.diffusion_logits(tokens, noisy, t, recipe.block_size)
-            losses = masked_cross_entropy(logits, tokens, wanted, "none")
-            if recipe.weight == "1/t":
-                losses = losses / per_token(t, tokens.shape[1])[wanted].to(losses.device)
-            return losses
-        logits = (self.model.context_logits(tokens[:, :-1]) if kind == "ar" else
-                  self.model.diffusion_logits(tokens, tokens, None, 1)[:, :-1])
-        return masked_cross_entropy(logits, tokens[:, 1:], wanted[:, 1:], "none")
+    def losses(self, reading: Reading) -> Tensor:
+        """At every place that is wanted."""
+        tokens, labels, wanted, noisy, *rest, weight = reading
+        logits = (self.model.context_logits(tokens[:, :-1]) if noisy is None else
+                  self.model.diffusion_logits(tokens, noisy, *rest))
+        losses = masked_cross_entropy(logits, labels, wanted, "none")
+        return losses if weight is None else losses / weight[wanted].to(losses.device)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

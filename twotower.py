@@ -398,6 +398,12 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
     return losses if reduction == "none" else losses.sum() / max(1, len(losses))
 
 
+def of_blocks(x: Tensor, blocks: Tensor, n: int) -> Tensor:
+    """x (B, n * size) -> (B, k * size): of each row's n blocks those in blocks (B, k) int64."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x.reshape(len(x), n, -1)[rows, blocks.to(x.device)].flatten(1)
+
+
 def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
     """The best token but the mask token, and its `probability`: logits (..., V) f32 -> ids (...)
     int64, probabilities (...) f32."""
@@ -988,7 +994,7 @@ class TwoTower(Module):
     # -- training -----------------------------------------------------------------------------
 
     def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor | float | None,
-                         block_size: int) -> Tensor:
+                         block_size: int, blocks: Tensor | None = None) -> Tensor:
         """Denoiser logits of every noisy block given the clean blocks before it, in one pass.
 
         Block b attends to clean tokens before it and to all of itself; its Mamba layers start from
@@ -996,8 +1002,9 @@ class TwoTower(Module):
         the denoiser's parameters only. The denoiser takes each block as a row.
 
         Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
-            (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR.
-        Returns: (B, M, V) float32. Source: arXiv 2606.26493, training.
+            (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR;
+            blocks (B, k) int64: those of each row to denoise, None for all.
+        Returns: (B, M or k * block_size, V) float32. Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
         clean = check_ids(clean, "clean", self.config)
@@ -1007,16 +1014,24 @@ class TwoTower(Module):
                 f"clean has {M} tokens a row, no multiple of block_size {block_size}")
         n = M // block_size
         t = check_t(t, (B,), (B, n))
+        blocks = (torch.arange(n).expand(B, n) if blocks is None else blocks).to(device)
+        noisy, L = of_blocks(noisy.to(device), blocks, n), blocks.shape[1] * block_size
         if t is not None:
-            t = t.reshape(B, -1).expand(B, n).flatten()
-        context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
+            t = of_blocks(t.to(device).reshape(B, -1).expand(B, n), blocks, n).flatten()
+        context = Context(self.context_tower, B, M + L)     # noisy keys go behind the clean ones
         with torch.no_grad():
             self._extend(context, clean, None, keep="blocks", block_size=block_size)
-        block = torch.arange(M, device=device) // block_size
-        mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)   # (M, 2M)
-        at = context.next_pass(M, device, causal=False, mask=mask[None, None])
-        logits = self._denoise(rearrange(noisy, "b (n q) -> (b n) q", n=n), context, t, at)
-        return rearrange(logits, "(b n) q v -> b (n q) v", n=n)
+        if L < M:
+            context.states = [state.map(lambda x: of_blocks(x.reshape(B, -1), blocks, n).view(
+                -1, *x.shape[1:])) if isinstance(state, MambaState) else state
+                for state in context.states]
+        before = torch.arange(M, device=device) // block_size < blocks.repeat_interleave(
+            block_size, dim=1)[..., None]                                            # (B, L, M)
+        own = torch.arange(L, device=device) // block_size
+        mask = torch.cat([before, (own == own[:, None]).expand(B, L, L)], dim=2)
+        at = context.next_pass(L, device, causal=False, mask=mask[:, None])
+        logits = self._denoise(noisy.view(-1, block_size), context, t, at)
+        return rearrange(logits, "(b k) q v -> b (k q) v", b=B)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
                        generator: torch.Generator | None = None, *, masked: Tensor | None = None,
