@@ -1,9 +1,8 @@
-"""What the miniature reads: tasks whose answers can be checked exactly, three made from words
-(sorting, records to JSON, letters) and two on real source (a variable renamed, a line edited); the
-standard library of the running Python; and a byte-level BPE tokenizer, by which any text
-round-trips.
-
-One prompt in 16, by its CRC, and one library file in 16, by the CRC of its name, are held out.
+"""What is learned from: text of one's own (`Text`), or what the miniature reads. That is tasks
+whose answers can be checked exactly, three made from words (sorting, records to JSON, letters) and
+two on real source (a variable renamed, a line edited); the standard library of the running Python;
+and a byte-level BPE tokenizer, by which any text round-trips. Of the miniature's, one prompt in 16,
+by its CRC, and one library file in 16, by the CRC of its name, are held out.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import platform
 import random
 import re
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from twotower import write
+from twotower import of_blocks, write
 
 # ---------------------------------------------------------------------------------------------
 # Tasks and library
@@ -276,9 +276,9 @@ class Data:
     prompt, answer and </s>, which fills the last block. Before the prompt stands random library
     text, so that nothing can depend on it: as much as makes the answer begin a block, as it does
     when decoding; in the recipe's `unaligned` share of the rows any number of tokens, since blocks
-    of another size begin elsewhere. Targets are answers and the </s> after them. In phase 2 some rows leave out the
-    prompts, so that what stands to the right of a mask is worth reading. `recipe`, a Recipe of
-    train.py, says how many of each.
+    of another size begin elsewhere. Targets are answers and the </s> after them. In phase 2 some
+    rows leave out the prompts, so that what stands to the right of a mask is worth reading.
+    `recipe`, a Recipe of train.py, says how many of each.
     """
 
     kinds = ("library", *TASKS)
@@ -476,3 +476,85 @@ class Text:
             self.step += 1
         self.coming = {self.step: self.worker.submit(self.read, *read, self.cursor, False)}
         return tokens, targets
+
+
+# ---------------------------------------------------------------------------------------------
+# What of the rows is masked, and what is learned
+
+
+def draw_noise(recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which of a step's tokens to mask if they are targets, (B, M) bool, and t (B,) or, per block,
+    (B, n)."""
+    B, M, Q = recipe.rows, recipe.row, recipe.block_size
+    t = 0.001 + 0.999 * torch.rand((B, M // Q) if recipe.t_per == "block" else B,
+                                   generator=generator)
+    if recipe.full_masks:
+        t[torch.rand(t.shape, generator=generator) < recipe.full_masks] = 1.0
+    p = per_token(t, M)
+    if recipe.slope:        # later positions of a block are masked more often, for the same mean
+        p = p + recipe.slope * p * (1 - p) * torch.linspace(-1, 1, Q).repeat(M // Q)
+    return torch.rand(B, M, generator=generator) < p, t
+
+
+def choose_blocks(masked: Tensor, Q: int, share: float, draw: Tensor) -> Tensor:
+    """masked (B, M), draw (B, n) in [0, 1) -> (B, k) int64: a share of each row's blocks,
+    preferably those with masks."""
+    order = masked.view(len(masked), -1, Q).any(2) + draw
+    return order.topk(math.ceil(share * order.shape[1])).indices.sort().values
+
+
+def per_token(t: Tensor, M: int) -> Tensor:
+    """t (B,) or (B, n) -> (B, M)."""
+    t = t.view(len(t), -1)
+    return t.repeat_interleave(M // t.shape[1], dim=1)
+
+
+class Reading(NamedTuple):
+    """One way to read a step's sequences: what a tower is given, and what it is to predict."""
+
+    tokens: Tensor                  # (B, M) int64
+    labels: Tensor                  # (B, L) int64, L of the blocks that are denoised, or M - 1
+    wanted: Tensor                  # (B, L) bool: where a label is learned
+    noisy: Tensor | None = None     # (B, M); None: the context tower reads, as AR
+    t: Tensor | None = None         # (B,) or (B, n); None: no time conditioning, as mock-AR
+    block_size: int = 1
+    blocks: Tensor | None = None    # (B, k): those that are denoised
+    weight: Tensor | None = None    # (B, L): losses are divided by it
+
+    def rows(self, rows: Tensor) -> Reading:
+        return Reading(*(part[rows] if isinstance(part, Tensor) else part for part in self))
+
+
+def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask: int,
+             mine: slice = slice(None)) -> dict[str, Reading]:
+    """How a step's sequences are read. tokens, targets (B, M): this process's rows of the step,
+    `mine`; everything is drawn for all rows, so that it does not depend on the processes."""
+    found, generator = {}, torch.Generator().manual_seed(seed * 10**6 + step)
+    if recipe.phase == 2:
+        Q, M = recipe.block_size, recipe.row
+        noise, t = draw_noise(recipe, generator)
+        masked, t = targets & noise[mine], t[mine]
+        draw = torch.rand(recipe.rows, M // Q, generator=generator)[mine]
+        blocks = choose_blocks(masked, Q, recipe.denoised, draw)
+        read = functools.partial(of_blocks, blocks=blocks, n=M // Q)
+        found["masked"] = Reading(
+            tokens, read(tokens), read(masked), tokens.masked_fill(masked, mask), t, Q, blocks,
+            read(per_token(t, M)) if recipe.weight == "1/t" else None)
+        some = also_ar(recipe, step)
+        if some.any():
+            wanted = F.pad(targets[:, 1:], (0, 1)) & some[mine, None]       # token l predicts l + 1
+            draw = torch.rand(recipe.rows, M, generator=generator)[mine]
+            blocks = choose_blocks(wanted, 1, recipe.denoised / 2, draw)
+            read = functools.partial(of_blocks, blocks=blocks, n=M)
+            found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
+                                    blocks=blocks)
+    if recipe.phase == 1 or recipe.tied:
+        found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:])
+    return found
+
+
+def also_ar(recipe, step: int) -> Tensor:
+    """Which of a step's sequences (rows,) the denoiser also learns as an AR model: the share of
+    them, evenly over all steps."""
+    before = torch.arange(step * recipe.rows, (step + 1) * recipe.rows + 1) * recipe.mock_ar
+    return before.double().round(decimals=9).ceil().diff() > 0

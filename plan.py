@@ -1,5 +1,5 @@
-"""What training a denoiser takes, from a backbone's config.json alone: memory per GPU by purpose, and
-an estimate of the time. `python train.py --backbone DIR --plan` prints the table."""
+"""What training a denoiser takes, from a backbone's config.json alone: memory per GPU by purpose,
+and an estimate of the time. `python train.py --backbone DIR --plan` prints the table."""
 
 from __future__ import annotations
 
@@ -95,8 +95,7 @@ def size(module: nn.Module) -> int:
 
 def saved_bytes(layer: Layer, x: Tensor, state, own: list[Tensor], at: Pass,
                 item: int) -> int:
-    """What a layer keeps of its input x (n, Q, D) for the backward pass, but for weights and states.
-    """
+    """What a layer that reads x (n, Q, D) keeps for the backward pass, but for weights and states."""
     found, modulation = {}, tuple(x[:, :1].clone().requires_grad_() for _ in range(3))
 
     def pack(tensor: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ def saved_bytes(layer: Layer, x: Tensor, state, own: list[Tensor], at: Pass,
     return sum(size for key, (_, size) in found.items() if key not in known and out is not None)
 
 
-def table(c: TwoTowerConfig, recipe, how, card: str) -> str:
+def table(c: TwoTowerConfig, recipe, how, card: str, shard: int | None) -> str:
     """For a Recipe and a How of train.py: GB per GPU by purpose and an estimate of the time, on 8
     to 512 GPUs that read a sequence each at a time; of what does not fit, what would."""
     counts, options = (8, 16, 64, 512), {"rows": 1, "Q": min(
@@ -118,7 +117,7 @@ def table(c: TwoTowerConfig, recipe, how, card: str) -> str:
     rate, room = CARDS[card]
 
     def needs(gpus: int, M: int = recipe.row, recompute: bool = how.checkpoint) -> dict:
-        return memory(c, min(gpus, how.shard or gpus), M=M, recompute=recompute, **options)
+        return memory(c, min(gpus, shard or gpus), M=M, recompute=recompute, **options)
 
     columns = [needs(gpus) for gpus in counts]
     lines = [f"{'GB per GPU (' + card + ', ' + format(room / 1e9, '.0f') + ' GB)':32}"
@@ -132,8 +131,8 @@ def table(c: TwoTowerConfig, recipe, how, card: str) -> str:
                  + "".join(f"{speed * gpus:10.0f}" for gpus in counts))
     lines.append(f"{'days for 10^11 tokens':32}"
                  + "".join(f"{1e11 / speed / gpus / 86400:10.1f}" for gpus in counts))
-    lines.append(f"The estimate takes {SHARE:.0%} of {rate / 1e12:.0f} TFLOP/s, and one sequence of "
-                 f"{recipe.row} tokens a GPU and pass.")
+    lines.append(f"The estimate takes {SHARE:.0%} of {rate / 1e12:.0f} TFLOP/s, and one sequence "
+                 f"of {recipe.row} tokens a GPU and pass.")
     tries = [(recompute, M) for M in (recipe.row, recipe.row // 2, recipe.row // 4)
              for recompute in (how.checkpoint, True)]
     for gpus, total in zip(counts, totals):

@@ -110,7 +110,7 @@ class How:
     device: torch.device = torch.device("cpu")
     seed: int = 0
     bf16: bool = False              # compute in bfloat16; master weights and AdamW are float32
-    shard: int = 0                  # processes that share a copy of the model; 0: all
+    shard: int = WORLD              # processes that share a copy of the model
     accumulate: int = 1             # passes a step, each of as many sequences
     checkpoint: bool = False        # recompute each layer's activations in the backward pass
 
@@ -122,10 +122,9 @@ class How:
                 layer.forward = recomputed(layer.forward)
         if not dist.is_initialized():
             return
-        size = self.shard or WORLD
-        mesh = init_device_mesh(self.device.type, (WORLD // size, size),
+        mesh = init_device_mesh(self.device.type, (WORLD // self.shard, self.shard),
                                 mesh_dim_names=("replicate", "shard"))
-        mesh = mesh if size < WORLD else mesh["shard"]
+        mesh = mesh if self.shard < WORLD else mesh["shard"]
 
         def apart(module: nn.Module, dtype: torch.dtype | None):
             # inputs are not cast: that would copy the states, which layers change

@@ -21,7 +21,6 @@ phase 2 does with that what --backbone does with yours (arXiv 2606.26493, traini
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -33,13 +32,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -49,11 +46,11 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
 
 import plan
 from bench import answer
-from corpus import TASKS, Data, Text, prepare, task_prompts
+from corpus import TASKS, Data, Reading, Text, also_ar, prepare, readings, task_prompts
 from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
 from twotower import (CHECKPOINT_FILE, Router, TwoTower, TwoTowerConfig, masked_cross_entropy,
-                      of_blocks, require, write)
+                      require, write)
 
 # ---------------------------------------------------------------------------------------------
 # How a phase is trained
@@ -121,9 +118,9 @@ PHASES = (
                     turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
         (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
             *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))))),
-    Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=1 / 32,
-           denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
-                                                  (2500, dict(block_size=16))),
+    Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05,
+           mock_ar=1 / 32, denoised=0.5, rows=4, row=384,
+           stages=((0, dict(block_size=32)), (2500, dict(block_size=16))),
            turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort")))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
@@ -169,84 +166,6 @@ def new_context(fields: dict) -> TwoTower:
     return model
 
 
-def draw_noise(recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which of a step's tokens to mask if they are targets, (B, M) bool, and t (B,) or, per block,
-    (B, n)."""
-    B, M, Q = recipe.rows, recipe.row, recipe.block_size
-    t = 0.001 + 0.999 * torch.rand((B, M // Q) if recipe.t_per == "block" else B,
-                                   generator=generator)
-    if recipe.full_masks:
-        t[torch.rand(t.shape, generator=generator) < recipe.full_masks] = 1.0
-    p = per_token(t, M)
-    if recipe.slope:        # later positions of a block are masked more often, for the same mean
-        p = p + recipe.slope * p * (1 - p) * torch.linspace(-1, 1, Q).repeat(M // Q)
-    return torch.rand(B, M, generator=generator) < p, t
-
-
-def choose_blocks(masked: Tensor, Q: int, share: float, draw: Tensor) -> Tensor:
-    """masked (B, M), draw (B, n) in [0, 1) -> (B, k) int64: a share of each row's blocks,
-    preferably those with masks."""
-    order = masked.view(len(masked), -1, Q).any(2) + draw
-    return order.topk(math.ceil(share * order.shape[1])).indices.sort().values
-
-
-def per_token(t: Tensor, M: int) -> Tensor:
-    """t (B,) or (B, n) -> (B, M)."""
-    t = t.view(len(t), -1)
-    return t.repeat_interleave(M // t.shape[1], dim=1)
-
-
-class Reading(NamedTuple):
-    """One way to read a step's sequences: what a tower is given, and what it is to predict."""
-
-    tokens: Tensor                  # (B, M) int64
-    labels: Tensor                  # (B, L) int64, L of the blocks that are denoised, or M - 1
-    wanted: Tensor                  # (B, L) bool: where a label is learned
-    noisy: Tensor | None = None     # (B, M); None: the context tower reads, as AR
-    t: Tensor | None = None         # (B,) or (B, n); None: no time conditioning, as mock-AR
-    block_size: int = 1
-    blocks: Tensor | None = None    # (B, k): those that are denoised
-    weight: Tensor | None = None    # (B, L): losses are divided by it
-
-    def rows(self, rows: Tensor) -> Reading:
-        return Reading(*(part[rows] if isinstance(part, Tensor) else part for part in self))
-
-
-def readings(recipe: Recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask: int,
-             mine: slice = slice(None)) -> dict[str, Reading]:
-    """How a step's sequences are read. tokens, targets (B, M): this process's rows of the step,
-    `mine`; everything is drawn for all rows, so that it does not depend on the processes."""
-    found, generator = {}, torch.Generator().manual_seed(seed * 10**6 + step)
-    if recipe.phase == 2:
-        Q, M = recipe.block_size, recipe.row
-        noise, t = draw_noise(recipe, generator)
-        masked, t = targets & noise[mine], t[mine]
-        draw = torch.rand(recipe.rows, M // Q, generator=generator)[mine]
-        blocks = choose_blocks(masked, Q, recipe.denoised, draw)
-        read = functools.partial(of_blocks, blocks=blocks, n=M // Q)
-        found["masked"] = Reading(
-            tokens, read(tokens), read(masked), tokens.masked_fill(masked, mask), t, Q, blocks,
-            read(per_token(t, M)) if recipe.weight == "1/t" else None)
-        some = also_ar(recipe, step)
-        if some.any():
-            wanted = F.pad(targets[:, 1:], (0, 1)) & some[mine, None]       # token l predicts l + 1
-            draw = torch.rand(recipe.rows, M, generator=generator)[mine]
-            blocks = choose_blocks(wanted, 1, recipe.denoised / 2, draw)
-            read = functools.partial(of_blocks, blocks=blocks, n=M)
-            found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
-                                    blocks=blocks)
-    if recipe.phase == 1 or recipe.tied:
-        found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:])
-    return found
-
-
-def also_ar(recipe: Recipe, step: int) -> Tensor:
-    """Which of a step's sequences (rows,) the denoiser also learns as an AR model: the share of
-    them, evenly over all steps."""
-    before = torch.arange(step * recipe.rows, (step + 1) * recipe.rows + 1) * recipe.mock_ar
-    return before.double().round(decimals=9).ceil().diff() > 0
-
-
 class Balance:
     """Keeps experts evenly used: after every step the correction bias of an expert that was chosen
     too often falls by `rate`, of the others rises (arXiv 2412.19437, 2.1.2)."""
@@ -278,8 +197,8 @@ class Balance:
 
 
 class Trainer:
-    """One phase: optimiser, schedule, validation, and a folder of checkpoints to go on from exactly,
-    with as many processes as there then are."""
+    """One phase: optimiser, schedule, validation, and a folder of checkpoints to go on from
+    exactly, with as many processes as there then are."""
 
     def __init__(self, model: TwoTower, recipe: Recipe, data: Data | Text, path: Path | None = None,
                  how: How = How()):
@@ -362,10 +281,11 @@ class Trainer:
         in_first(commit)
 
     def passes(self, step: int, held_out: bool = False, only: str | None = None) -> Iterator:
-        """The loss of a step in scalars to add, over the passes and over the processes. Each process
-        makes as many passes of a kind, as sharding needs them together."""
+        """The loss of a step in scalars to add, over the passes and over the processes. Each
+        process makes as many passes of a kind, as sharding needs them together."""
         recipe = self.recipe.at(self.recipe.steps if held_out else step)
-        recipe, mine = replace(recipe, **PUBLISHED) if held_out else recipe, slice(RANK, None, WORLD)
+        recipe = replace(recipe, **PUBLISHED) if held_out else recipe
+        mine = slice(RANK, None, WORLD)
         tokens, targets = self.data.batch(recipe, step, held_out, only, mine)
         mask, some = self.model.config.mask_token_id, also_ar(recipe, step)
         for kind, reading in readings(recipe, tokens, targets, step, self.data.seed, mask,
@@ -542,52 +462,59 @@ def fail(message):
     sys.exit(2)
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be an integer of 1 or more")
+    return int(text)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
     parser.error = fail
-    own = parser.add_argument_group("a denoiser for a backbone", argument_default=None)
-    N, X = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
-    own.add_argument("--backbone", type=Path, metavar="DIR", help="of config.json, tokenizer.json "
-                     "and safetensors, as Hugging Face holds a Nemotron-H model")
-    own.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl with "
-                     "text, or with prompt and answer, of which the answer is learned")
-    own.add_argument("--valid", type=Path, nargs="+", metavar="FILE", help="held-out text; default "
-                     "one document of --data in 32")
-    own.add_argument("--steps", **N, help=f"default {BACKBONE.steps}")
-    own.add_argument("--rows", **N, help=f"sequences a step; default {BACKBONE.rows}")
-    own.add_argument("--length", **N, help=f"tokens a sequence; default {BACKBONE.row}")
-    own.add_argument("--block-size", type=int, nargs="+", metavar="N", help="one after the other, "
-                     "each for as many steps; default 32 16")
-    own.add_argument("--learning-rate", **X, help=f"default {BACKBONE.peak}, falling to 1/100")
-    own.add_argument("--warm-up", **N, help=f"steps; default {BACKBONE.warm_up}")
-    own.add_argument("--gate", choices=("published", "copy"), help="what the time conditioning "
-                     "does at first; copy: nothing; default published")
-    own.add_argument("--mock-ar", **X, help="share of the sequences that the denoiser also reads "
-                     "as an AR model, without t; default 0")
-    own.add_argument("--plan", action="store_const", const=True, help="memory and time on 8 to 512 "
-                     "GPUs, from config.json alone")
-    own.add_argument("--card", choices=list(plan.CARDS), help="of --plan; default H100")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="checkpoints and the result; an interrupted run goes on from there; "
-                             "default of the miniature runs/miniature, runs/published or runs/smoke")
-    parser.add_argument("--overwrite", action="store_true", help="give up what --out holds")
-    parser.add_argument("--save-every", **N, help="steps; default 250")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16; "
-                        "weights and optimiser stay float32; default with --backbone on a GPU")
-    parser.add_argument("--accumulate", default=1, **N, help="passes that make a step")
-    parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="less memory for a third more time")
-    parser.add_argument("--shard", default=0, **N, help="processes that share one copy of the "
-                        "model, others hold more copies; default all")
+    own = parser.add_argument_group("a denoiser for a backbone")
+    file, n = {"type": Path, "metavar": "FILE"}, {"type": count, "metavar": "N"}
+    for name, what, options in (
+            ("--backbone", "of config.json, tokenizer.json and safetensors, as Hugging Face holds "
+             "a Nemotron-H model", file | {"metavar": "DIR"}),
+            ("--data", "text, or .jsonl of objects with text, or with prompt and answer, of which "
+             "the answer is learned", file | {"nargs": "+"}),
+            ("--valid", "held-out text; default a document of --data in 32", file | {"nargs": "+"}),
+            ("--steps", f"default {BACKBONE.steps}", n),
+            ("--rows", f"sequences a step; default {BACKBONE.rows}", n),
+            ("--length", f"tokens a sequence; default {BACKBONE.row}", n),
+            ("--block-size", "each for as many steps; default 32 16", n | {"nargs": "+"}),
+            ("--learning-rate", f"falls to 1/100; default {BACKBONE.peak}", {"type": float}),
+            ("--warm-up", f"steps; default {BACKBONE.warm_up}", n),
+            ("--gate", "what the time conditioning does at first: with copy nothing; default "
+             "published", {"choices": ("published", "copy")}),
+            ("--mock-ar", "share of the sequences learned without t too, as by AR; default 0",
+             {"type": float}),
+            ("--plan", "memory and time on 8 to 512 GPUs, from config.json alone",
+             {"action": "store_const", "const": True}),
+            ("--card", "of --plan; default H100", {"choices": list(plan.CARDS)})):
+        own.add_argument(name, help=what, **options)
     mini = parser.add_argument_group("the miniature")
     mini.add_argument("--smoke", action="store_true", help="a run of under a minute")
     kind = mini.add_mutually_exclusive_group()
     kind.add_argument("--published", action="store_true", help="phase 2 as it was published")
     kind.add_argument("--recipes", nargs="*", choices=list(RECIPES), metavar="NAME",
                       help=f"compare these, or all: {', '.join(RECIPES)}")
+    parser.add_argument("--out", help="checkpoints and the result; an interrupted run goes on from "
+                        "there; of the miniature runs/miniature, runs/published or runs/smoke",
+                        **file | {"metavar": "DIR"})
+    parser.add_argument("--overwrite", action="store_true", help="give up what --out holds")
+    parser.add_argument("--save-every", help="steps; default 250", **n)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", default=torch.get_num_threads(), **n)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="compute in "
+                        "bfloat16, learn in float32; default with --backbone on a GPU")
+    parser.add_argument("--accumulate", help="passes that make a step", default=1, **n)
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="less memory for a third more time")
+    parser.add_argument("--shard", help="processes that share one copy of the model, others hold "
+                        "more copies; default all", **n)
     args = parser.parse_args(argv)
     check_args(args, [action.dest for action in own._group_actions])
     return args
@@ -595,35 +522,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, own: list[str]):
     """Raises: ValueError for what cannot be, or would do nothing."""
-    for name in (*own, "save_every"):
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        require(value is None or args.backbone or name == "save_every", f"{flag} needs --backbone")
-        for number in value if isinstance(value, list) else [value]:
-            require(type(number) is not int or number >= 1, f"{flag} is {number}, but it must be 1 "
-                    "or more")
-    require(args.learning_rate is None or args.learning_rate > 0, "--learning-rate must be above 0")
-    require(args.mock_ar is None or 0 <= args.mock_ar <= 1, "--mock-ar must be in [0, 1]")
     if args.backbone:
         for flag in ("smoke", "published", "recipes"):
             require(not getattr(args, flag), f"--{flag} is of the miniature, not of --backbone")
         for flag in ("data", "out"):
             require(args.plan or getattr(args, flag), f"--backbone needs --{flag}")
-    elif args.out is None:
-        args.out = Path("runs") / ("smoke" if args.smoke else "published" if args.published else
-                                   "miniature")
-    for name, low in (("threads", 1), ("accumulate", 1), ("shard", 0)):
-        value = getattr(args, name)
-        require(value >= low, f"--{name} is {value}, but it must be {low} or more")
+    for name in own:
+        require(args.backbone or getattr(args, name) is None,
+                f"--{name.replace('_', '-')} needs --backbone")
+    require(0 < (args.learning_rate or 1) < math.inf, "--learning-rate must be above 0")
+    require(0 <= (args.mock_ar or 0) <= 1, "--mock-ar must be in [0, 1]")
     require(0 <= args.seed < 2**32, f"--seed is {args.seed}, but it must be in [0, 2**32)")
     require(args.recipes is None or WORLD == 1 and not args.bf16,
             "--recipes runs in one process, in float32")
-    require(not args.shard or WORLD % args.shard == 0,
+    require(WORLD % (args.shard or WORLD) == 0,
             f"--shard {args.shard} does not divide {WORLD} processes")
-    args.device = torch.device(f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device)
+    args.out = args.out or Path("runs") / (
+        "smoke" if args.smoke else "published" if args.published else "miniature")
+    args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} cannot be used: {first_line(error)}") from None
+    args.device = torch.device(args.device)
 
 
 def own_recipe(args: argparse.Namespace) -> Recipe:
@@ -695,8 +616,8 @@ def run_backbone(args: argparse.Namespace, how: How):
     except Exception as error:                  # the library raises nothing narrower
         raise ValueError(f"{path}: {error}") from None
     last = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    require(last < config.vocab_size, f"{path} has ids up to {last}, but vocab_size of the model is "
-            f"{config.vocab_size}")
+    require(last < config.vocab_size, f"{path} has ids up to {last}, but vocab_size of the model "
+            f"is {config.vocab_size}")
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     require(eos is not None, f"{backbone}/config.json has no eos_token_id to end documents with")
     data = Text(tokenizer, eos, args.data, args.valid or [], args.seed)
@@ -709,8 +630,8 @@ def run_backbone(args: argparse.Namespace, how: How):
 def check_rows(recipe: Recipe, how: How):
     """Every process makes --accumulate passes of as many sequences, whatever the stage."""
     for rows in {recipe.at(step).rows for step in range(recipe.steps)}:
-        require(rows % (WORLD * how.accumulate) == 0, f"{WORLD} processes x {how.accumulate} passes "
-                f"cannot share {rows} sequences evenly")
+        require(rows % (WORLD * how.accumulate) == 0, f"{WORLD} processes x {how.accumulate} "
+                f"passes cannot share {rows} sequences evenly")
 
 
 def run(args: argparse.Namespace):
@@ -719,12 +640,12 @@ def run(args: argparse.Namespace):
     torch.set_num_threads(args.threads)
     bf16 = args.bf16 if args.bf16 is not None else bool(args.backbone) and (
         args.plan or args.device.type == "cuda")
-    how = How(args.device, args.seed, bf16, args.shard, args.accumulate,
+    how = How(args.device, args.seed, bf16, args.shard or WORLD, args.accumulate,
               args.checkpoint_activations)
     if args.plan:
         path = args.backbone / "config.json" if args.backbone.is_dir() else args.backbone
         return print(plan.table(TwoTowerConfig.from_json(path), own_recipe(args), how,
-                                args.card or "H100"))
+                                args.card or "H100", args.shard))
     if args.recipes is not None:
         return print(json.dumps(compare_recipes(args, how)))
     backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
