@@ -265,7 +265,8 @@ def training(folder: Path):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     titles = "phase 1: next token, context tower", "phase 2: masked tokens, denoiser tower"
     for phase, (ax, title) in enumerate(zip(axes, titles), 1):
-        log = torch.load(folder / f"phase{phase}.pt", map_location="cpu", weights_only=True)["log"]
+        log = folder / f"phase{phase}" / "log.jsonl"
+        log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         for kind in log[0]["valid"]:
             ax.plot([line["step"] for line in log], [line["valid"][kind] for line in log],
                     label=kind)
