@@ -177,6 +177,8 @@ def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Pa
     def values() -> Iterator[Tensor]:           # every process takes part in gathering
         for name, tensor in like.state_dict().items():
             if read is not None and name.startswith("context_"):
+                if RANK > 0:
+                    continue
                 value = read(name, 0, len(tensor))
             else:
                 value = state[name]
