@@ -1849,7 +1849,7 @@ def test_a_backbone_becomes_both_towers(tmp_path, monkeypatch):
     assert denoise(copy, 0.3).equal(denoise(copy, None))
     assert not denoise(loaded, 0.3).equal(denoise(loaded, None))
     safe_open = twotower.safe_open                          # which knows no device "meta"
-    monkeypatch.setattr(twotower, "safe_open", lambda path, kind, device: safe_open(path, kind))
+    monkeypatch.setattr(twotower, "safe_open", lambda path, kind, **_: safe_open(path, kind))
     placed = TwoTower.from_backbone(tmp_path / "model", denoiser_device="meta", gate="copy")
     for name, tensor in placed.state_dict().items():
         assert tensor.is_meta != name.startswith("context_")
