@@ -932,8 +932,10 @@ def test_golden_sampling():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.8, 3), (0.9, 4), (1.0, 4)):
         assert int(twotower.shape_logits(logits, 1.0, top_p=top_p).isfinite().sum()) == kept
-    shaped = twotower.shape_logits(randn(5, 40).float(), 1e-300)
-    assert shaped.isfinite().all() and shaped.argmax(-1).equal(randn(5, 40).argmax(-1))
+    logits, u = randn(5, 40).float(), torch.rand(5, 40, generator=seeded(0))
+    for knob in ((1e-300,), (1e-309,), (5e-324, 7), (5e-324, 7, 0.9)):      # the least one there is
+        shaped = twotower.shape_logits(logits, *knob)
+        assert twotower.gumbel_argmax(shaped, u).equal(logits.argmax(-1)), knob
 
 
 def test_noise_is_a_function_of_seed_position_step_and_token():
