@@ -1071,10 +1071,10 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: what the new text begins with: ids, as if committed, and None for each hole to
-                be filled in; mask_token_id is an id like any other. One sequence for all rows, or
-                one (or None) for each; a tensor has no holes. The text ends with it unless
-                max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed (mask_token_id too), None
+                for a hole, which a tensor cannot have; one sequence for all rows, or one (or None)
+                for each. The text ends with it unless max_new_tokens is larger; EOS ends it only
+                after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
@@ -1619,16 +1619,15 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[in
     require(template is None or isinstance(template, Sequence | Tensor), rule)
     one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
                                any(isinstance(token, int) for token in template))
-    templates = [template] * rows if one else list(template)
+    templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
-    for row, ids in enumerate(templates):
-        holes = isinstance(ids, Sequence) and [i for i, one in enumerate(ids) if one is None] or []
-        filled = [0 if one is None else one for one in ids] if holes else ids
-        templates[row] = [] if ids is None else check_ids(filled, f"template {row}", config,
-                                                          (None,)).tolist()
-        for i in holes:
-            templates[row][i] = None
-    return templates
+
+    def checked(ids, name: str) -> list[int | None]:
+        filled = [0 if one is None else one for one in ids] if isinstance(ids, Sequence) else ids
+        filled = check_ids(filled, name, config, (None,)).tolist()
+        return [None if given is None else token for given, token in zip(ids, filled)]
+    return [[] if ids is None else checked(ids, f"template {row}")
+            for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int]],
@@ -1658,14 +1657,12 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
-PARTIAL = ".partial"                # ends the name of a file that is being written
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_json(path: Path) -> dict:
-    partial = path.with_name(path.name + PARTIAL).exists()
-    check_file(path, ": saving was interrupted; save again" * partial)
+    check_file(path, ": saving was interrupted; save again" * Path(f"{path}.partial").exists())
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1686,7 +1683,7 @@ def check_file(path: Path, cause: str = ""):
 def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
     """Write files, and remove old ones, as one: each is first saved under another name; then the
     first, without which a reader takes none, is removed, and it comes back last."""
-    partial = {path: path.with_name(path.name + PARTIAL) for path in files}
+    partial = {path: Path(f"{path}.partial") for path in files}
     first, *others = files
     try:
         for path, save in files.items():
@@ -1720,8 +1717,7 @@ def check_tensors(model: nn.Module, found: dict[str, tuple], where):
         path, shape, kind = found.get(key, (where, None, None))
         there = "missing" if shape is None else f"{kind} {shape}"
         wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
-        known = kind in (*DTYPES, *DTYPES.values())
-        require(known and shape is not None and shape == expected.get(key),
+        require(kind in (*DTYPES, *DTYPES.values()) and shape == expected.get(key),
                 f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
