@@ -1549,6 +1549,11 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     assert texts(loaded.generate_ar(ids(1, 9), 8)) == texts(model.generate_ar(ids(1, 9), 8))
     TwoTower.from_pretrained(GOLDEN / "cfg1", towers="context")     # all in one file
     refuses("a context tower alone must not replace", loaded.save_pretrained, tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "model-00001-of-00009.safetensors.partial").write_text("of a killed save")
+    loaded.save_pretrained(tmp_path / "new")
+    again = TwoTower.from_pretrained(tmp_path / "new", towers="context")
+    assert same_tensors(again, loaded) and len([*(tmp_path / "new").iterdir()]) == 2
     refuses("only the context tower is loaded", loaded.generate_mask_diffusion, ids(1, 9), 8)
     refuses("is missing", TwoTower.from_pretrained, tmp_path)
 

@@ -1193,8 +1193,8 @@ class TwoTower(Module):
                 "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
-                "which a context tower alone must not replace; save it elsewhere")
+        require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
+                "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
         for key, part in parts.items():
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
