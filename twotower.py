@@ -1099,10 +1099,10 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: what the new text begins with: ids, as if committed, and None for each hole to
-                be filled in; mask_token_id is an id like any other. One sequence for all rows, or
-                one (or None) for each; a tensor has no holes. The text ends with it unless
-                max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed (mask_token_id too), None
+                for a hole, which a tensor cannot have; one sequence for all rows, or one (or None)
+                for each. The text ends with it unless max_new_tokens is larger; EOS ends it only
+                after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
@@ -1254,8 +1254,8 @@ class TwoTower(Module):
                 "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or towers == "both", f"{directory} holds a checkpoint, "
-                "which a context tower alone must not replace; save it elsewhere")
+        require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
+                "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
         for key, part in parts.items():
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
@@ -1697,16 +1697,15 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[in
     rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
     require((template := plain(template)) is None or isinstance(template, Sequence), rule)
     one = template is None or any(isinstance(token, int) for token in template)
-    templates = [template] * rows if one else list(template)
+    templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
-    for row, ids in enumerate(templates):
-        holes = isinstance(ids, Sequence) and [i for i, one in enumerate(ids) if one is None] or []
-        filled = [0 if one is None else one for one in ids] if holes else ids
-        templates[row] = [] if ids is None else check_ids(filled, f"template {row}", config,
-                                                          (None,)).tolist()
-        for i in holes:
-            templates[row][i] = None
-    return templates
+
+    def checked(ids, name: str) -> list[int | None]:
+        filled = [0 if one is None else one for one in ids] if isinstance(ids, Sequence) else ids
+        filled = check_ids(filled, name, config, (None,)).tolist()
+        return [None if given is None else token for given, token in zip(ids, filled)]
+    return [[] if ids is None else checked(ids, f"template {row}")
+            for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int]],
@@ -1736,7 +1735,6 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
-PARTIAL = ".partial"                # ends the name of a file that is being written
 BACKBONE = {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
             "n_shared_experts": 1}      # what transformers and vLLM want of a config.json
 TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
@@ -1745,8 +1743,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_json(path: Path) -> dict:
-    partial = path.with_name(path.name + PARTIAL).exists()
-    check_file(path, ": saving was interrupted; save again" * partial)
+    check_file(path, ": saving was interrupted; save again" * Path(f"{path}.partial").exists())
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1767,7 +1764,7 @@ def check_file(path: Path, cause: str = ""):
 def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
     """Write files, and remove old ones, as one: each is first saved under another name; then the
     first, without which a reader takes none, is removed, and it comes back last."""
-    partial = {path: path.with_name(path.name + PARTIAL) for path in files}
+    partial = {path: Path(f"{path}.partial") for path in files}
     first, *others = files
     try:
         for path, save in files.items():
@@ -1810,8 +1807,7 @@ def check_tensors(model: nn.Module, found: dict[str, tuple], where):
         path, shape, kind = found.get(key, (where, None, None))
         there = "missing" if shape is None else f"{kind} {shape}"
         wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
-        known = kind in (*DTYPES, *DTYPES.values())
-        require(known and shape is not None and shape == expected.get(key),
+        require(kind in (*DTYPES, *DTYPES.values()) and shape == expected.get(key),
                 f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
