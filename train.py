@@ -158,8 +158,11 @@ def build(recipe: Recipe, fields: dict, context: TwoTower | None = None) -> TwoT
         return model
     model.load_state_dict(context.state_dict(), strict=False)
     model.copy_context_to_denoiser()
-    if recipe.gate == "copy":
-        model.open_gates()
+    if recipe.gate == "copy":           # shift 0, scale 0, gate 1: at first t changes nothing
+        with torch.no_grad():
+            model.t_block[1].weight.zero_()
+            for table in model.scale_shift_tables:
+                table.copy_(torch.tensor([0.0, 0.0, 1.0])[:, None].expand_as(table))
     if recipe.tied:
         model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
     if recipe.timeless:

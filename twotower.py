@@ -1051,13 +1051,6 @@ class TwoTower(Module):
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
 
-    @torch.no_grad()
-    def open_gates(self):
-        """Start with shift 0, scale 0 and gate 1 whatever t is; not as published."""
-        self.t_block[1].weight.zero_()
-        for table in self.scale_shift_tables:
-            table.copy_(torch.eye(3)[2, :, None].expand_as(table))
-
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
     @torch.inference_mode()
@@ -1179,16 +1172,20 @@ class TwoTower(Module):
         return model.fill(files, first, second).use(backend)
 
     @classmethod
+    @torch.no_grad()
     def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
                       **options) -> TwoTower:
-        """Both towers from one of the Nemotron-H family, as Hugging Face holds it; the time
-        conditioning is fresh, with gate "copy" as by `open_gates`. Multi-token prediction, `mtp.*`,
-        is not read: the tower does not need it. Options and errors: of `from_pretrained`."""
+        """Both towers from one of the Nemotron-H family, as Hugging Face holds it, and fresh time
+        conditioning: as published, or with gate "copy" of shift 0, scale 0 and gate 1, so that at
+        first the denoiser does what the context tower does. Multi-token prediction, `mtp.*`, is not
+        read: the tower is the same without. Options and errors: of `from_pretrained`."""
         require(gate in ("published", "copy"),
                 f"gate is {gate!r}, but it must be 'published' or 'copy'")
         model = cls.from_pretrained(directory, layout="backbone", **options)
         if gate == "copy" and model.denoiser_tower is not None:
-            model.open_gates()
+            model.t_block[1].weight.zero_()
+            for table in model.scale_shift_tables:
+                table.copy_(torch.eye(3)[2, :, None].expand_as(table))
         return model
 
     @classmethod
