@@ -229,6 +229,7 @@ def test_config_files_in_other_words(tmp_path):
     assert len(moe) == 6
     dense |= dict(hybrid_override_pattern="M-*-M-", mamba_head_dim=np.int64(80))
     assert TwoTowerConfig.from_dict(dense).d_inner == 320
+    assert TwoTowerConfig.from_dict(dense | dict(eos_token_id=None)).eos_token_id is None
 
     def strict(word):
         raise AssertionError(f"{word} is not JSON")
@@ -1789,7 +1790,7 @@ def test_backbones_come_from_transformers_and_go_back(kind, tmp_path):
     too many. Their dt is clamped to time_step_min, ours is not."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     with bench.without_this_folder():
-        from transformers import NemotronHConfig, NemotronHForCausalLM
+        from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     fields = {name: value for name, value in FAMILY[kind].items()
@@ -1804,14 +1805,16 @@ def test_backbones_come_from_transformers_and_go_back(kind, tmp_path):
         logits = theirs(tokens).logits
         check(model.context_logits(tokens), logits, 3e-5)
         model.save_pretrained(tmp_path / "ours", 30_000, towers="context", layout="backbone")
-        again, report = NemotronHForCausalLM.from_pretrained(tmp_path / "ours",
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
                                                              output_loading_info=True)
+        assert type(again) is NemotronHForCausalLM
         assert len(report) > 2 and not any(report.values()), report
         assert torch.equal(again.eval()(tokens).logits, logits)
     before, after = ({key: tensor for path in (tmp_path / whose).glob("*.safetensors")
                       for key, tensor in load_file(path).items()} for whose in ("theirs", "ours"))
     assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
     assert TwoTowerConfig.from_json(tmp_path / "ours" / "config.json") == model.config
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["n_shared_experts"] == 1
     assert again.config.hybrid_override_pattern == fields["hybrid_override_pattern"]
 
 
@@ -1840,6 +1843,7 @@ def test_a_backbone_becomes_both_towers(tmp_path, monkeypatch):
     for spelling in ("shards", "stacked", "model"):
         context = TwoTower.from_backbone(tmp_path / spelling, towers="context").state_dict()
         loaded = TwoTower.from_backbone(tmp_path / spelling, dtype=torch.float64)
+        assert all(p.requires_grad for p in loaded.parameters())
         for name, tensor in context.items():
             assert tensor.equal(model.state_dict()[name])
             other = name.replace("context_tower", "denoiser_tower").removeprefix("context_")

@@ -1177,8 +1177,8 @@ class TwoTower(Module):
                       **options) -> TwoTower:
         """Both towers from one of the Nemotron-H family, as Hugging Face holds it, and fresh time
         conditioning: as published, or with gate "copy" of shift 0, scale 0 and gate 1, so that at
-        first the denoiser does what the context tower does. Multi-token prediction, `mtp.*`, is not
-        read: the tower is the same without. Options and errors: of `from_pretrained`."""
+        first t changes nothing. Multi-token prediction, `mtp.*`, is not read: the tower is the same
+        without. Options and errors: of `from_pretrained`."""
         require(gate in ("published", "copy"),
                 f"gate is {gate!r}, but it must be 'published' or 'copy'")
         model = cls.from_pretrained(directory, layout="backbone", **options)
@@ -1788,12 +1788,13 @@ def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tenso
         key = re.sub(r"\b(_orig_mod|module)\.", "", name)
         if tower is not None:
             key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
-        stack = [whole for whole in (key, key.removesuffix(".weight")) if whole in files] or [key]
-        if ".mixer.experts." in key and stack[0] not in files:
+        stack = key.removesuffix(".weight")             # so transformers names it in memory
+        key = stack if stack in files else key
+        if ".mixer.experts." in key and key not in files:
             found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
                       for e, part in enumerate(tensor)]
         elif tower is None or not key.startswith(TIME_KEYS):
-            found.append((stack[0], name, tensor))
+            found.append((key, name, tensor))
     return found
 
 
