@@ -1242,7 +1242,7 @@ class TwoTower(Module):
                                      ("context", "backbone")), f"layout {layout!r} cannot hold "
                 f"towers {towers!r}; released can hold both or context, backbone context")
         towers = "context" if self.denoiser_tower is None else towers
-        directory, shards, size = Path(directory), [{}], 0
+        directory = Path(directory)
         parts = {key: part for key, name, part in checkpoint_tensors(self, [layout + "."])
                  if towers == "both" or name.startswith("context_")}
         with torch.device("meta"):
@@ -1253,24 +1253,17 @@ class TwoTower(Module):
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
         require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
                 "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
-        for key, part in parts.items():
-            size += part.nbytes
-            if shards[-1] and size > max_shard_bytes:
-                shards.append({})
-                size = part.nbytes
-            shards[-1][key] = part
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        shards = shards_of(parts, max_shard_bytes)
         made = {"config.json": self.config.to_dict() | {"backbone": BACKBONE}.get(layout, {}) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             made[INDEX] = {
                 "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+                "weight_map": {key: name for name, shard in shards.items() for key in shard}}
         made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
         saves = {name: lambda path, content=content: path.write_bytes(content)
                  for name, content in (made | (files or {})).items()}
-        for name, shard in zip(names, shards):
+        for name, shard in shards.items():
             saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
                 {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
                 path, {"format": "pt"})
@@ -1796,6 +1789,19 @@ def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tenso
         elif tower is None or not key.startswith(TIME_KEYS):
             found.append((key, name, tensor))
     return found
+
+
+def shards_of(parts: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the file they go to, of at most so many bytes or of one tensor."""
+    shards, size = [{}], 0
+    for key, part in parts.items():
+        size += part.nbytes
+        if shards[-1] and size > most:
+            shards.append({})
+            size = part.nbytes
+        shards[-1][key] = part
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else
+            "model.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def check_tensors(model: nn.Module, found: dict[str, tuple], where):
