@@ -2637,7 +2637,7 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
 
     def snapshot_download(name, *, allow_patterns, local_files_only):
         asked.append((list(allow_patterns), local_files_only))
-        return str(tmp_path)
+        return str(tmp_path / name.removeprefix("some/model"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for name, towers, plan in (("some/model", "both", False), ("some/model", "context", True),
@@ -2647,6 +2647,13 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
     shards = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003", "00004")]
     assert asked == [                   # the towers are alike: two hold nothing but the denoiser
         (small, False), (small + shards, False), (small, True), (small + shards[:2], True)]
+    miniature()[0].save_pretrained(tmp_path / "-alone", 10**6, towers="context", layout="backbone")
+    shards = sorted(path.name for path in (tmp_path / "-alone").glob("*.safetensors"))
+    for name in shards:                 # a backbone's head is needed; nothing is to be refused
+        (tmp_path / "-alone" / name).unlink()
+    cli.fetch("some/model-alone", "context", False)
+    one_line(sample("--plan", directory="some/model-alone"), "-alone is a backbone, one tower")
+    assert asked[4:] == [(small, False), (small + shards, False), (small, True)]
     run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
                      env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
     one_line(run, "https://huggingface.co/some/model, downloaded where there is a connection")

@@ -1200,12 +1200,7 @@ class TwoTower(Module):
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = read_headers(directory, towers)
-            tower = backbone_of(found)
-            require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
-                f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser "
-                f"is trained for it by python train.py --backbone {directory} --data FILE" if tower
-                else "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+            found = read_headers(directory, towers, layout)
             check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
@@ -1821,19 +1816,26 @@ def backbone_of(names) -> str | None:
                  if name.startswith(("backbone.", "model."))), None)
 
 
-def unread(names, towers: str) -> tuple[str, ...]:
-    """How the names begin of tensors that are not needed."""
-    return ("mtp.",) if backbone_of(names) else DENOISER_KEYS if towers == "context" else ()
+def unread(names, towers: str, layout: str = "any", directory: Path | None = None):
+    """How the names begin of the tensors, a tuple, that are not needed of a checkpoint with such
+    names. Raises: ValueError if that is not of the layout."""
+    tower = backbone_of(names)
+    require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
+        f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser is "
+        f"trained for it by python train.py --backbone {directory} --data FILE" if tower else
+        "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+    return ("mtp.",) if tower else DENOISER_KEYS if towers == "context" else ()
 
 
-def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, str]]:
+def read_headers(directory: Path, towers: str,
+                 layout: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for those that are `unread`; of a broken promise without shape."""
     index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
     if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
-        skip = unread(weight_map, towers)
+        skip = unread(weight_map, towers, layout, directory)
         for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
@@ -1843,7 +1845,7 @@ def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, st
         check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                skip = unread(places or file.keys(), towers)
+                skip = unread(places or file.keys(), towers, layout, directory)
                 for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
