@@ -1586,6 +1586,8 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     assert all(name.startswith("context_") for name in loaded.state_dict())
     assert texts(loaded.generate_ar(ids(1, 9), 8)) == texts(model.generate_ar(ids(1, 9), 8))
     TwoTower.from_pretrained(GOLDEN / "cfg1", towers="context")     # all in one file
+    model.save_pretrained(tmp_path / "alone", towers="context")
+    assert same_tensors(TwoTower.from_pretrained(tmp_path / "alone", towers="context"), loaded)
     refuses("a context tower alone must not replace", loaded.save_pretrained, tmp_path)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "model-00001-of-00009.safetensors.partial").write_text("of a killed save")

@@ -1827,11 +1827,11 @@ def unread(names, towers: str, layout: str = "any", directory: Path | None = Non
     return ("mtp.",) if tower else DENOISER_KEYS if towers == "context" else ()
 
 
-def read_headers(directory: Path, towers: str,
-                 layout: str) -> dict[str, tuple[Path, list, str]]:
+def read_headers(directory: Path, towers: str, layout: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for those that are `unread`; of a broken promise without shape."""
-    index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
+    index, single = directory / INDEX, directory / "model.safetensors"
+    places, found, skip = {}, {}, None
     if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
@@ -1845,7 +1845,8 @@ def read_headers(directory: Path, towers: str,
         check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                skip = unread(places or file.keys(), towers, layout, directory)
+                if skip is None:
+                    skip = unread(file.keys(), towers, layout, directory)
                 for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
