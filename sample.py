@@ -37,8 +37,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written, check_file,
-                      eos_ids, require, unread)
+from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written,
+                      backbone_of, check_file, eos_ids, require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -330,6 +330,8 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if towers == "both" and backbone_of(shards):        # which `skeleton` will refuse
+            return path
         skip = unread(shards, towers)               # only those that are needed
         wanted += sorted({file for key, file in shards.items() if not key.startswith(skip)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))

@@ -235,6 +235,7 @@ def test_config_files_in_other_words(tmp_path):
     assert len(moe) == 6
     dense |= dict(hybrid_override_pattern="M-*-M-", mamba_head_dim=np.int64(80))
     assert TwoTowerConfig.from_dict(dense).d_inner == 320
+    assert TwoTowerConfig.from_dict(dense | dict(eos_token_id=None)).eos_token_id is None
 
     def strict(word):
         raise AssertionError(f"{word} is not JSON")
@@ -972,8 +973,10 @@ def test_golden_sampling():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.8, 3), (0.9, 4), (1.0, 4)):
         assert int(twotower.shape_logits(logits, 1.0, top_p=top_p).isfinite().sum()) == kept
-    shaped = twotower.shape_logits(randn(5, 40).float(), 1e-300)
-    assert shaped.isfinite().all() and shaped.argmax(-1).equal(randn(5, 40).argmax(-1))
+    logits, u = randn(5, 40).float(), torch.rand(5, 40, generator=seeded(0))
+    for knob in ((1e-300,), (1e-309,), (5e-324, 7), (5e-324, 7, 0.9)):      # the least one there is
+        shaped = twotower.shape_logits(logits, *knob)
+        assert twotower.gumbel_argmax(shaped, u).equal(logits.argmax(-1)), knob
 
 
 def test_noise_is_a_function_of_seed_position_step_and_token():
@@ -1417,7 +1420,7 @@ def test_bad_arguments():
                               ("max_new_tokens is None, but it must be", [[5], None])):
         refuses(message, model.generate_mask_diffusion, [one[0]] * 2, template=template)
     refuses(f"5000 {too_many}", diffusion, 8, block_size=5000)
-    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, -1], 2.0),
+    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, -1]),
                           ("top_k", 0), ("top_p", 1.5, 0), ("seed", -1, [1.5], [1, 2]),
                           ("block_size", 0, 8.0), ("steps_per_block", 0), ("mask_token_id", 128),
                           ("confidence_threshold", math.nan)):
@@ -1589,7 +1592,14 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     assert all(name.startswith("context_") for name in loaded.state_dict())
     assert texts(loaded.generate_ar(ids(1, 9), 8)) == texts(model.generate_ar(ids(1, 9), 8))
     TwoTower.from_pretrained(GOLDEN / "cfg1", towers="context")     # all in one file
+    model.save_pretrained(tmp_path / "alone", towers="context")
+    assert same_tensors(TwoTower.from_pretrained(tmp_path / "alone", towers="context"), loaded)
     refuses("a context tower alone must not replace", loaded.save_pretrained, tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "model-00001-of-00009.safetensors.partial").write_text("of a killed save")
+    loaded.save_pretrained(tmp_path / "new")
+    again = TwoTower.from_pretrained(tmp_path / "new", towers="context")
+    assert same_tensors(again, loaded) and len([*(tmp_path / "new").iterdir()]) == 2
     refuses("only the context tower is loaded", loaded.generate_mask_diffusion, ids(1, 9), 8)
     refuses("is missing", TwoTower.from_pretrained, tmp_path)
 
@@ -1770,6 +1780,146 @@ def test_broken_checkpoint(what, tmp_path):
     sharded = what.startswith(("shard", "index", "a tensor twice"))
     damage(directory := copy_checkpoint(tmp_path, sharded=sharded))
     refuses(message, TwoTower.from_pretrained, directory)
+
+
+# ------------------------------------------------------- backbones: single towers of the family
+
+# as the 8B, the 9B (heads of 80 channels, 5 query heads to a KV head) and the 30B, but small
+FAMILY = {
+    "8B": TINY | dict(hybrid_override_pattern="M-M-M-M*-M-", n_groups=1),
+    "9B": TINY | dict(hybrid_override_pattern="M-MM-M*-M-", mamba_head_dim=80, hidden_size=40,
+                      num_attention_heads=10),
+    "30B": TINY | dict(hybrid_override_pattern="MEM*EME")}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_backbones_come_from_transformers_and_go_back(kind, tmp_path):
+    """The same logits in both directions, and the same tensors, bit for bit: none is missing, none
+    too many. Their dt is clamped to time_step_min, ours is not."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    with bench.without_this_folder():
+        from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    fields = {name: value for name, value in FAMILY[kind].items()
+              if name != "num_hidden_layers" and (kind == "30B" or "expert" not in name)}
+    theirs = NemotronHForCausalLM(NemotronHConfig(**fields, time_step_min=1e-30)).eval()
+    for i, (name, tensor) in enumerate(theirs.state_dict().items()):
+        gain = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.3
+        tensor.copy_(randn(*tensor.shape, seed=i) * gain + ("norm" in name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, tokens = TwoTower.from_backbone(tmp_path / "theirs"), ids(2, 37)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        check(model.context_logits(tokens), logits, 3e-5)
+        model.save_pretrained(tmp_path / "ours", 30_000, towers="context", layout="backbone")
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
+                                                             output_loading_info=True)
+        assert type(again) is NemotronHForCausalLM
+        assert len(report) > 2 and not any(report.values()), report
+        assert torch.equal(again.eval()(tokens).logits, logits)
+    before, after = ({key: tensor for path in (tmp_path / whose).glob("*.safetensors")
+                      for key, tensor in load_file(path).items()} for whose in ("theirs", "ours"))
+    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
+    assert TwoTowerConfig.from_json(tmp_path / "ours" / "config.json") == model.config
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["n_shared_experts"] == 1
+    assert again.config.hybrid_override_pattern == fields["hybrid_override_pattern"]
+
+
+def backbones(directory: Path) -> TwoTower:
+    """Writes one with every option turned as shards, with its experts stacked, and as transformers
+    names them in memory; returns whose context tower it is."""
+    model = random_model(True, torch.float32)
+    model.save_pretrained(directory / "shards", 20_000, towers="context", layout="backbone")
+    bare = functools.partial(re.sub, r"(experts\.\w+)\.weight", r"\1")
+    for name, tower, spell in (("stacked", "backbone.", str), ("model", "model.", bare)):
+        (directory / name).mkdir()
+        shutil.copy(directory / "shards" / "config.json", directory / name)
+        save_file({tower + spell(key): tensor
+                   for key, tensor in model.context_tower.state_dict().items()}
+                  | {"lm_head.weight": model.context_lm_head.weight.data,
+                     "mtp.layers.0.norm.weight": torch.zeros(3)},
+                  directory / name / "model.safetensors")
+    return model
+
+
+def test_a_backbone_becomes_both_towers(tmp_path, monkeypatch):
+    """However it is spelled, each where it belongs; the time conditioning is as from scratch, or at
+    first does nothing."""
+    model, block, std = backbones(tmp_path), torch.full((1, 4), MASK), TINY["hidden_size"] ** -0.5
+    torch.manual_seed(0)
+    for spelling in ("shards", "stacked", "model"):
+        context = TwoTower.from_backbone(tmp_path / spelling, towers="context").state_dict()
+        loaded = TwoTower.from_backbone(tmp_path / spelling, dtype=torch.float64)
+        assert all(p.requires_grad for p in loaded.parameters())
+        for name, tensor in context.items():
+            assert tensor.equal(model.state_dict()[name])
+            other = name.replace("context_tower", "denoiser_tower").removeprefix("context_")
+            for whose in (name, other):
+                assert loaded.state_dict()[whose].equal(tensor.double())
+        assert all(name.startswith("context_") for name in context)
+        tables = torch.stack(list(loaded.scale_shift_tables))
+        for found, wanted in ((loaded.t_block[1].weight.std(), 0.02), (tables.std(), std),
+                              (loaded.t_embedder.mlp[0].weight.std(), 0.02)):
+            assert abs(found / wanted - 1) < 0.1            # of 576 or more: 3 standard errors
+        assert not loaded.t_block[1].bias.any() and tables.dtype == torch.float64
+    denoise = lambda model, t: model.denoise(block, model.prefill(ids(1, 5)), t)
+    copy = TwoTower.from_backbone(tmp_path / "shards", gate="copy")
+    assert denoise(copy, 0.3).equal(denoise(copy, None))
+    assert not denoise(loaded, 0.3).equal(denoise(loaded, None))
+    safe_open = twotower.safe_open                          # which knows no device "meta"
+    monkeypatch.setattr(twotower, "safe_open", lambda path, kind, **_: safe_open(path, kind))
+    placed = TwoTower.from_backbone(tmp_path / "model", denoiser_device="meta", gate="copy")
+    for name, tensor in placed.state_dict().items():
+        assert tensor.is_meta != name.startswith("context_")
+
+
+def test_what_is_no_backbone_or_no_more_than_one(tmp_path):
+    """The line says what it is and what to call; a mode that needs a denoiser how to train one."""
+    backbones(tmp_path)
+    shards, stacked = tmp_path / "shards", tmp_path / "stacked"
+    how = f"{shards} is a backbone, one tower (backbone.*): TwoTower.from_backbone loads it, a " \
+          f"denoiser is trained for it by python train.py --backbone {shards} --data FILE"
+    load = TwoTower.from_backbone
+    for towers in ("both", "context"):
+        refuses(how, TwoTower.from_pretrained, shards, towers=towers)
+        refuses("is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained", load,
+                GOLDEN / "cfg1", towers=towers)
+    refuses("gate is 'open', but it must be 'published' or 'copy'", load, shards, gate="open")
+    model = load(shards)
+    refuses("layout 'backbone' cannot hold towers 'both'", model.save_pretrained,
+            tmp_path / "new", layout="backbone")
+    refuses("a context tower alone must not replace", model.save_pretrained, shards,
+            towers="context", layout="backbone")
+    assert not (tmp_path / "new").exists()
+    for change, message in (
+            (dict(moe_latent_size=8), "moe_latent_size is 8, but experts of a latent size are not"),
+            (dict(tie_word_embeddings=True), "write lm_head.weight apart from the embeddings"),
+            (dict(n_routed_experts=4, n_group=1, topk_group=1), "experts.down_proj.bias is F32")):
+        before = (stacked / "config.json").read_bytes()
+        config(**change)(stacked)
+        refuses(message, load, stacked)
+        (stacked / "config.json").write_bytes(before)
+    for change, message in (
+            (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing"),
+            (lambda t: t.update({"lm_head.weight": torch.zeros(64, 32), "lm_head.bias": torch.zeros(
+                64)}), "tensor lm_head.bias is F32 [64], expected nothing")):
+        weights(change)(stacked)
+        refuses(message, load, stacked)
+
+
+def test_sample_writes_and_scores_with_a_backbone(tmp_path):
+    directory = tmp_path / "backbone"
+    miniature()[0].save_pretrained(directory, 10**6, towers="context", layout="backbone", files={
+        "tokenizer.json": (MINIATURE / "tokenizer.json").read_bytes()})
+    lines = prompts_file(tmp_path / "lines.jsonl", [{"text": "Hi", "continuation": " you"}])
+    for flags in (["--mode", "ar", "Hi", "--max-new-tokens", 8],
+                  ["--mode", "score", "--prompt-file", lines]):
+        run = sample(*flags, directory=directory)
+        assert run.returncode == 0 and run.stdout.replace(str(directory), str(MINIATURE)) == sample(
+            *flags).stdout
+    one_line(sample("Hi", directory=directory),
+             f"python train.py --backbone {directory} --data FILE")
 
 
 # ---------------------------------------------------------------------------------- the kernels
@@ -2495,7 +2645,7 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
 
     def snapshot_download(name, *, allow_patterns, local_files_only):
         asked.append((list(allow_patterns), local_files_only))
-        return str(tmp_path)
+        return str(tmp_path / name.removeprefix("some/model"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for name, towers, plan in (("some/model", "both", False), ("some/model", "context", True),
@@ -2505,6 +2655,13 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
     shards = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003", "00004")]
     assert asked == [                   # the towers are alike: two hold nothing but the denoiser
         (small, False), (small + shards, False), (small, True), (small + shards[:2], True)]
+    miniature()[0].save_pretrained(tmp_path / "-alone", 10**6, towers="context", layout="backbone")
+    shards = sorted(path.name for path in (tmp_path / "-alone").glob("*.safetensors"))
+    for name in shards:                 # a backbone's head is needed; nothing is to be refused
+        (tmp_path / "-alone" / name).unlink()
+    cli.fetch("some/model-alone", "context", False)
+    one_line(sample("--plan", directory="some/model-alone"), "-alone is a backbone, one tower")
+    assert asked[4:] == [(small, False), (small + shards, False), (small, True)]
     run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
                      env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
     one_line(run, "https://huggingface.co/some/model, downloaded where there is a connection")

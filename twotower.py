@@ -1069,13 +1069,6 @@ class TwoTower(Module):
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
 
-    @torch.no_grad()
-    def open_gates(self):
-        """Start with shift 0, scale 0 and gate 1 whatever t is; not as published."""
-        self.t_block[1].weight.zero_()
-        for table in self.scale_shift_tables:
-            table.copy_(torch.eye(3)[2, :, None].expand_as(table))
-
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
     @torch.inference_mode()
@@ -1117,10 +1110,10 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: what the new text begins with: ids, as if committed, and None for each hole to
-                be filled in; mask_token_id is an id like any other. One sequence for all rows, or
-                one (or None) for each; a tensor has no holes. The text ends with it unless
-                max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed (mask_token_id too), None
+                for a hole, which a tensor cannot have; one sequence for all rows, or one (or None)
+                for each. The text ends with it unless max_new_tokens is larger; EOS ends it only
+                after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
@@ -1197,16 +1190,20 @@ class TwoTower(Module):
         return model.fill(files, first, second).use(backend)
 
     @classmethod
+    @torch.no_grad()
     def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
                       **options) -> TwoTower:
-        """Both towers from one of the Nemotron-H family, as Hugging Face holds it; the time
-        conditioning is fresh, with gate "copy" as by `open_gates`. Multi-token prediction, `mtp.*`,
-        is not read: the tower does not need it. Options and errors: of `from_pretrained`."""
+        """Both towers from one of the Nemotron-H family, as Hugging Face holds it, and fresh time
+        conditioning: as published, or with gate "copy" of shift 0, scale 0 and gate 1, so that at
+        first t changes nothing. Multi-token prediction, `mtp.*`, is not read: the tower is the same
+        without. Options and errors: of `from_pretrained`."""
         require(gate in ("published", "copy"),
                 f"gate is {gate!r}, but it must be 'published' or 'copy'")
         model = cls.from_pretrained(directory, layout="backbone", **options)
         if gate == "copy" and model.denoiser_tower is not None:
-            model.open_gates()
+            model.t_block[1].weight.zero_()
+            for table in model.scale_shift_tables:
+                table.copy_(torch.eye(3)[2, :, None].expand_as(table))
         return model
 
     @classmethod
@@ -1221,12 +1218,7 @@ class TwoTower(Module):
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = read_headers(directory, towers)
-            tower = backbone_of(found)
-            require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
-                f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser "
-                f"is trained for it by python train.py --backbone {directory} --data FILE" if tower
-                else "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+            found = read_headers(directory, towers, layout)
             check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
@@ -1263,7 +1255,7 @@ class TwoTower(Module):
                                      ("context", "backbone")), f"layout {layout!r} cannot hold "
                 f"towers {towers!r}; released can hold both or context, backbone context")
         towers = "context" if self.denoiser_tower is None else towers
-        directory, shards, size = Path(directory), [{}], 0
+        directory = Path(directory)
         parts = {key: part for key, name, part in checkpoint_tensors(self, [layout + "."])
                  if towers == "both" or name.startswith("context_")}
         with torch.device("meta"):
@@ -1272,26 +1264,19 @@ class TwoTower(Module):
                 "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or towers == "both", f"{directory} holds a checkpoint, "
-                "which a context tower alone must not replace; save it elsewhere")
-        for key, part in parts.items():
-            size += part.nbytes
-            if shards[-1] and size > max_shard_bytes:
-                shards.append({})
-                size = part.nbytes
-            shards[-1][key] = part
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
+                "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
+        shards = shards_of(parts, max_shard_bytes)
         made = {"config.json": self.config.to_dict() | {"backbone": BACKBONE}.get(layout, {}) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             made[INDEX] = {
                 "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+                "weight_map": {key: name for name, shard in shards.items() for key in shard}}
         made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
         saves = {name: lambda path, content=content: path.write_bytes(content)
                  for name, content in (made | (files or {})).items()}
-        for name, shard in zip(names, shards):
+        for name, shard in shards.items():
             saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
                 {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
                 path, {"format": "pt"})
@@ -1715,16 +1700,15 @@ def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[in
     rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
     require((template := plain(template)) is None or isinstance(template, Sequence), rule)
     one = template is None or any(isinstance(token, int) for token in template)
-    templates = [template] * rows if one else list(template)
+    templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
-    for row, ids in enumerate(templates):
-        holes = isinstance(ids, Sequence) and [i for i, one in enumerate(ids) if one is None] or []
-        filled = [0 if one is None else one for one in ids] if holes else ids
-        templates[row] = [] if ids is None else check_ids(filled, f"template {row}", config,
-                                                          (None,)).tolist()
-        for i in holes:
-            templates[row][i] = None
-    return templates
+
+    def checked(ids, name: str) -> list[int | None]:
+        filled = [0 if one is None else one for one in ids] if isinstance(ids, Sequence) else ids
+        filled = check_ids(filled, name, config, (None,)).tolist()
+        return [None if given is None else token for given, token in zip(ids, filled)]
+    return [[] if ids is None else checked(ids, f"template {row}")
+            for row, ids in enumerate(templates)]
 
 
 def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int]],
@@ -1754,7 +1738,6 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
-PARTIAL = ".partial"                # ends the name of a file that is being written
 BACKBONE = {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
             "n_shared_experts": 1}      # what transformers and vLLM want of a config.json
 TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
@@ -1763,8 +1746,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_json(path: Path) -> dict:
-    partial = path.with_name(path.name + PARTIAL).exists()
-    check_file(path, ": saving was interrupted; save again" * partial)
+    check_file(path, ": saving was interrupted; save again" * Path(f"{path}.partial").exists())
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1785,7 +1767,7 @@ def check_file(path: Path, cause: str = ""):
 def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
     """Write files, and remove old ones, as one: each is first saved under another name; then the
     first, without which a reader takes none, is removed, and it comes back last."""
-    partial = {path: path.with_name(path.name + PARTIAL) for path in files}
+    partial = {path: Path(f"{path}.partial") for path in files}
     first, *others = files
     try:
         for path, save in files.items():
@@ -1812,13 +1794,27 @@ def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tenso
         key = re.sub(r"\b(_orig_mod|module)\.", "", name)
         if tower is not None:
             key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
-        stack = [whole for whole in (key, key.removesuffix(".weight")) if whole in files] or [key]
-        if ".mixer.experts." in key and stack[0] not in files:
+        stack = key.removesuffix(".weight")             # so transformers names it in memory
+        key = stack if stack in files else key
+        if ".mixer.experts." in key and key not in files:
             found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
                       for e, part in enumerate(tensor)]
         elif tower is None or not key.startswith(TIME_KEYS):
-            found.append((stack[0], name, tensor))
+            found.append((key, name, tensor))
     return found
+
+
+def shards_of(parts: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the file they go to, of at most so many bytes or of one tensor."""
+    shards, size = [{}], 0
+    for key, part in parts.items():
+        size += part.nbytes
+        if shards[-1] and size > most:
+            shards.append({})
+            size = part.nbytes
+        shards[-1][key] = part
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else
+            "model.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def check_tensors(model: nn.Module, found: dict[str, tuple], where):
@@ -1828,8 +1824,7 @@ def check_tensors(model: nn.Module, found: dict[str, tuple], where):
         path, shape, kind = found.get(key, (where, None, None))
         there = "missing" if shape is None else f"{kind} {shape}"
         wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
-        known = kind in (*DTYPES, *DTYPES.values())
-        require(known and shape is not None and shape == expected.get(key),
+        require(kind in (*DTYPES, *DTYPES.values()) and shape == expected.get(key),
                 f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
@@ -1839,19 +1834,26 @@ def backbone_of(names) -> str | None:
                  if name.startswith(("backbone.", "model."))), None)
 
 
-def unread(names, towers: str) -> tuple[str, ...]:
-    """How the names begin of tensors that are not needed."""
-    return ("mtp.",) if backbone_of(names) else DENOISER_KEYS if towers == "context" else ()
+def unread(names, towers: str, layout: str = "any", directory: Path | None = None):
+    """How the names begin of the tensors, a tuple, that are not needed of a checkpoint with such
+    names. Raises: ValueError if that is not of the layout."""
+    tower = backbone_of(names)
+    require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
+        f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser is "
+        f"trained for it by python train.py --backbone {directory} --data FILE" if tower else
+        "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+    return ("mtp.",) if tower else DENOISER_KEYS if towers == "context" else ()
 
 
-def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, str]]:
+def read_headers(directory: Path, towers: str, layout: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for those that are `unread`; of a broken promise without shape."""
-    index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
+    index, single = directory / INDEX, directory / "model.safetensors"
+    places, found, skip = {}, {}, None
     if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
-        skip = unread(weight_map, towers)
+        skip = unread(weight_map, towers, layout, directory)
         for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
@@ -1861,7 +1863,8 @@ def read_headers(directory: Path, towers: str) -> dict[str, tuple[Path, list, st
         check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                skip = unread(places or file.keys(), towers)
+                if skip is None:
+                    skip = unread(file.keys(), towers, layout, directory)
                 for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
