@@ -14,12 +14,14 @@ import functools
 import hashlib
 import itertools
 import json
+import keyword
 import platform
 import random
 import re
 import sysconfig
 import textwrap
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,11 +128,29 @@ def renamable(node: ast.FunctionDef, text: str) -> tuple[str, ...]:
                  if len(re.findall(rf"\b{name}\b", text)) == names.count(name) > 1)
 
 
-def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
-    """Those of a file, drawn by its length."""
-    _, ends, _ = sources(held_out)
+def window(rng: random.Random, text: str) -> Function:
+    """Some lines of a file, read as if they were a function: of those there are too few to learn
+    from, and they would be learned by heart."""
+    lines = text.split("\n")
     while True:
-        found = functions(bisect.bisect(ends, rng.randrange(ends[-1])), held_out)
+        at, size = rng.randrange(len(lines)), rng.randrange(50, LENGTHS[-1])
+        piece = textwrap.dedent("\n".join(lines[at:at + 1 + size // 10])).strip("\n")
+        piece = piece[:size].rpartition("\n")[0].rstrip()
+        if len(piece) >= 40 and "\n" in piece and piece.isascii():
+            names = Counter(re.findall(r"(?<![.\w])[a-zA-Z_]\w*", piece))
+            return Function(piece, tuple(sorted(
+                name for name, count in names.items() if not keyword.iskeyword(name)
+                and count == len(re.findall(rf"\b{name}\b", piece)) > 1)))
+
+
+def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
+    """Those of a file, drawn by its length; to train on, in half of the cases windows of it."""
+    files, ends, _ = sources(held_out)
+    while True:
+        file = bisect.bisect(ends, rng.randrange(ends[-1]))
+        if not held_out and len(files[file]) > 2000 and rng.random() < 0.5:
+            return [window(rng, files[file]) for _ in range(3)]
+        found = functions(file, held_out)
         if len(found) > 1:
             return found
 
@@ -302,16 +322,20 @@ class Data:
         draw = rng.random()
         aligned = draw >= recipe.unaligned
         prompted = held_out or draw < 1 - recipe.unprompted
-        while len(tokens) <= recipe.row:
-            prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
+        for prompt, answer in itertools.islice(items, 12):
+            prompt, answer = self.tokenizer.encode(prompt).ids, self.tokenizer.encode(answer).ids
             prompt = prompt if prompted else []
-            fill = -(len(tokens) + len(prompt)) % Q if aligned else rng.randrange(Q)
-            rest = Q - (len(tokens) + fill + len(prompt) + len(answer)) % Q
-            before = self.library_row(rng, recipe.row, held_out)[0][:fill].tolist()
+            start = -len(prompt) % Q if aligned else rng.randrange(Q) if tokens else 0
+            rest = Q - (start + len(prompt) + len(answer)) % Q
+            if tokens and len(tokens) + start + len(prompt) + len(answer) + rest > recipe.row:
+                continue
+            before = self.library_row(rng, recipe.row, held_out)[0][:start].tolist()
             tokens += before + prompt + answer + [self.eos] * rest
-            targets += [False] * (fill + len(prompt)) + [True] * (len(answer) + rest)
-        # the item that did not fit is cut: what there is of it is learned all the same
-        return torch.tensor(tokens[:recipe.row]), torch.tensor(targets[:recipe.row])
+            targets += [False] * (start + len(prompt)) + [True] * (len(answer) + rest)
+        # the first item may be cut: what there is of it is learned all the same
+        left = max(0, recipe.row - len(tokens))
+        return (torch.tensor((tokens + [self.eos] * left)[:recipe.row]),
+                torch.tensor((targets + [False] * left)[:recipe.row]))
 
     def batch(self, recipe, step: int, held_out: bool = False,
               only: str | None = None) -> tuple[Tensor, Tensor]:
@@ -327,7 +351,12 @@ class Data:
             if kind == "library":
                 drawn.append(self.library_row(rng, recipe.row, held_out))
             else:
-                items = task_items(kind, str(rng.random()), held_out)
+                seed = str(rng.random())
+                items = task_items(kind, seed, held_out)
+                if kind in FROM_SOURCE and not only:        # of which few fill a row
+                    others = *FROM_SOURCE, *FROM_SOURCE, rng.choice(sorted(FROM_WORDS))
+                    items = [next(items)] + [next(task_items(other, f"{seed} {i}", held_out))
+                                             for i, other in enumerate(others)]
                 drawn.append(self.task_row(recipe, rng, items, held_out))
         tokens, targets = zip(*drawn)
         return torch.stack(tokens), torch.stack(targets)

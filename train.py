@@ -61,6 +61,7 @@ class Recipe:
     turns: tuple                    # whose turn it is in task rows
     library_every: int              # one row in so many is library text
     unaligned: float                # share of the task rows whose answers begin anywhere in a block
+    library_weight: float = 1.0     # of the loss of a library row: its gradient is the largest
     unprompted: float = 0.0         # share that have no prompts
     mock_ar: int = 0                # every so many steps a sequence is also learned as by AR
     denoised: float = 1.0           # share of a row's blocks to denoise, those with masks first
@@ -102,13 +103,17 @@ class Recipe:
 # what is hard comes more often
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=17000, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
+    Recipe(1, steps=20500, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
            stages=(
         (4000, dict(peak=1.5e-3)),
         (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
                     turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
         (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
-            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))))),
+            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))),
+        (12000, dict(peak=1.2e-3, decay=0.9, library_every=11)),
+        (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
+        (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
+        (14000, dict(peak=2.5e-3, decay=0.7, library_every=16)))),
     Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=8,
            denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
                                                   (2500, dict(block_size=16))),
@@ -125,7 +130,7 @@ SMOKE = tuple(replace(recipe, steps=steps, stages=(), rows=4, row=128, warm_up=1
 SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hidden_layers=3,
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
-PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
+PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean", library_weight=1.0,
                  mock_ar=0, denoised=1.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
@@ -274,7 +279,8 @@ class Trainer:
     def losses(self, tokens: Tensor, targets: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
         """The losses to average, at every position of this process's share of the sequences."""
         share = slice(RANK * len(tokens) // WORLD, (RANK + 1) * len(tokens) // WORLD)
-        found = []
+        found, weights = [], torch.ones(tokens.shape)
+        weights[targets.all(1)] = recipe.library_weight         # no other row is all targets
         if recipe.phase == 2:
             generator = torch.Generator().manual_seed(seed)
             masked, t = add_noise(recipe, targets, generator)
@@ -284,9 +290,8 @@ class Trainer:
             logits = self.model.diffusion_logits(tokens[share], noisy[share], t[share], Q, blocks)
             loss = masked_cross_entropy(logits, read(tokens[share]), read(masked[share]), "none")
             if recipe.weight == "1/t":
-                p = per_token(t, tokens.shape[1])[share]
-                loss = loss / read(p)[read(masked[share])].to(loss.device)
-            found.append(loss)
+                weights = weights / per_token(t, tokens.shape[1])
+            found.append(loss * read(weights[share])[read(masked[share])].to(loss.device))
         if recipe.phase == 2 and recipe.mock_ar and seed % recipe.mock_ar == 0:
             x, wanted = tokens[share][:1], F.pad(targets[share][:1, 1:], (0, 1))
             blocks = choose_blocks(wanted, 1, recipe.denoised / 2, generator)
@@ -294,7 +299,8 @@ class Trainer:
             logits = self.model.diffusion_logits(x, x, None, 1, blocks)     # l predicts l + 1
             found.append(masked_cross_entropy(logits, read(x.roll(-1, 1)), read(wanted), "none"))
         if recipe.phase == 1 or recipe.tied:
-            found.append(self.model.ar_loss(tokens[share], targets[share], reduction="none"))
+            loss = self.model.ar_loss(tokens[share], targets[share], reduction="none")
+            found.append(loss * weights[share, 1:][targets[share, 1:]].to(loss.device))
         return found
 
     def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
