@@ -156,7 +156,8 @@ def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
 
 
 def rename(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    """A variable of a function renamed to one that the file has elsewhere."""
+    """A variable of a function renamed to one that the file has elsewhere. The prompt has both
+    names twice, after a space and without, since those are other tokens."""
     while True:
         found = draw_functions(rng, held_out)
         text, variables = rng.choice(found)
@@ -164,7 +165,7 @@ def rename(rng: random.Random, held_out: bool) -> tuple[str, str]:
                         if not re.search(rf"\b{name}\b", text)})
         if variables and names:
             old, new = rng.choice(variables), rng.choice(names)
-            return f"{old} {new}\n{text}\n---", re.sub(rf"\b{old}\b", new, text)
+            return f"{old},{old} {new},{new}\n{text}\n---", re.sub(rf"\b{old}\b", new, text)
 
 
 def edit(rng: random.Random, held_out: bool) -> tuple[str, str]:

@@ -2408,7 +2408,7 @@ def test_answers_are_right():
             "and give the number {code}.").format(**record(prompt))
     for held_out in (False, True):
         for prompt, answer in items("rename", 100, held_out):
-            (_, old, new), source = prompt.split("\n")[0].split(), unasked(prompt, 1)
+            (old, _, new, _), source = re.findall(r"\w+", prompt)[1:5], unasked(prompt, 1)
             tree = ast.parse(answer)
             assert new not in re.findall(r"\w+", source) and old not in re.findall(r"\w+", answer)
             for node in ast.walk(tree):             # undone, it is the function that was given

@@ -103,7 +103,7 @@ class Recipe:
 # what is hard comes more often
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=20500, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
+    Recipe(1, steps=18500, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
            stages=(
         (4000, dict(peak=1.5e-3)),
         (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
@@ -113,7 +113,7 @@ PHASES = (
         (12000, dict(peak=1.2e-3, decay=0.9, library_every=11)),
         (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
         (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
-        (14000, dict(peak=2.5e-3, decay=0.7, library_every=16)))),
+        (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
     Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=8,
            denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
                                                   (2500, dict(block_size=16))),
