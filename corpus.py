@@ -92,7 +92,7 @@ class Function(NamedTuple):
 
 @functools.cache
 def sources(held_out: bool) -> tuple[list[str], list[int], str]:
-    """library(), the lengths summed, and what it must not share: what is trained on, if held out."""
+    """library(), its lengths summed, and, if held out, the text that it must not share."""
     files = library(held_out)
     return files, list(itertools.accumulate(map(len, files))), "".join(library() * held_out)
 
@@ -296,9 +296,9 @@ class Data:
     prompt, answer and </s>, which fills the last block. Before the prompt stands random library
     text, so that nothing can depend on it: as much as makes the answer begin a block, as it does
     when decoding; in the recipe's `unaligned` share of the rows any number of tokens, since blocks
-    of another size begin elsewhere. Targets are answers and the </s> after them. In phase 2 some rows leave out the
-    prompts, so that what stands to the right of a mask is worth reading. `recipe`, a Recipe of
-    train.py, says how many of each.
+    of another size begin elsewhere. Targets are answers and the </s> after them. In phase 2 some
+    rows leave out the prompts, so that what stands to the right of a mask is worth reading.
+    `recipe`, a Recipe of train.py, says how many of each.
     """
 
     def __init__(self, tokenizer: Tokenizer, every_file: int, seed: int):

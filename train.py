@@ -114,10 +114,11 @@ PHASES = (
         (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
         (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
         (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
-    Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05, mock_ar=8,
-           denoised=0.5, rows=4, row=384, stages=((0, dict(block_size=32)),
-                                                  (2500, dict(block_size=16))),
-           turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort")))
+    Recipe(2, steps=11000, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
+           unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=5, row=320,
+           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", *SOURCE,
+                                             "sort"),
+           stages=((0, dict(block_size=32)), (1500, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -130,8 +131,8 @@ SMOKE = tuple(replace(recipe, steps=steps, stages=(), rows=4, row=128, warm_up=1
 SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hidden_layers=3,
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
-PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean", library_weight=1.0,
-                 mock_ar=0, denoised=1.0, tied=False, timeless=False)
+PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
+                 library_weight=1.0, mock_ar=0, denoised=1.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -280,11 +281,12 @@ class Trainer:
         """The losses to average, at every position of this process's share of the sequences."""
         share = slice(RANK * len(tokens) // WORLD, (RANK + 1) * len(tokens) // WORLD)
         found, weights = [], torch.ones(tokens.shape)
-        weights[targets.all(1)] = recipe.library_weight         # no other row is all targets
+        weights[targets.all(1)] = recipe.library_weight         # no other row with prompts is
         if recipe.phase == 2:
             generator = torch.Generator().manual_seed(seed)
             masked, t = add_noise(recipe, targets, generator)
-            noisy, Q = tokens.masked_fill(masked, self.model.config.mask_token_id), recipe.block_size
+            noisy = tokens.masked_fill(masked, self.model.config.mask_token_id)
+            Q = recipe.block_size
             blocks = choose_blocks(masked, Q, recipe.denoised, generator)[share]
             read = functools.partial(of_blocks, blocks=blocks, n=tokens.shape[1] // Q)
             logits = self.model.diffusion_logits(tokens[share], noisy[share], t[share], Q, blocks)
