@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import keyword
 import math
 import platform
 import random
@@ -20,6 +21,7 @@ import re
 import sysconfig
 import textwrap
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +93,7 @@ class Function(NamedTuple):
 
 @functools.cache
 def sources(held_out: bool) -> tuple[list[str], list[int], str]:
-    """library(), the lengths summed, and what it must not share: what is trained on, if held out."""
+    """library(), its lengths summed, and, if held out, the text that it must not share."""
     files = library(held_out)
     return files, list(itertools.accumulate(map(len, files))), "".join(library() * held_out)
 
@@ -127,17 +129,36 @@ def renamable(node: ast.FunctionDef, text: str) -> tuple[str, ...]:
                  if len(re.findall(rf"\b{name}\b", text)) == names.count(name) > 1)
 
 
-def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
-    """Those of a file, drawn by its length."""
-    _, ends, _ = sources(held_out)
+def window(rng: random.Random, text: str) -> Function:
+    """Some lines of a file, read as if they were a function: of those there are too few to learn
+    from, and they would be learned by heart."""
+    lines = text.split("\n")
     while True:
-        found = functions(bisect.bisect(ends, rng.randrange(ends[-1])), held_out)
+        at, size = rng.randrange(len(lines)), rng.randrange(50, LENGTHS[-1])
+        piece = textwrap.dedent("\n".join(lines[at:at + 1 + size // 10])).strip("\n")
+        piece = piece[:size].rpartition("\n")[0].rstrip()
+        if len(piece) >= 40 and "\n" in piece and piece.isascii():
+            names = Counter(re.findall(r"(?<![.\w])[a-zA-Z_]\w*", piece))
+            return Function(piece, tuple(sorted(
+                name for name, count in names.items() if not keyword.iskeyword(name)
+                and count == len(re.findall(rf"\b{name}\b", piece)) > 1)))
+
+
+def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
+    """Those of a file, drawn by its length; to train on, in half of the cases windows of it."""
+    files, ends, _ = sources(held_out)
+    while True:
+        file = bisect.bisect(ends, rng.randrange(ends[-1]))
+        if not held_out and len(files[file]) > 2000 and rng.random() < 0.5:
+            return [window(rng, files[file]) for _ in range(3)]
+        found = functions(file, held_out)
         if len(found) > 1:
             return found
 
 
 def rename(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    """A variable of a function renamed to one that the file has elsewhere."""
+    """A variable of a function renamed to one that the file has elsewhere. The prompt has both
+    names twice, after a space and without, since those are other tokens."""
     while True:
         found = draw_functions(rng, held_out)
         text, variables = rng.choice(found)
@@ -145,7 +166,7 @@ def rename(rng: random.Random, held_out: bool) -> tuple[str, str]:
                         if not re.search(rf"\b{name}\b", text)})
         if variables and names:
             old, new = rng.choice(variables), rng.choice(names)
-            return f"{old} {new}\n{text}\n---", re.sub(rf"\b{old}\b", new, text)
+            return f"{old},{old} {new},{new}\n{text}\n---", re.sub(rf"\b{old}\b", new, text)
 
 
 def edit(rng: random.Random, held_out: bool) -> tuple[str, str]:
@@ -305,16 +326,20 @@ class Data:
         draw = rng.random()
         aligned = draw >= recipe.unaligned
         prompted = held_out or draw < 1 - recipe.unprompted
-        while len(tokens) <= recipe.row:
-            prompt, answer = (self.tokenizer.encode(text).ids for text in next(items))
+        for prompt, answer in itertools.islice(items, 12):
+            prompt, answer = self.tokenizer.encode(prompt).ids, self.tokenizer.encode(answer).ids
             prompt = prompt if prompted else []
-            fill = -(len(tokens) + len(prompt)) % Q if aligned else rng.randrange(Q)
-            rest = Q - (len(tokens) + fill + len(prompt) + len(answer)) % Q
-            before = self.library_row(rng, recipe.row, held_out)[0][:fill].tolist()
+            start = -len(prompt) % Q if aligned else rng.randrange(Q) if tokens else 0
+            rest = Q - (start + len(prompt) + len(answer)) % Q
+            if tokens and len(tokens) + start + len(prompt) + len(answer) + rest > recipe.row:
+                continue
+            before = self.library_row(rng, recipe.row, held_out)[0][:start].tolist()
             tokens += before + prompt + answer + [self.eos] * rest
-            targets += [False] * (fill + len(prompt)) + [True] * (len(answer) + rest)
-        # the item that did not fit is cut: what there is of it is learned all the same
-        return torch.tensor(tokens[:recipe.row]), torch.tensor(targets[:recipe.row])
+            targets += [False] * (start + len(prompt)) + [True] * (len(answer) + rest)
+        # the first item may be cut: what there is of it is learned all the same
+        left = max(0, recipe.row - len(tokens))
+        return (torch.tensor((tokens + [self.eos] * left)[:recipe.row]),
+                torch.tensor((targets + [False] * left)[:recipe.row]))
 
     def batch(self, recipe, step: int, held_out: bool = False, only: str | None = None,
               mine: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -330,7 +355,12 @@ class Data:
             if kind == "library":
                 drawn.append(self.library_row(rng, recipe.row, held_out))
             else:
-                items = task_items(kind, str(rng.random()), held_out)
+                seed = str(rng.random())
+                items = task_items(kind, seed, held_out)
+                if kind in FROM_SOURCE and not only:        # of which few fill a row
+                    others = *FROM_SOURCE, *FROM_SOURCE, rng.choice(sorted(FROM_WORDS))
+                    items = [next(items)] + [next(task_items(other, f"{seed} {i}", held_out))
+                                             for i, other in enumerate(others)]
                 drawn.append(self.task_row(recipe, rng, items, held_out))
         tokens, targets = zip(*drawn)
         return torch.stack(tokens)[mine], torch.stack(targets)[mine]
@@ -519,7 +549,7 @@ class Reading(NamedTuple):
     t: Tensor | None = None         # (B,) or (B, n); None: no time conditioning, as mock-AR
     block_size: int = 1
     blocks: Tensor | None = None    # (B, k): those that are denoised
-    weight: Tensor | None = None    # (B, L): losses are divided by it
+    weight: Tensor | None = None    # (B, L), of its loss
 
     def rows(self, rows: Tensor) -> Reading:
         return Reading(*(part[rows] if isinstance(part, Tensor) else part for part in self))
@@ -530,6 +560,8 @@ def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask
     """How a step's sequences are read. tokens, targets (B, M): this process's rows of the step,
     `mine`; everything is drawn for all rows, so that it does not depend on the processes."""
     found, generator = {}, torch.Generator().manual_seed(seed * 10**6 + step)
+    weight = torch.ones(tokens.shape)
+    weight[targets.all(1)] = recipe.library_weight              # no other row with prompts is
     if recipe.phase == 2:
         Q, M = recipe.block_size, recipe.row
         noise, t = draw_noise(recipe, generator)
@@ -539,7 +571,7 @@ def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask
         read = functools.partial(of_blocks, blocks=blocks, n=M // Q)
         found["masked"] = Reading(
             tokens, read(tokens), read(masked), tokens.masked_fill(masked, mask), t, Q, blocks,
-            read(per_token(t, M)) if recipe.weight == "1/t" else None)
+            read(weight / per_token(t, M) if recipe.weight == "1/t" else weight))
         some = also_ar(recipe, step)
         if some.any():
             wanted = F.pad(targets[:, 1:], (0, 1)) & some[mine, None]       # token l predicts l + 1
@@ -549,7 +581,7 @@ def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask
             found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
                                     blocks=blocks)
     if recipe.phase == 1 or recipe.tied:
-        found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:])
+        found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:], weight=weight[:, 1:])
     return found
 
 

@@ -2749,21 +2749,20 @@ def test_answers_are_right():
             "Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\nWe send all "
             "{count} {item} to you in {city}.\nIf they are not there a week after {day}, call us "
             "and give the number {code}.").format(**record(prompt))
-    for held_out in (False, True):
-        for prompt, answer in items("rename", 100, held_out):
-            (_, old, new), source = prompt.split("\n")[0].split(), unasked(prompt, 1)
-            tree = ast.parse(answer)
-            assert new not in re.findall(r"\w+", source) and old not in re.findall(r"\w+", answer)
-            for node in ast.walk(tree):             # undone, it is the function that was given
-                for field in {"arg", "id"} & {name for name, _ in ast.iter_fields(node)}:
-                    if getattr(node, field) == new and not isinstance(node, ast.keyword):
-                        setattr(node, field, old)
-            assert ast.dump(tree) == ast.dump(ast.parse(source)) != ast.dump(ast.parse(answer))
-        for prompt, answer in items("edit", 100, held_out):
-            source, (minus, plus) = unasked(prompt, 3), prompt.split("\n")[1:3]
-            changes = [line for line in difflib.ndiff(source.split("\n"), answer.split("\n"))
-                       if line[0] in "+-"]
-            assert sorted(changes) == [f"+ {plus[1:]}", f"- {minus[1:]}"]
+    for prompt, answer in items("rename", 200, held_out=True):
+        (old, _, new, _), source = re.findall(r"\w+", prompt)[1:5], unasked(prompt, 1)
+        tree = ast.parse(answer)
+        assert new not in re.findall(r"\w+", source) and old not in re.findall(r"\w+", answer)
+        for node in ast.walk(tree):             # undone, it is the function that was given
+            for field in {"arg", "id"} & {name for name, _ in ast.iter_fields(node)}:
+                if getattr(node, field) == new and not isinstance(node, ast.keyword):
+                    setattr(node, field, old)
+        assert ast.dump(tree) == ast.dump(ast.parse(source)) != ast.dump(ast.parse(answer))
+    for prompt, answer in items("edit", 200, held_out=True):
+        source, (minus, plus) = unasked(prompt, 3), prompt.split("\n")[1:3]
+        changes = [line for line in difflib.ndiff(source.split("\n"), answer.split("\n"))
+                   if line[0] in "+-"]
+        assert sorted(changes) == [f"+ {plus[1:]}", f"- {minus[1:]}"]
 
 
 def unasked(prompt: str, lines: int) -> str:

@@ -70,6 +70,7 @@ class Recipe:
     turns: tuple                    # whose turn it is in task rows
     library_every: int              # one row in so many is library text
     unaligned: float                # share of the task rows whose answers begin anywhere in a block
+    library_weight: float = 1.0     # of the loss of a library row: its gradient is the largest
     unprompted: float = 0.0         # share that have no prompts
     mock_ar: float = 0.0            # share of the sequences also learned as by AR
     denoised: float = 1.0           # share of a row's blocks to denoise, those with masks first
@@ -111,17 +112,22 @@ class Recipe:
 # what is hard comes more often
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=17000, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
+    Recipe(1, steps=18500, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
            stages=(
         (4000, dict(peak=1.5e-3)),
         (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
                     turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
         (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
-            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))))),
-    Recipe(2, steps=17000, decay=0.7, library_every=7, unaligned=0.5, unprompted=0.05,
-           mock_ar=1 / 32, denoised=0.5, rows=4, row=384,
-           stages=((0, dict(block_size=32)), (2500, dict(block_size=16))),
-           turns=(*SOURCE, "json", *SOURCE, "letter", *SOURCE, "sort")))
+            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))),
+        (12000, dict(peak=1.2e-3, decay=0.9, library_every=11)),
+        (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
+        (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
+        (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
+    Recipe(2, steps=11000, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
+           unaligned=0.5, unprompted=0.05, mock_ar=1 / 40, denoised=0.5, rows=5, row=320,
+           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", *SOURCE,
+                                             "sort"),
+           stages=((0, dict(block_size=32)), (1500, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -135,7 +141,7 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 mock_ar=0.0, denoised=1.0, tied=False, timeless=False)
+                 library_weight=1.0, mock_ar=0.0, denoised=1.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -306,7 +312,7 @@ class Trainer:
         logits = (self.model.context_logits(tokens[:, :-1]) if noisy is None else
                   self.model.diffusion_logits(tokens, noisy, *rest))
         losses = masked_cross_entropy(logits, labels, wanted, "none")
-        return losses if weight is None else losses / weight[wanted].to(losses.device)
+        return losses if weight is None else losses * weight[wanted].to(losses.device)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
