@@ -95,7 +95,7 @@ def size(module: nn.Module) -> int:
 
 def saved_bytes(layer: Layer, x: Tensor, state, own: list[Tensor], at: Pass,
                 item: int) -> int:
-    """What a layer that reads x (n, Q, D) keeps for the backward pass, but for weights and states."""
+    """What a layer that reads x (n, Q, D) keeps for backward, but for weights and states."""
     found, modulation = {}, tuple(x[:, :1].clone().requires_grad_() for _ in range(3))
 
     def pack(tensor: Tensor) -> Tensor:

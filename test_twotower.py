@@ -3223,6 +3223,13 @@ def test_training_on_bad_text_is_refused(tmp_path, capsys):
         assert message in refused(train, capsys, *own(out), *args)
         assert {path: path.read_bytes() for path in copies["bare"].iterdir()} == before
     assert not out.exists() or not [*out.rglob("*.*")]
+    other = shutil.copytree(folder / "bb", tmp_path / "other")
+    save_file({name: 2 * tensor for name, tensor in load_file(
+        other / "model.safetensors").items()}, other / "model.safetensors")
+    short = own(copies["bare"], "--steps", 1)
+    train.main([*short, "--overwrite"])                                 # once it is told to
+    assert TwoTower.from_pretrained(copies["bare"]).denoiser_tower is not None
+    assert "made with another" in refused(train, capsys, *short, "--backbone", other)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, capsys):

@@ -207,7 +207,7 @@ class Trainer:
     exactly, with as many processes as there then are."""
 
     def __init__(self, model: TwoTower, recipe: Recipe, data: Data | Text, path: Path | None = None,
-                 how: How = How()):
+                 how: How = How(), origin: float = 0.0):
         self.model, self.recipe, self.data, self.path, self.how = model, recipe, data, path, how
         self.balance = Balance(model.context_tower if recipe.phase == 1 else model.denoiser_tower,
                                recipe.balance)
@@ -219,8 +219,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
             lr=0.0, betas=(0.9, 0.95), fused=how.device.type == "cuda")
+        # what a checkpoint must agree in; origin: of the backbone
         self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest,
-                                     how.bf16])             # what a checkpoint must agree in
+                                     how.bf16, origin])
         self.step, self.log = 0, []
         self.flops = plan.flops_per_token(model.config, recipe.row, recipe.block_size,
                                           how.checkpoint)
@@ -584,7 +585,8 @@ def train_denoiser(args, how: How, backbone: Path, recipe: Recipe, data, files: 
     """Phase 2 from a backbone, and the result in --out."""
     skeleton, read = read_backbone(backbone)
     model = both_towers(recipe, skeleton.config, read, how)
-    Trainer(model, recipe, data, args.out / "phase2", how).run(args.save_every or 0)
+    origin = read("context_lm_head.weight", 0, 8).double().sum().item()
+    Trainer(model, recipe, data, args.out / "phase2", how, origin).run(args.save_every or 0)
     done = args.out / "phase2" / "exported"
     if not done.exists():
         export(model, skeleton, read, args.out, files)
