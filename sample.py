@@ -21,7 +21,7 @@ import re
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.text import Text
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
                       Written, require)
@@ -109,7 +109,7 @@ FLAGS = {"what to write": [
          "2; the tokens of words bring their own space",
          needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
     Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
-    Flag("--stop", STOPS, WRITING, "end before this text; may be given again", [], bars="--plan"),
+    Flag("--stop", STOPS, WRITING, "end before any such text or special token", [], bars="--plan"),
     Flag("--mode", Kind({"choices": MODES}), MODES, "default mask_diffusion; speculative writes "
          "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
     Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
@@ -219,40 +219,62 @@ def read_line(line: str, where: str, mode: str) -> dict:
     return given | ({"choices": [given["continuation"]]} if "continuation" in given else {})
 
 
+def tokenized(what: str, call: Callable, *args, **options):
+    """A call of tokenizers, which raises bare Exceptions, and in panic BaseExceptions."""
+    try:
+        return call(*args, **options)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int], before: Sequence[int] = ()) -> str:
+    """What ids add to the text of those before (decoders may strip a text's first space); U+FFFD
+    for one on which tokenizers fails."""
+    if before:
+        return text_of(tokenizer, [*before, *ids])[len(text_of(tokenizer, before)):]
+    with contextlib.suppress(ValueError):
+        return tokenized("", tokenizer.decode, ids)
+    return "".join(text_of(tokenizer, [one]) for one in ids) if len(ids) > 1 else "\ufffd"
+
+
 @dataclass
 class Row:
     """A prompt, and what has been written after it."""
 
     index: int
     prompt: str
-    ids: list[int]
-    given: list[list[int]]              # the template, if any; or the choices to be scored
-    max_new_tokens: int
-    settings: dict                      # all that the result depends on
+    ids: list[int] = field(default_factory=list)
+    given: list[list[int]] = field(default_factory=list)    # the template; or choices to be scored
+    max_new_tokens: int = NEW_TOKENS
+    settings: dict = field(default_factory=dict)        # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     ended: str = ""                     # why: eos, length, stop, interrupted or scored
     nfe: int = 0
     context_passes: int = 0
-    stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+    before: list[int] = field(default_factory=list)     # ids whose text is whole, and what follows,
+    pending: list[int] = field(default_factory=list)    # whose text may end in half a letter
 
     def take(self, written: Written, tokenizer: Tokenizer, eos: int | None, stops: list[str]):
-        """Add new tokens, up to a stop string."""
+        """Add new tokens, up to a stop string, or a special token of that name."""
         self.nfe, self.context_passes = written.nfe, written.context_passes
-        for token in written.new:
+        self.before = self.before or self.ids or tokenizer.encode(self.prompt).ids
+        for n, token in enumerate(written.new, 1):
             self.tokens.append(token)
-            if token != eos:                        # the last one, or inside a template
-                self.text += self.stream.step(tokenizer, token) or ""
-                found = [self.text.index(stop) for stop in stops if stop in self.text]
-                if found:
-                    self.text, self.ended = self.text[:min(found)], "stop"
-                    return
+            self.pending += [token] * (token != eos)    # the last one, or inside a template
+            text = text_of(tokenizer, self.pending, self.before)
+            if text and text[-1] != "\ufffd" or written.ended and n == len(written.new):
+                self.text, self.before, self.pending = self.text + text, self.pending, []
+            special = "" if text_of(tokenizer, [token]) else tokenizer.id_to_token(token) or ""
+            found = [(self.text + special).index(s) for s in stops if s in self.text + special]
+            if found:
+                self.text, self.ended = self.text[:min(found)], "stop"
+                return
         if written.ended:
             self.ended = "eos" if self.tokens[-1] == eos else "length"
-            whole = tokenizer.decode([token for token in self.tokens if token != eos])
-            if whole.startswith(self.text):         # with what the last bytes left unfinished
-                self.text = whole
 
     def result(self) -> dict:
         """What a line of results holds; "best" by likelihood, and by that per byte."""
@@ -285,7 +307,8 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
                 count = len(part) if part[0] == "_" else int(part[2:-2])
                 ids += [settings["mask_token_id"]] * min(count, longest)
             else:
-                ids += tokenizer.encode(part, add_special_tokens=whole).ids
+                ids += tokenized(f"{what} cannot be encoded by tokenizer.json",
+                                 tokenizer.encode, part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
         require(max(ids) < config.vocab_size,
                 f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
@@ -323,9 +346,9 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         return Path(name)
     require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"--checkpoint {name} is not a directory"
             + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
-    from huggingface_hub import snapshot_download
     wanted, shards = ["config.json", "tokenizer.json", INDEX], {"": "model.safetensors"}
     try:
+        from huggingface_hub import snapshot_download
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -335,17 +358,14 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
     except Exception as error:              # of any of the libraries that reach for the network
         raise ValueError(
             f"--checkpoint {name} is not a directory, and fetching it from the Hugging Face Hub "
-            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give a "
-            "directory that holds config.json, tokenizer.json and the safetensors files of "
-            f"https://huggingface.co/{name}, downloaded where there is a connection") from None
+            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give one "
+            f"with the files of https://huggingface.co/{name}, downloaded where there is a "
+            "connection") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:              # the package raises nothing more specific
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+    tokenizer = tokenized(f"{path} cannot be read as a tokenizer", Tokenizer.from_file, str(path))
     tokenizer.no_truncation()               # nothing of a prompt is left out, nothing added
     tokenizer.no_padding()
     return tokenizer
@@ -494,11 +514,13 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
+        row, text = self.batch[step.rows[0]], Text()
+        before, pairs = row.before or row.ids, zip(ids[0].tolist(), step.committed[0].tolist())
         for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
             run = [token for token, _ in group]
-            text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
+            text.append(MASKED * len(run) if masked else text_of(self.tokenizer, run, before),
                         "dim" if masked else "bold underline" if fresh else "")
+            before = before if masked else run
         return text
 
     def on_tokens(self, written: Written) -> bool:
@@ -692,9 +714,8 @@ def run(args: Namespace) -> int:
 def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str, float]) -> str:
     """What was done, how fast and with which settings, in a line."""
     rows = [row for row in rows if row.ended]               # all, unless interrupted
-    tokens, nfe, passes = (sum(counts) for counts in (
-        (len(row.tokens) for row in rows), (row.nfe for row in rows),
-        (row.context_passes for row in rows)))
+    tokens = sum(len(row.tokens) for row in rows)
+    nfe, passes = (sum(getattr(row, name) for row in rows) for name in ("nfe", "context_passes"))
     places = dict.fromkeys(places)
     peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
              for place in places if place.startswith("cuda")]
@@ -723,7 +744,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except BrokenPipeError:                                 # the reader of our output has gone
         return 0
-    except (ValueError, OSError, RuntimeError) as error:    # a RuntimeError is out of memory
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:   # or out of memory
         print("sample.py:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
