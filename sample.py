@@ -34,11 +34,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.text import Text
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
-                      Written, require)
+from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, SafetensorError, Step, TwoTower,
+                      TwoTowerConfig, Written, require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -114,7 +113,7 @@ FLAGS = {"what to write": [
          "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
     Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
          needs=DRAWN),
-    Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
+    Flag("--batch-size", COUNT, MODES, "prompts decoded at once, default 16; alters rounding", 16),
 ], KNOBS: [
     Flag("--block-size", COUNT, MASKS, "tokens denoised together"),
     Flag("--draft-length", COUNT, DRAFTS, "speculative: tokens verified together"),
@@ -141,7 +140,7 @@ FLAGS = {"what to write": [
          False, bars="--plan --json --output"),
     Flag("--json", SWITCH, WRITING, "objects, not text", False, bars="--plan --output"),
     Flag("--output", FILE, MODES, "for results as of --json, each when it is done", bars="--plan"),
-    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already", False,
+    Flag("--resume", SWITCH, MODES, "go on after the results of --output, in other batches", False,
          ("--output, and with --temperature the --seed that the results hold",
           lambda a: a.output and (not a.temperature or a.seed is not None)), "--plan"),
     Flag("--trace", FILE, WRITING, "for every step: tokens, confidences, t, commits; an object a "
@@ -230,9 +229,8 @@ def tokenized(what: str, call: Callable, *args, **options):
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int], before: Sequence[int] = ()) -> str:
-    """What ids add to the text of those before (decoders may strip a text's first space); U+FFFD
-    for one on which tokenizers fails."""
-    if before:
+    """What ids add to the text of those before; one on which tokenizers fails is U+FFFD."""
+    if before:                                      # decoders may strip a text's first space
         return text_of(tokenizer, [*before, *ids])[len(text_of(tokenizer, before)):]
     with contextlib.suppress(ValueError):
         return tokenized("", tokenizer.decode, ids)
@@ -356,11 +354,10 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
                           if towers == "both" or not key.startswith(DENOISER_KEYS)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
-        raise ValueError(
-            f"--checkpoint {name} is not a directory, and fetching it from the Hugging Face Hub "
-            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give one "
-            f"with the files of https://huggingface.co/{name}, downloaded where there is a "
-            "connection") from None
+        raise ValueError(f"--checkpoint {name} is not a directory, and fetching it from the Hugging "
+                         f"Face Hub {'is not done by --plan' if plan else 'failed'} "
+                         f"({type(error).__name__}); give one with the files of https://"
+                         f"huggingface.co/{name}, downloaded where there is a connection") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -514,13 +511,12 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        row, text = self.batch[step.rows[0]], Text()
-        before, pairs = row.before or row.ids, zip(ids[0].tolist(), step.committed[0].tolist())
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
+        before = self.batch[step.rows[0]].ids[-1:]
         for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
             run = [token for token, _ in group]
             text.append(MASKED * len(run) if masked else text_of(self.tokenizer, run, before),
                         "dim" if masked else "bold underline" if fresh else "")
-            before = before if masked else run
         return text
 
     def on_tokens(self, written: Written) -> bool:
@@ -721,9 +717,8 @@ def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str,
              for place in places if place.startswith("cuda")]
     with contextlib.suppress(ImportError):                  # on Windows
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"host {readable(peak)}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # in bytes on macOS
+        peaks.append(f"host {readable(peak * (1 if sys.platform == 'darwin' else 1024))}")
     return ", ".join([
         f"{settings['mode']} on {' and '.join(places)}",
         f"{len(rows)} prompt{'s' * (len(rows) != 1)}", f"{tokens} tokens",
