@@ -354,8 +354,8 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
                           if towers == "both" or not key.startswith(DENOISER_KEYS)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
-        raise ValueError(f"--checkpoint {name} is not a directory, and fetching it from the Hugging "
-                         f"Face Hub {'is not done by --plan' if plan else 'failed'} "
+        raise ValueError(f"--checkpoint {name} is not a directory, and fetching it from the Hub "
+                         f"{'is not done by --plan' if plan else 'failed'} "
                          f"({type(error).__name__}); give one with the files of https://"
                          f"huggingface.co/{name}, downloaded where there is a connection") from None
 
