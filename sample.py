@@ -37,7 +37,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, SafetensorError, Step, TwoTower,
-                      TwoTowerConfig, Written, require)
+                      TwoTowerConfig, Written, check_file, require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -244,7 +244,7 @@ class Row:
     index: int
     prompt: str
     ids: list[int] = field(default_factory=list)
-    given: list[list[int]] = field(default_factory=list)    # the template; or choices to be scored
+    given: list[list[int | None]] = field(default_factory=list)     # template; or what to score
     max_new_tokens: int = NEW_TOKENS
     settings: dict = field(default_factory=dict)        # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
@@ -296,20 +296,21 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
     """settings: those that all rows share. Raises: ValueError for no token, or too many."""
     longest = config.max_position_embeddings
 
-    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
-        """whole: a text of its own, before which the tokenizer may put a token."""
+    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int | None]:
+        """whole: a text of its own, before which the tokenizer may put a token. None is a hole."""
         require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
         ids = []
         for i, part in enumerate(HOLE.split(text) if holes else [text]):
             if i % 2:                               # texts and holes take turns
                 count = len(part) if part[0] == "_" else int(part[2:-2])
-                ids += [settings["mask_token_id"]] * min(count, longest)
+                ids += [None] * min(count, longest)
             else:
                 ids += tokenized(f"{what} cannot be encoded by tokenizer.json",
                                  tokenizer.encode, part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
-        require(max(ids) < config.vocab_size,
-                f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
+        most = max(token or 0 for token in ids)
+        require(most < config.vocab_size,
+                f"{what} has id {most}, but the model's vocab_size is {config.vocab_size}; "
                 "tokenizer.json is not this model's")
         return ids
 
@@ -361,7 +362,7 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
+    check_file(path := directory / "tokenizer.json")
     tokenizer = tokenized(f"{path} cannot be read as a tokenizer", Tokenizer.from_file, str(path))
     tokenizer.no_truncation()               # nothing of a prompt is left out, nothing added
     tokenizer.no_padding()
@@ -376,8 +377,7 @@ def devices(args: Namespace) -> list[str]:
     places = [first, second] if args.mode in DENOISING else [first]
     for i, place in enumerate(places):
         try:
-            there = torch.zeros(1, device=place)
-            there.item()                            # fails on "meta" too
+            (there := torch.zeros(1, device=place)).item()          # which fails on "meta" too
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
         places[i] = str(there.device)
@@ -511,10 +511,11 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
+        masked = step.masked[0] & (ids[0] == self.mask_id)
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist(), masked.tolist())
         before = self.batch[step.rows[0]].ids[-1:]
-        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
-            run = [token for token, _ in group]
+        for (fresh, masked), group in groupby(pairs, lambda p: p[1:]):
+            run = [token for token, *_ in group]
             text.append(MASKED * len(run) if masked else text_of(self.tokenizer, run, before),
                         "dim" if masked else "bold underline" if fresh else "")
         return text

@@ -11,6 +11,7 @@ as rounding alone costs 2e-3.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -186,8 +187,7 @@ def test_the_defaults_are_the_released_model():
     assert round(count(tower, model.context_lm_head) / 1e9, 3) == 31.578
     moe = [layer.mixer for layer in tower.layers if layer.kind == "E"]
     assert round(count(*moe) / 1e9, 3) == 29.842
-    keys = [key for parts in twotower.checkpoint_tensors(model).values() for key, _ in parts]
-    assert len(keys) == len(set(keys)) == 12544
+    assert len(twotower.checkpoint_tensors(model)) == 12544
     caches, states = ([state for state in Context(tower, 1, 1).states if isinstance(state, kind)]
                       for kind in (KVCache, MambaState))
     assert sum(cache.key_cache.nbytes + cache.value_cache.nbytes for cache in caches) == 6144
@@ -932,8 +932,10 @@ def test_golden_sampling():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.8, 3), (0.9, 4), (1.0, 4)):
         assert int(twotower.shape_logits(logits, 1.0, top_p=top_p).isfinite().sum()) == kept
-    shaped = twotower.shape_logits(randn(5, 40).float(), 1e-300)
-    assert shaped.isfinite().all() and shaped.argmax(-1).equal(randn(5, 40).argmax(-1))
+    logits, u = randn(5, 40).float(), torch.rand(5, 40, generator=seeded(0))
+    for knob in ((1e-300,), (1e-309,), (5e-324, 7), (5e-324, 7, 0.9)):      # the least one there is
+        shaped = twotower.shape_logits(logits, *knob)
+        assert twotower.gumbel_argmax(shaped, u).equal(logits.argmax(-1)), knob
 
 
 def test_noise_is_a_function_of_seed_position_step_and_token():
@@ -1164,6 +1166,10 @@ def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     return ids(n, seed=seed).masked_fill(holes, MASK)
 
 
+def as_template(ids: torch.Tensor) -> list[int | None]:
+    return [None if token == MASK else token for token in ids.tolist()]
+
+
 def test_templates_are_kept():
     """Fixed tokens from the first step on; blocks without holes cost nothing; each row as alone."""
     model, steps = random_model(), []
@@ -1171,7 +1177,7 @@ def test_templates_are_kept():
         ("random", 21), ("fixed", 8), ("alternating", 30), ("start", 3), ("end", 17),
         ("holes", 21))]
     generate = functools.partial(model.generate_mask_diffusion, block_size=8)
-    result = generate(prompts, template=templates, on_step=steps.append)
+    result = generate(prompts, template=[*map(as_template, templates)], on_step=steps.append)
     for row, (text, template) in enumerate(zip(result.tokens, templates, strict=True)):
         assert MASK not in text
         assert torch.equal(text.masked_fill(template == MASK, MASK), template)
@@ -1180,14 +1186,38 @@ def test_templates_are_kept():
             own = template[step.block_index * 8:][:8]
             shown = step.before[r, :len(own)]
             assert torch.equal(shown[own != MASK], own[own != MASK])
-            assert step.t[r] == (step.before[r] == MASK).float().mean()
+            assert step.masked[r].equal(step.before[r] == MASK)
+            assert step.t[r] == step.masked[r].float().mean()
         blocks = {step.block_index for step, r in seen if step.committed[r].any()}
         assert blocks == {b for b in range(4) if (template[b * 8:b * 8 + 8] == MASK).any()}
-        alone = generate([prompts[row]], template=template.tolist())
+        alone = generate([prompts[row]], template=[as_template(template)])
         assert alone.tokens[0].equal(text) and (alone.nfe[0], alone.context_passes[0]) == (
             result.nfe[row], result.context_passes[row])
     plain = generate([prompts[5]], 21).tokens[0]
     assert result.nfe[1] == 0 and torch.equal(text[:16], plain[:16])
+
+
+def test_a_hole_is_a_position_not_an_id():
+    """The mask token's id in a template is text: there from the first step on, written, counted as
+    no mask. Tensors and lists of ids alone have no holes and cost no pass."""
+    model, steps = random_model(), []
+    generate = functools.partial(model.generate_mask_diffusion, ids(2, 9), block_size=8)
+    given = [[MASK, None, 5, MASK, None, None, 6, 7, 8, MASK, None], [None] * 2 + [MASK] * 9]
+    result = generate(template=given, on_step=steps.append)
+    for text, template in zip(texts(result), given, strict=True):
+        assert len(text) == 11
+        for one, wanted in zip(text, template):
+            assert one == wanted or wanted is None and one != MASK
+    first = steps[0]
+    assert first.masked.tolist() == [[one is None for one in row[:8]] for row in given]
+    assert first.t.tolist() == [3 / 8, 2 / 8] and not (first.committed & ~first.masked).any()
+    for fixed in ([MASK, 5, MASK], torch.tensor([MASK, 5, MASK])):
+        for template in (fixed, [fixed] * 2):
+            result = generate(template=template)
+            assert texts(result) == [[MASK, 5, MASK]] * 2 and result.nfe.tolist() == [0, 0]
+    free = texts(generate(5))                               # rows without one, or with holes alone
+    assert texts(generate(5, template=[None, None])) == free
+    assert texts(generate(template=[[None] * 5, [None] * 5])) == free
 
 
 def test_two_thousand_templates_survive():
@@ -1199,7 +1229,7 @@ def test_two_thousand_templates_survive():
     lengths = [len(template) + 3 * (seed % 2) for seed, template in enumerate(templates)]
     result = model.generate_mask_diffusion(
         list(ids(2000, 2)), lengths, block_size=4, steps_per_block=2, eos_token_id=9,
-        template=templates, temperature=2.0, seed=0)
+        template=[*map(as_template, templates)], temperature=2.0, seed=0)
     for text, template, length in zip(result.tokens, templates, lengths, strict=True):
         kept = text[:len(template)]
         assert torch.equal(kept.masked_fill(template == MASK, MASK), template)
@@ -1338,7 +1368,8 @@ def test_bad_arguments():
             refuses(message, function, *args)
     for message, template, *more in (
             ("template 0 holds id 128", [5, 128]), ("template must be ids", 5),
-            ("or one sequence of them (or None) for each of 1 ", [[5, 7], [6]]),
+            ("(None is a hole), or such a sequence for each of 1 ", [[5, 7], [6]]),
+            ("template 0 must be token ids", [5, None, "x"]), ("must be ids", [None] * 2),
             ("template 0 has 3 tokens, more than the 2", [5, 3, 7], 2)):
         refuses(message, diffusion, *more, template=template)
     for message, template in ((f"template 1 {int64} (1 or more)", [[5], []]),
@@ -1407,6 +1438,104 @@ def test_save_and_load(tmp_path, odd):
     assert all((f"denoiser_tower.layers.{at}.bias" in index["weight_map"]) == odd for at in biases)
 
 
+class Killed(BaseException):
+    pass
+
+
+def fail_at(monkeypatch, n: int, error: type[BaseException]) -> list[str]:
+    """The n-th operation on files raises the error, a write when half done; if that is Killed all
+    later ones do, as nothing tidies up after a kill. Returns the names of those begun."""
+    begun = []
+
+    def patched(function, written: int | None = None):
+        def run(*args, **knobs):
+            begun.append(function.__name__)
+            if len(begun) < n or len(begun) > n and error is not Killed:
+                return function(*args, **knobs)
+            if len(begun) == n and written is not None:
+                function(*args, **knobs)
+                os.truncate(args[written], os.path.getsize(args[written]) // 2)
+            raise error("interrupted")
+        return run
+    for owner, name, *written in ((os, "replace"), (Path, "unlink"), (Path, "chmod"),
+                                  (Path, "mkdir"), (Path, "write_bytes", 0),
+                                  (twotower, "save_file", 1)):
+        monkeypatch.setattr(owner, name, patched(getattr(owner, name), *written))
+    return begun
+
+
+@pytest.mark.parametrize("error, size", [(OSError, 60_000), (Killed, 40_000)])
+def test_an_interrupted_save_leaves_the_old_checkpoint_the_new_or_none(tmp_path, error, size):
+    """At every single operation; with the tokenizer it was made with. Saving again mends it."""
+    fields, found = TINY | dict(hybrid_override_pattern="M-", num_hidden_layers=2), []
+    old, new = (TwoTower(TwoTowerConfig(**fields)) for _ in range(2))
+    for n in itertools.count(1):
+        directory = tmp_path / str(n)
+        old.save_pretrained(directory, 40_000, {"tokenizer.json": b"old"})
+        with pytest.MonkeyPatch.context() as patch:
+            begun = fail_at(patch, n, error)
+            with contextlib.suppress(OSError, Killed):
+                new.save_pretrained(directory, size, {"tokenizer.json": b"new"})
+        try:
+            loaded, tokenizer = TwoTower.from_pretrained(directory), directory / "tokenizer.json"
+            found.append(tokenizer.read_text())
+            assert same_tensors(loaded, {"old": old, "new": new}[found[-1]])
+            left = [path.name for path in directory.iterdir() if path.suffix == ".partial"]
+            assert not left or error is Killed
+        except ValueError as refusal:
+            assert "config.json is missing: saving was interrupted; save again" in str(refusal)
+            found.append("none")
+        new.save_pretrained(directory, 90_000, {"tokenizer.json": b"new"})
+        assert same_tensors(TwoTower.from_pretrained(directory), new)
+        names = set(json.loads((directory / twotower.INDEX).read_text())["weight_map"].values())
+        assert {path.name for path in directory.iterdir()} == {
+            *names, twotower.INDEX, "config.json", "tokenizer.json"}
+        if len(begun) < n:
+            break
+    assert [state for state, _ in itertools.groupby(found)] == ["old", "none", "new"]
+    assert found.count("old") > 5 and found.count("none") > 5 and len(names) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")    # of torch.compile itself
+def test_what_is_saved_loads_again(tmp_path):
+    """Under wrappers that add to names, with tensors that modules share or hold transposed; what
+    could not be loaded is refused, and nothing is touched."""
+    model, state = random_model.__wrapped__(False, torch.float32), torch.get_rng_state()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = lambda: TwoTower.from_pretrained(tmp_path).state_dict()
+    equal = lambda a, b: a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    layers = model.denoiser_tower.layers
+    layers[1].mixer.experts = torch.compile(layers[1].mixer.experts)        # each wraps, runs none
+    layers[3] = torch.nn.DataParallel(layers[3])
+    model.context_tower = torch.compile(model.context_tower)
+    head = model.lm_head.weight
+    head.data = head.T.contiguous().T
+    model.save_pretrained(tmp_path, 20_000)
+    assert equal(again(), plain) and torch.get_rng_state().equal(state)
+    model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
+    model.save_pretrained(tmp_path)
+    tied = {name: plain[name if name.startswith(("t_", "scale")) else "context_" + name.replace(
+        "denoiser_", "").removeprefix("context_")] for name in plain}
+    assert equal(again(), tied)
+    if hasattr(os, "getuid"):                               # not on Windows
+        assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for part, name, change, message in (
+            (model.t_block, "1", lambda linear: torch.nn.utils.parametrizations.weight_norm(linear),
+             "t_block.1.parametrizations.weight.original0 is torch.float32 [96, 1], expected noth"),
+            (model, "lm_head", lambda head: head.to(torch.float8_e5m2),
+             "lm_head.weight is torch.float8_e5m2 [64, 32], expected F64"),
+            (model, "lm_head", lambda head: torch.nn.Linear(32, 65, bias=False),
+             "lm_head.weight is torch.float32 [65, 32], expected F64 or F32 or F16 or BF16 [64,"),
+            (model, "t_embedder", lambda _: torch.nn.Identity(), "mlp.0.bias is missing")):
+        whole = getattr(part, name)
+        setattr(part, name, change(copy.deepcopy(whole)))
+        refuses(message, model.save_pretrained, tmp_path)
+        refuses("this model: tensor ", model.save_pretrained, tmp_path / "new")
+        setattr(part, name, whole)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     """Shards that hold only denoiser tensors may even be absent."""
     model = random_model(False, torch.float32)
@@ -1420,6 +1549,11 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     assert texts(loaded.generate_ar(ids(1, 9), 8)) == texts(model.generate_ar(ids(1, 9), 8))
     TwoTower.from_pretrained(GOLDEN / "cfg1", towers="context")     # all in one file
     refuses("a context tower alone must not replace", loaded.save_pretrained, tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "model-00001-of-00009.safetensors.partial").write_text("of a killed save")
+    loaded.save_pretrained(tmp_path / "new")
+    again = TwoTower.from_pretrained(tmp_path / "new", towers="context")
+    assert same_tensors(again, loaded) and len([*(tmp_path / "new").iterdir()]) == 2
     refuses("only the context tower is loaded", loaded.generate_mask_diffusion, ids(1, 9), 8)
     refuses("is missing", TwoTower.from_pretrained, tmp_path)
 
@@ -1488,7 +1622,7 @@ def write_headers(directory: Path, fields: dict, shards: int) -> int:
     """A checkpoint of bfloat16 tensors (float32 routers) without data: the files are holes."""
     with torch.device("meta"):
         model = TwoTower(TwoTowerConfig(**fields))
-    parts = [pair for pairs in twotower.checkpoint_tensors(model).values() for pair in pairs]
+    parts = list(twotower.checkpoint_tensors(model).items())
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     weight_map = {key: names[i * shards // len(parts)] for i, (key, _) in enumerate(parts)}
     for name in names:
@@ -1552,6 +1686,8 @@ def edit_tensors(path: Path, change):
 cut = lambda name, keep: lambda d: (d / name).write_bytes((d / name).read_bytes()[:keep])
 gone = lambda name: lambda d: (d / name).unlink()
 text = lambda name, content: lambda d: (d / name).write_text(content)
+link = lambda name: lambda d: (gone(name)(d), (d / name).symlink_to(d / "blobs" / "0123abcd"))
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 20231824\n"
 config = lambda **changes: lambda d: edit_json(d / "config.json", lambda c: c.update(changes))
 index = lambda change: lambda d: edit_json(d / twotower.INDEX, lambda i: change(i["weight_map"]))
 weights = lambda change, name="model.safetensors": lambda d: edit_tensors(d / name, change)
@@ -1562,6 +1698,11 @@ FIRST, SHARD = "context_tower.embeddings.weight", "model-00002-of-00005.safetens
 # what is wrong -> (how to break a checkpoint, what the one line must say)
 BROKEN = {
     "config missing": (gone("config.json"), "config.json is missing"),
+    "config is a link": (link("config.json"), "config.json is a link to nothing: its download did"),
+    "weights are a link": (link("model.safetensors"), "model.safetensors is a link to nothing:"),
+    "weights are of Git LFS": (text("model.safetensors", LFS), "is a Git LFS pointer: the file it"),
+    "index is a link": (link(twotower.INDEX), "index.json is a link to nothing: its download did"),
+    "shard is of Git LFS": (text(SHARD, LFS), f"{SHARD} is a Git LFS pointer: the file itself was"),
     "config is broken JSON": (cut("config.json", 100), "config.json is not valid JSON"),
     "config is a list": (text("config.json", "[]"), "must hold a JSON object"),
     "config is impossible": (config(n_groups=0), "config.json: config: n_groups is 0, but it"),
@@ -2178,7 +2319,7 @@ def test_sample_fills_templates(tmp_path):
     """Holes by length in both notations; the text around them stays; a line may have its own."""
     def filled(*parts: str | int) -> str:
         template = [token for part in parts for token in (
-            [MASK] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
+            [None] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
         return tokenizer().decode(written("mask_diffusion", LETTER, None, template=tuple(template)))
 
     expected = filled("Dear", 4, "\nyour_order", 12, " on __Monday.")
@@ -2194,8 +2335,11 @@ def test_sample_fills_templates(tmp_path):
             assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
             assert " and then" in third["text"] and len(third["tokens"]) == 9
             assert first["settings"]["template"] == "Hello{{3}}."
-    fixed = tokenizer().decode(tokenizer().encode("Yes</s>no").ids)     # EOS inside, as any token
-    assert sample("--template", "Yes</s>no", LETTER).stdout == f"{LETTER}{fixed}\n"
+    for given in ("Yes</s>no", "Yes<mask>no"):              # special tokens inside, as any token
+        tokens = tokenizer().encode(given).ids
+        result, = results_of(sample("--template", given, "--json", LETTER).stdout)
+        assert (result["tokens"], result["nfe"]) == (tokens, 0) and len({2, 3} & {*tokens}) == 1
+        assert result["text"] == tokenizer().decode(tokens)
     flags = ["--max-new-tokens", 5, "--output", tmp_path / "one.jsonl", LETTER]
     assert sample("--template", "x____", *flags).returncode == 0
     one_line(sample("--resume", *flags), "was made with template 'x____', not None")
@@ -2341,7 +2485,9 @@ def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, messag
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: shutil.rmtree(d), "is not a directory"),
-    (gone("tokenizer.json"), "tokenizer.json cannot be read as a tokenizer: No such file"),
+    (gone("tokenizer.json"), "tokenizer.json is missing"),
+    (link("tokenizer.json"), "tokenizer.json is a link to nothing: its download did not end; down"),
+    (text("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer: the file itself was not"),
     (cut("tokenizer.json", 300), "tokenizer.json cannot be read"),
     (cut("config.json", 300), "is not valid JSON"),
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),

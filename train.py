@@ -246,7 +246,7 @@ class Trainer:
             saved = {"made_with": self.made_with, "model": self.model.state_dict(),
                      "optimizer": self.optimizer.state_dict(), "step": self.step,
                      "seconds": self.seconds, "log": self.log}
-            write(self.path, lambda partial: torch.save(saved, partial))
+            write({self.path: lambda partial: torch.save(saved, partial)})
 
     def losses(self, tokens: Tensor, targets: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
         """The losses to average, at every position of this process's share of the sequences."""

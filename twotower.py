@@ -1071,18 +1071,17 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: ids that the new text begins with, as if committed, mask_token_id where it is
-                to be filled in; one sequence for all rows, or one (or None) for each. The text ends
-                with it unless max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed (mask_token_id too), None
+                for a hole, which a tensor cannot have; one sequence for all rows, or one (or None)
+                for each. The text ends with it unless max_new_tokens is larger; EOS ends it only
+                after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
                        mask_token_id, confidence_threshold, template, **options)
         run.prefill(run.prompts, None, repeats=True)
         while True:
-            block, wanted = run.next_block()
-            block = run.denoise_block(block, block == run.mask_token_id, wanted)
-            if not run.append(block):
+            if not run.append(run.denoise_block(*run.next_block())):
                 return run.result()
             run.extend(run.newest(block_size))
 
@@ -1145,11 +1144,9 @@ class TwoTower(Module):
         """
         model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
         model.use(backend)              # refuses what cannot be had before a tensor is read
-        if context_device is None:
-            context_device = torch.get_default_device()
-        if denoiser_device is None:
-            denoiser_device = context_device
-        return model.fill(files, context_device, denoiser_device).use(backend)
+        first = torch.get_default_device() if context_device is None else context_device
+        second = first if denoiser_device is None else denoiser_device
+        return model.fill(files, first, second).use(backend)
 
     @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
@@ -1162,15 +1159,7 @@ class TwoTower(Module):
         with torch.device("meta"):
             model = cls(config, towers=towers)
             found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
-            expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
-                        for key, part in parts}
-            for key in sorted(expected.keys() | found):
-                path, shape, kind = found.get(key, (directory, None, None))
-                there = "missing" if shape is None else f"{kind} {shape}"
-                wanted = (f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else
-                          "nothing of that name")
-                require(shape is not None and shape == expected.get(key) and kind in DTYPES,
-                        f"{path}: tensor {key} is {there}, expected {wanted}")
+            check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
 
@@ -1178,51 +1167,56 @@ class TwoTower(Module):
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
         called with the bytes of each."""
-        tensors = self.state_dict()
-        for name, parts in checkpoint_tensors(self).items():
-            device = context_device if name.startswith("context_") else denoiser_device
-            tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
-            for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
-                # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
-                    part.copy_(file.get_tensor(key))
+        self.load_state_dict({name: torch.empty_like(
+            tensor, device=context_device if name.startswith("context_") else denoiser_device)
+            for name, tensor in self.state_dict().items()}, assign=True)
+        for key, part in checkpoint_tensors(self).items():
+            # opened anew for each tensor, so that pages already read do not stay mapped
+            with safe_open(files[key], "pt", device=str(part.device)) as file:
+                part.copy_(file.get_tensor(key))
             if on_load is not None:
-                on_load(tensor.nbytes)
-        self.load_state_dict(tensors, assign=True)
+                on_load(part.nbytes)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
-        """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-        No file is ever half-written; those of an older checkpoint are replaced or removed."""
-        directory = Path(directory)
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
+                        files: dict[str, bytes] | None = None):
+        """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
+        `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
+        any time, it leaves the older one, the new one, or one that does not load. What two modules
+        share is written for each. Raises: ValueError for tensors that would not load again; OSError
+        if writing fails."""
+        directory, parts, shards, size = Path(directory), checkpoint_tensors(self), [{}], 0
+        towers = "context" if self.denoiser_tower is None else "both"
+        with torch.device("meta"):
+            check_tensors(TwoTower(self.config, towers=towers), {
+                key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
+                "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
-                "which a context tower alone must not replace; save it elsewhere")
-        shards, size = [{}], 0
-        for key, part in (pair for parts in checkpoint_tensors(self).values() for pair in parts):
+        require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
+                "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
+        for key, part in parts.items():
             size += part.nbytes
             if shards[-1] and size > max_shard_bytes:
                 shards.append({})
                 size = part.nbytes
-            shards[-1][key] = part.contiguous()
+            shards[-1][key] = part
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-        files = {"config.json": dataclasses.asdict(self.config) | {
+        made = {"config.json": dataclasses.asdict(self.config) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
-            total = sum(part.nbytes for shard in shards for part in shard.values())
-            files[INDEX] = {
-                "metadata": {"total_size": total},
+            made[INDEX] = {
+                "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        for name, value in files.items():
-            write(directory / name, lambda path: path.write_text(
-                json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-        for path in old:
-            if path.name not in (*names, *files):
-                path.unlink()
+        made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
+        saves = {name: lambda path, content=content: path.write_bytes(content)
+                 for name, content in (made | (files or {})).items()}
+        for name, shard in zip(names, shards):
+            saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
+                {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
+                path, {"format": "pt"})
+        write({directory / name: save for name, save in saves.items()}, old)
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
@@ -1255,7 +1249,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
     """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus: the
     most likely tokens, up to and including the one that takes their total past top_p."""
-    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / temperature     # cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -1319,6 +1313,7 @@ class Step(NamedTuple):
     after: Tensor               # (R, Q) ids
     committed: Tensor           # (R, Q) bool: written in this step
     confidence: Tensor          # (R, Q) probability of the predicted token
+    masked: Tensor              # (R, Q) bool: before the step
 
 
 class Written(NamedTuple):
@@ -1448,20 +1443,21 @@ class Decoding:
         if report:
             before = torch.full_like(ids, self.mask_token_id)
             self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)), before, ids,
-                              everywhere, confidence))
+                              everywhere, confidence, everywhere))
         return ids
 
-    def next_block(self) -> tuple[Tensor, Tensor]:
-        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
-        positions must be filled (R, Q): all but those past the end of a template."""
+    def next_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each live row its template's tokens, where it has some, and masks (R, Q); which
+        positions are masked (R, Q), and which are wanted: all but those past a template's end."""
         block = torch.full((len(self.live), self.block_size), self.mask_token_id)
-        wanted = torch.ones_like(block, dtype=torch.bool)
+        masked, wanted = torch.ones(2, *block.shape, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            rest = self.templates[row][:self.block_size]
-            block[r, :len(rest)] = torch.tensor(rest, dtype=torch.long)
+            for i, token in enumerate(self.templates[row][:self.block_size]):
+                if token is not None:
+                    block[r, i], masked[r, i] = token, False
             if len(self.templates[row]) == self.left[row]:
-                wanted[r, len(rest):] = False
-        return block, wanted
+                wanted[r, self.left[row]:] = False
+        return block, masked, wanted
 
     def denoise_block(self, block: Tensor, masked: Tensor, wanted: Tensor,
                       greedy: bool = False) -> Tensor:
@@ -1478,9 +1474,10 @@ class Decoding:
             self.check_finite(confidence, fillable, step)
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
-            before, block, masked = block, ids.where(commits, block), masked & ~commits
+            before, block = block, ids.where(commits, block)
             self.on_step(Step(self.live, self.block_index, step, t, before, block, commits,
-                              confidence))
+                              confidence, masked))
+            masked = masked & ~commits
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
@@ -1617,15 +1614,20 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
-def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int]]:
-    """The ids of each row's template, none where there is no template."""
-    rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
+def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int | None]]:
+    """Each row's template, [] where there is none."""
+    rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
     require(template is None or isinstance(template, Sequence | Tensor), rule)
     one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
-                               all(isinstance(token, int) for token in template))
+                               any(isinstance(token, int) for token in template))
     templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
-    return [[] if ids is None else check_ids(ids, f"template {row}", config, (None,)).tolist()
+
+    def checked(ids, name: str) -> list[int | None]:
+        filled = [0 if one is None else one for one in ids] if isinstance(ids, Sequence) else ids
+        filled = check_ids(filled, name, config, (None,)).tolist()
+        return [None if given is None else token for given, token in zip(ids, filled)]
+    return [[] if ids is None else checked(ids, f"template {row}")
             for row, ids in enumerate(templates)]
 
 
@@ -1655,13 +1657,13 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 # Checkpoint files
 
 INDEX = "model.safetensors.index.json"
-CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_json(path: Path) -> dict:
-    require(path.is_file(), f"{path} is missing")
+    check_file(path, ": saving was interrupted; save again" * Path(f"{path}.partial").exists())
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1670,25 +1672,61 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write(path: Path, save: Callable[[Path], None]):
-    """Write a file under another name first, so that it is never half-written."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+def check_file(path: Path, cause: str = ""):
+    """Raise where there is no file, or only what stands for one that was not downloaded."""
+    require(path.is_file(), f"{path} is missing{cause}" if not path.is_symlink() else
+            f"{path} is a link to nothing: its download did not end; download it again")
+    with path.open("rb") as file:
+        require(file.read(23) != b"version https://git-lfs", f"{path} is a Git LFS pointer: the "
+                "file itself was not downloaded; run git lfs pull, or download it")
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
-    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
-    return {name: [(name.replace(".experts.", f".experts.{e}."), part)
-                   for e, part in enumerate(tensor)] if ".mixer.experts." in name else
-            [(name, tensor)] for name, tensor in model.state_dict().items()}
+def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
+    """Write files, and remove old ones, as one: each is first saved under another name; then the
+    first, without which a reader takes none, is removed, and it comes back last."""
+    partial = {path: Path(f"{path}.partial") for path in files}
+    first, *others = files
+    try:
+        for path, save in files.items():
+            save(partial[path])
+            partial[path].chmod(partial[first].stat().st_mode)      # save_file's own is 0600
+        if others:
+            first.unlink(missing_ok=True)
+    except BaseException as error:
+        for unfinished in partial.values():
+            unfinished.unlink(missing_ok=True)
+        raise OSError(f"writing {path} failed: {error}") if isinstance(error, Exception) else error
+    for path in {*old} - {*files, *partial.values()}:
+        path.unlink()
+    for path in (*others, first):
+        os.replace(partial[path], path)
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model, by name: of stacked experts the weight of each. What a
+    wrapper, such as torch.compile's, adds to names is left out."""
+    return {key.replace(".mixer.experts.", f".mixer.experts.{e}."): part
+            for name, tensor in model.state_dict().items()
+            for key in [re.sub(r"\b(_orig_mod|module)\.", "", name)]
+            for e, part in enumerate(tensor if ".mixer.experts." in key else [tensor])}
+
+
+def check_tensors(model: nn.Module, found: dict[str, tuple], where):
+    """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
+    expected = {key: list(part.shape) for key, part in checkpoint_tensors(model).items()}
+    for key in sorted(expected.keys() | found):
+        path, shape, kind = found.get(key, (where, None, None))
+        there = "missing" if shape is None else f"{kind} {shape}"
+        wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
+        require(kind in (*DTYPES, *DTYPES.values()) and shape == expected.get(key),
+                f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
 def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
     promises, but for names that begin with one of `unread`; of a broken promise without shape."""
     index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
-    if index.exists():
+    if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
         for key, name in weight_map.items():
@@ -1697,7 +1735,7 @@ def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Pa
             if not key.startswith(unread):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
-        require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
+        check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
                 for key in (key for key in file.keys() if not key.startswith(unread)):
@@ -1714,13 +1752,12 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    for name, parts in checkpoint_tensors(model).items():
-        dtypes = {dtype or found[key]: key for key, _ in parts}
-        own = next(iter(dtypes))
+    for key, own in found.items():
+        own, name = dtype or own, re.sub(r"\.experts\.\d+", ".experts", key)
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
-            keys = dtypes | keys
+            keys.setdefault(own, key)
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
