@@ -311,13 +311,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
         return torch.cat([attention(part, k, v, last) for part, last in parts], dim=2)
     if last_seen is not None:
         mask = torch.arange(k.shape[2], device=k.device) <= last_seen[:, None, :, None]
-    # without positions the H/G query heads of a KV head are just more queries to the same keys; but
-    # where queries see different keys, each head reads its KV head in place, and one mask serves
-    # all. Not enable_gqa: with a mask or in float32 CUDA has no fused kernel that takes it
-    if not is_causal and (mask is None or L == 1):
+    # not enable_gqa: with a mask or in float32 no fused kernel of CUDA takes it
+    if not is_causal and (mask is None or L == 1):      # H/G heads are more queries to a KV head
         mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
         grouped = q.reshape(B, G, -1, K)                                         # (B, G, H/G*L, K)
         return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+    # each head reads its KV head in place, and one mask serves all
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // G, -1, -1) for x in (k, v))
     mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, dim=0)
     q = q.reshape(B * G, -1, L, K)
@@ -889,10 +888,10 @@ class TwoTower(Module):
 
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
                 counts: Tensor | None = None, keep: str = "end",
-                block_size: int | None = None) -> Tensor:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None, for
-        the hidden states (B, L, D) instead; keep, block_size: of a `Pass`; after "inputs"
-        `Context.settle` says how many tokens stay."""
+                block_size: int | None = None) -> Tensor | None:
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None: the
+        hidden states; keep, block_size: of a `Pass`; after "inputs" `Context.settle` says how many
+        tokens stay."""
         if context.passes is not None:
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
@@ -904,9 +903,7 @@ class TwoTower(Module):
             context.lengths = context.lengths + (L if counts is None else counts)
         if logits is None:
             return hidden
-        if logits == "last":
-            hidden = hidden[:, -1:]
-        out = wide(self.context_lm_head(hidden))
+        out = wide(self.context_lm_head(hidden[:, -1:] if logits == "last" else hidden))
         context.logits = out[:, -1]
         return out
 
@@ -1435,17 +1432,17 @@ class Decoding:
         """What a pass with logits (R, Q, V) proposes for the next Q places of each row, never the
         mask token, if given: ids (R, Q), and as confidence (R, Q) their `probability` at
         temperature 1; both on the host."""
-        (R, Q, V), device = logits.shape, logits.device
+        R, Q, V = logits.shape
         seeds = self.seeds[self.live][:, None].expand(R, Q)
         places = torch.tensor([[len(self.texts[row])] for row in self.live]) + torch.arange(Q)
 
         def choose(logits: Tensor, seeds: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
             if greedy or self.temperature == 0:
                 return self.model.ops.most_likely(logits, mask_token_id)
-            ids = gumbel_argmax(
-                shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
-                             self.top_p),
-                noise(seeds.to(device), places[:, None].to(device), step, V)[:, 0])
+            shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
+                                  self.top_p)
+            u = noise(seeds.to(shaped.device), places[:, None].to(shaped.device), step, V)
+            ids = gumbel_argmax(shaped, u[:, 0])
             return ids, probability(logits, ids, mask_token_id)
 
         # some of the R*Q places at a time, as a draw holds a dozen copies of their logits
