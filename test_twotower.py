@@ -2420,21 +2420,21 @@ def test_memory_is_planned_at_its_peak(mode, widths, lengths, monkeypatch):
 @pytest.mark.parametrize("pieces", [64, 5])
 @pytest.mark.parametrize("odd", [False, True])
 def test_a_prefill_in_pieces_is_one_prefill(pieces, odd, monkeypatch):
-    """Ragged rows, which end in different pieces, from one token a row up; then what follows."""
-    model = random_model(odd)
-    whole = model.prefill(PROMPTS, reserve=16)
-    sizes = []
+    """Ragged rows, which end in different pieces, each as alone in one pass; one token a row."""
+    model, sizes = random_model(odd), []
+    alone = [model.prefill([prompt]) for prompt in PROMPTS]
     hook = model.context_tower.register_forward_hook(
         lambda _, inputs, __: sizes.append(inputs[0].numel()))
     monkeypatch.setattr(twotower, "TOKENS_PER_PASS", pieces)
-    context = model.prefill(PROMPTS, reserve=16)
+    context, block = model.prefill(PROMPTS, reserve=16), ids(5, 16)
     hook.remove()
     assert sum(sizes) == 5 * 40 and max(sizes) <= pieces and len(sizes) > 2
-    assert context.lengths.equal(whole.lengths)
-    check(context.logits, whole.logits, 1e-10)
-    block, t = ids(5, 16), torch.full((5,), 0.5, dtype=torch.float64)
-    check(model.denoise(block, context, t), model.denoise(block, whole, t), 1e-10)
-    check(model.extend(context, block), model.extend(whole, block), 1e-10)
+    for row, one in enumerate(alone):
+        check_states(context, row, one)
+        check(context.logits[row], one.logits[0], 1e-10)
+    read = model.extend(context, block)
+    for row, one in enumerate(alone):
+        check(read[row], model.extend(one, block[row, None])[0], 1e-10)
 
 
 def test_a_draw_is_the_same_of_few_logits_at_a_time(monkeypatch):

@@ -889,9 +889,8 @@ class TwoTower(Module):
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
                 counts: Tensor | None = None, keep: str = "end",
                 block_size: int | None = None) -> Tensor | None:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None: the
-        hidden states; keep, block_size: of a `Pass`; after "inputs" `Context.settle` says how many
-        tokens stay."""
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None, the
+        hidden states; keep, block_size: of a `Pass`; `Context.settle` ends what "inputs" begins."""
         if context.passes is not None:
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
@@ -1446,8 +1445,7 @@ class Decoding:
             return ids, probability(logits, ids, mask_token_id)
 
         # some of the R*Q places at a time, as a draw holds a dozen copies of their logits
-        most = max(1, LOGITS_PER_DRAW // V)
-        parts = (x.flatten(0, 1).split(most) for x in (logits, seeds, places))
+        parts = (x.flatten(0, 1).split(LOGITS_PER_DRAW // V or 1) for x in (logits, seeds, places))
         ids, confidence = map(torch.cat, zip(*map(choose, *parts)))
         both = torch.stack([ids.double(), confidence.double()]).view(2, R, Q).cpu()     # one wait
         return both[0].long(), both[1].to(confidence.dtype)
