@@ -36,8 +36,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, SafetensorError, Step, TwoTower,
-                      TwoTowerConfig, Written, check_file, require)
+from twotower import (DENOISER_KEYS, INDEX, LOGITS_PER_DRAW, TOKENS_PER_PASS, Context, Decoding,
+                      SafetensorError, Step, TwoTower, TwoTowerConfig, Written, check_file,
+                      require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -386,24 +387,61 @@ def devices(args: Namespace) -> list[str]:
     return places
 
 
-def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str]) -> dict:
-    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens, their
-    sum and what is free. model is a skeleton, on the meta device: its states have no data.
-    """
+def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str],
+           read: int | None = None, mode: str = MASKS[0], drawn: bool = False) -> dict:
+    """Bytes by device and purpose, for rows of `length` tokens, up to `read` of them a prompt, and
+    passes of `width` tokens; their sum and what is free. model is a skeleton."""
     what = {"key_cache": "KV cache", "value_cache": "KV cache", "ssm_state": "SSM states",
             "conv_state": "conv states"}
     held = dict.fromkeys(("weights", *what.values()), 0)
-    held["logits"] = rows * width * model.config.vocab_size * 4
-    for state in Context(model.context_tower, rows, length).states:
+    for state in Context(model.context_tower, rows, length).states:     # without data
         for name in what:
             held[what[name]] += getattr(getattr(state, name, None), "nbytes", 0)
-    table = {place: dict(held) for place in places}                 # states: once on each
+    c, size, read = model.config, model.context_lm_head.weight.itemsize, read or length
+    logits = rows * width * c.vocab_size
+    if mode in SCORE:       # a row's alone, and their log-softmax
+        work, L = 8 * min(length - read or width, width) * c.vocab_size, width
+    else:                   # in the model's dtype and float32; copies of some, to choose tokens
+        work = 4 * logits + max(logits * size * (size < 4), min(
+            logits, max(LOGITS_PER_DRAW, c.vocab_size)) * (48 if drawn else 9))
+        L = max(width, min(read, TOKENS_PER_PASS // rows))
+    held["activations"] = max(work, activations(c, size, rows, L))
+    table = {place: dict(held) for place in places}                 # all but weights: once on each
     for name, tensor in model.state_dict().items():
         for place in places[:1] if name.startswith("context_") else places[1:]:
             table[place]["weights"] += tensor.nbytes
-    return {place: parts | {"together": sum(parts.values()), "free": (
-        torch.cuda.mem_get_info(place)[0] if place.startswith("cuda") else
-        psutil.virtual_memory().available)} for place, parts in table.items()}
+    return {place: parts | {"together": sum(parts.values()), "free": free_memory(place)}
+            for place, parts in table.items()}
+
+
+def activations(c: TwoTowerConfig, size: int, rows: int, L: int) -> int:
+    """Bytes alive at the peak of a pass of rows x L tokens: x, its norm, and what a layer of those
+    that take most computes. size: bytes of a number."""
+    T, chunk, conv, d = rows * L, min(L, c.chunk_size), c.conv_dim, c.d_inner
+    # Mamba-2: out of in_proj, in and out of the convolution, y; and in float32 in and out of the
+    # convolution, or a chunk's inputs and weights twice, or two states
+    mamba = size * T * (2 * d + 3 * conv) + 4 * rows * max(
+        2 * L * conv, chunk * (conv + 2 * c.mamba_num_heads * chunk),
+        2 * d * (c.ssm_state_size + chunk))
+    # MoE: the outputs of all experts in float32, before and after their weights; MLP: twice h
+    moe = 8 * T * c.num_experts_per_tok * c.hidden_size * ("E" in c.hybrid_override_pattern)
+    mlp = 2 * size * T * c.intermediate_size * ("-" in c.hybrid_override_pattern)
+    return 2 * size * T * c.hidden_size + max(mamba, moe, mlp)
+
+
+def free_memory(place: str, groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes; of the host no more than its container (cgroups v2 or v1) may still have."""
+    if place.startswith("cuda"):
+        return torch.cuda.mem_get_info(place)[0]
+    free = psutil.virtual_memory().available
+    for top, most, used in ((groups, "max", "current"),
+                            (groups / "memory", "limit_in_bytes", "usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError, KeyError):    # no such file, or no limit
+            most, used, stat = ((top / f"memory.{x}").read_text() for x in (most, used, "stat"))
+            stat = dict(map(str.split, stat.splitlines()))
+            files = int(stat["active_file"]) + int(stat["inactive_file"])       # which give way
+            free = min(free, max(0, int(most) - int(used) + files))
+    return free
 
 
 def readable(nbytes: int) -> str:
@@ -412,36 +450,35 @@ def readable(nbytes: int) -> str:
 
 
 def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places: list[str]):
-    """Print what goes where, for a batch of the longest rows.
-
-    Raises: ValueError if it does not fit, naming what would.
-    """
-    usual = SCORED_AT_ONCE if args.mode in SCORE else args.max_new_tokens or NEW_TOKENS
+    """Print what goes where, for a batch of the longest rows. Raises: ValueError if it does not
+    fit, naming what would."""
+    scoring, longest = args.mode in SCORE, model.config.max_position_embeddings
     prompt = max((len(row.ids) for row in rows), default=0)
-    new = max((row.max_new_tokens for row in rows), default=usual)
-    width = (min(prompt + new, SCORED_AT_ONCE) if args.mode in SCORE else
+    new = max((row.max_new_tokens for row in rows),
+              default=SCORED_AT_ONCE if scoring else args.max_new_tokens or NEW_TOKENS)
+    width = (min(prompt + new, SCORED_AT_ONCE) if scoring else
              knobs.get("block_size", knobs.get("draft_length", 1)))
-    length, longest = prompt + -(-new // width) * width, model.config.max_position_embeddings
+    length = prompt + (new if scoring else -(-new // width) * width)
     require(max(prompt + new, width) <= longest, f"{prompt} + {new} tokens and blocks of {width} "
             f"are too many for max_position_embeddings {longest}; lower --max-new-tokens, "
             "--block-size or --draft-length")
-    asked = sum(len(row.given) if args.mode in SCORE else 1 for row in rows)
+    asked = sum(len(row.given) if scoring else 1 for row in rows)
     batch = min(args.batch_size, asked or args.batch_size)
 
+    def needed(rows: int, places: list[str]) -> dict:
+        return memory(model, rows, length, width, places, prompt, args.mode,
+                      bool(knobs.get("temperature")))
+
     def full(rows: int, places: list[str]) -> list[str]:
-        return [place for place, parts in memory(model, rows, length, width, places).items()
+        return [place for place, parts in needed(rows, places).items()
                 if parts["together"] > parts["free"]]
 
     towers = {place: " and ".join(f"{tower} tower" for tower, at in zip(
         ("context", "denoiser"), places) if at == place) for place in places}
-    for place, parts in memory(model, batch, length, width, places).items():
+    for place, parts in needed(batch, places).items():
         print(f"{place}: {towers[place]}:", ", ".join(
-            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()), file=sys.stderr)
-    if args.plan:
-        one = memory(model, 1, 1, width, places)[places[0]]
-        print(f"batch of {batch}, {length} tokens a row; a cached token takes {one['KV cache']} "
-              f"bytes, a row's SSM states {one['SSM states']} and conv states "
-              f"{one['conv states']}", file=sys.stderr)
+            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()),
+            f"for {batch} rows of {length} tokens", file=sys.stderr)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     flags = "--context-device", "--denoiser-device"
     ways = [(" ".join(map(" ".join, zip(flags, at))), batch, at)
@@ -449,7 +486,7 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
     ways += [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
     ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
              for place in (places[0], *gpus, "cpu") if len(places) > 1]
-    ways += [("a device with more memory, or shorter texts", 0, [])]
+    ways += [("a device with more memory, or shorter texts", 1, [])]
     for place in full(batch, places):
         way = next(way for way, *what in ways if not full(*what))
         raise ValueError(f"{towers[place]} on {place} would not fit; what would: {way}")
@@ -603,15 +640,15 @@ def choose_knobs(args: Namespace, config: TwoTowerConfig) -> dict:
 def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, output: Output,
            seconds: dict[str, float]):
     """Write after every row."""
-    start, tower = perf_counter(), model.context_tower
+    start, longest = perf_counter(), max(len(row.ids) for row in batch) - (args.mode == "mock_ar")
 
-    def on_prefill(*_):
-        hook.remove()
-        if tower.device.type == "cuda":
-            torch.cuda.synchronize(tower.device)
-        seconds["prefill"] += perf_counter() - start
+    def on_prefill(_, inputs, hidden):
+        if inputs[2].end >= longest:                        # of a `Pass`: its last piece
+            hook.remove()
+            hidden[0, 0, 0].item()                          # waits for a GPU
+            seconds["prefill"] += perf_counter() - start
 
-    hook = tower.register_forward_hook(on_prefill)          # of a batch's first pass
+    hook = model.context_tower.register_forward_hook(on_prefill)
     templates = [row.given[0] if row.given else None for row in batch]
     more = {"template": templates} if any(templates) else {}
     output.batch, output.waiting = batch, list(batch)
