@@ -21,7 +21,7 @@ import re
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
@@ -35,10 +35,9 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.text import Text
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from twotower import (INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig, Written,
-                      backbone_of, check_file, eos_ids, require, unread)
+from twotower import (INDEX, Context, Decoding, SafetensorError, Step, TwoTower, TwoTowerConfig,
+                      Written, backbone_of, check_file, eos_ids, require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -109,12 +108,12 @@ FLAGS = {"what to write": [
          "2; the tokens of words bring their own space",
          needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
     Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
-    Flag("--stop", STOPS, WRITING, "end before this text; may be given again", [], bars="--plan"),
+    Flag("--stop", STOPS, WRITING, "end before any such text or special token", [], bars="--plan"),
     Flag("--mode", Kind({"choices": MODES}), MODES, "default mask_diffusion; speculative writes "
          "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
     Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
          needs=DRAWN),
-    Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
+    Flag("--batch-size", COUNT, MODES, "prompts decoded at once, default 16; alters rounding", 16),
 ], KNOBS: [
     Flag("--block-size", COUNT, MASKS, "tokens denoised together"),
     Flag("--draft-length", COUNT, DRAFTS, "speculative: tokens verified together"),
@@ -141,7 +140,7 @@ FLAGS = {"what to write": [
          False, bars="--plan --json --output"),
     Flag("--json", SWITCH, WRITING, "objects, not text", False, bars="--plan --output"),
     Flag("--output", FILE, MODES, "for results as of --json, each when it is done", bars="--plan"),
-    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already", False,
+    Flag("--resume", SWITCH, MODES, "go on after the results of --output, in other batches", False,
          ("--output, and with --temperature the --seed that the results hold",
           lambda a: a.output and (not a.temperature or a.seed is not None)), "--plan"),
     Flag("--trace", FILE, WRITING, "for every step: tokens, confidences, t, commits; an object a "
@@ -219,40 +218,61 @@ def read_line(line: str, where: str, mode: str) -> dict:
     return given | ({"choices": [given["continuation"]]} if "continuation" in given else {})
 
 
+def tokenized(what: str, call: Callable, *args, **options):
+    """A call of tokenizers, which raises bare Exceptions, and in panic BaseExceptions."""
+    try:
+        return call(*args, **options)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int], before: Sequence[int] = ()) -> str:
+    """What ids add to the text of those before; one on which tokenizers fails is U+FFFD."""
+    if before:                                      # decoders may strip a text's first space
+        return text_of(tokenizer, [*before, *ids])[len(text_of(tokenizer, before)):]
+    with contextlib.suppress(ValueError):
+        return tokenized("", tokenizer.decode, ids)
+    return "".join(text_of(tokenizer, [one]) for one in ids) if len(ids) > 1 else "\ufffd"
+
+
 @dataclass
 class Row:
     """A prompt, and what has been written after it."""
 
     index: int
     prompt: str
-    ids: list[int]
-    given: list[list[int | None]]       # the template, if any; or the choices to be scored
-    max_new_tokens: int
-    settings: dict                      # all that the result depends on
+    ids: list[int] = field(default_factory=list)
+    given: list[list[int | None]] = field(default_factory=list)     # template; or what to score
+    max_new_tokens: int = NEW_TOKENS
+    settings: dict = field(default_factory=dict)        # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     ended: str = ""                     # why: eos, length, stop, interrupted or scored
     nfe: int = 0
     context_passes: int = 0
-    stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+    before: list[int] = field(default_factory=list)     # ids whose text is whole, and what follows,
+    pending: list[int] = field(default_factory=list)    # whose text may end in half a letter
 
     def take(self, written: Written, tokenizer: Tokenizer, eos: list[int], stops: list[str]):
-        """Add new tokens, up to a stop string."""
+        """Add new tokens, up to a stop string, or a special token of that name."""
         self.nfe, self.context_passes = written.nfe, written.context_passes
-        for token in written.new:
+        self.before = self.before or self.ids or tokenizer.encode(self.prompt).ids
+        for n, token in enumerate(written.new, 1):
             self.tokens.append(token)
-            if token not in eos:                    # the last one, or inside a template
-                self.text += self.stream.step(tokenizer, token) or ""
-                found = [self.text.index(stop) for stop in stops if stop in self.text]
-                if found:
-                    self.text, self.ended = self.text[:min(found)], "stop"
-                    return
+            self.pending += [token] * (token not in eos)    # the last one, or inside a template
+            text = text_of(tokenizer, self.pending, self.before)
+            if text and text[-1] != "\ufffd" or written.ended and n == len(written.new):
+                self.text, self.before, self.pending = self.text + text, self.pending, []
+            special = "" if text_of(tokenizer, [token]) else tokenizer.id_to_token(token) or ""
+            found = [(self.text + special).index(s) for s in stops if s in self.text + special]
+            if found:
+                self.text, self.ended = self.text[:min(found)], "stop"
+                return
         if written.ended:
             self.ended = "eos" if self.tokens[-1] in eos else "length"
-            whole = tokenizer.decode([token for token in self.tokens if token not in eos])
-            if whole.startswith(self.text):         # with what the last bytes left unfinished
-                self.text = whole
 
     def result(self) -> dict:
         """What a line of results holds; "best" by likelihood, and by that per byte."""
@@ -285,7 +305,8 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
                 count = len(part) if part[0] == "_" else int(part[2:-2])
                 ids += [None] * min(count, longest)
             else:
-                ids += tokenizer.encode(part, add_special_tokens=whole).ids
+                ids += tokenized(f"{what} cannot be encoded by tokenizer.json",
+                                 tokenizer.encode, part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
         most = max(token or 0 for token in ids)
         require(most < config.vocab_size,
@@ -324,9 +345,9 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         return Path(name)
     require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"--checkpoint {name} is not a directory"
             + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
-    from huggingface_hub import snapshot_download
     wanted, shards = ["config.json", "tokenizer.json", INDEX], {"": "model.safetensors"}
     try:
+        from huggingface_hub import snapshot_download
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -336,19 +357,15 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         wanted += sorted({file for key, file in shards.items() if not key.startswith(skip)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
-        raise ValueError(
-            f"--checkpoint {name} is not a directory, and fetching it from the Hugging Face Hub "
-            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give a "
-            "directory that holds config.json, tokenizer.json and the safetensors files of "
-            f"https://huggingface.co/{name}, downloaded where there is a connection") from None
+        raise ValueError(f"--checkpoint {name} is not a directory, and fetching it from the Hub "
+                         f"{'is not done by --plan' if plan else 'failed'} "
+                         f"({type(error).__name__}); give one with the files of https://"
+                         f"huggingface.co/{name}, downloaded where there is a connection") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     check_file(path := directory / "tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:              # the package raises nothing more specific
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+    tokenizer = tokenized(f"{path} cannot be read as a tokenizer", Tokenizer.from_file, str(path))
     tokenizer.no_truncation()               # nothing of a prompt is left out, nothing added
     tokenizer.no_padding()
     return tokenizer
@@ -362,8 +379,7 @@ def devices(args: Namespace) -> list[str]:
     places = [first, second] if args.mode in DENOISING else [first]
     for i, place in enumerate(places):
         try:
-            there = torch.zeros(1, device=place)
-            there.item()                            # fails on "meta" too
+            (there := torch.zeros(1, device=place)).item()          # which fails on "meta" too
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
         places[i] = str(there.device)
@@ -499,9 +515,10 @@ class Output:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
         masked = step.masked[0] & (ids[0] == self.mask_id)
         text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist(), masked.tolist())
+        before = self.batch[step.rows[0]].ids[-1:]
         for (fresh, masked), group in groupby(pairs, lambda p: p[1:]):
             run = [token for token, *_ in group]
-            text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
+            text.append(MASKED * len(run) if masked else text_of(self.tokenizer, run, before),
                         "dim" if masked else "bold underline" if fresh else "")
         return text
 
@@ -697,17 +714,15 @@ def run(args: Namespace) -> int:
 def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str, float]) -> str:
     """What was done, how fast and with which settings, in a line."""
     rows = [row for row in rows if row.ended]               # all, unless interrupted
-    tokens, nfe, passes = (sum(counts) for counts in (
-        (len(row.tokens) for row in rows), (row.nfe for row in rows),
-        (row.context_passes for row in rows)))
+    tokens = sum(len(row.tokens) for row in rows)
+    nfe, passes = (sum(getattr(row, name) for row in rows) for name in ("nfe", "context_passes"))
     places = dict.fromkeys(places)
     peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
              for place in places if place.startswith("cuda")]
     with contextlib.suppress(ImportError):                  # on Windows
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"host {readable(peak)}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # in bytes on macOS
+        peaks.append(f"host {readable(peak * (1 if sys.platform == 'darwin' else 1024))}")
     return ", ".join([
         f"{settings['mode']} on {' and '.join(places)}",
         f"{len(rows)} prompt{'s' * (len(rows) != 1)}", f"{tokens} tokens",
@@ -728,7 +743,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except BrokenPipeError:                                 # the reader of our output has gone
         return 0
-    except (ValueError, OSError, RuntimeError) as error:    # a RuntimeError is out of memory
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:   # or out of memory
         print("sample.py:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

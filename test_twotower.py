@@ -38,7 +38,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
@@ -2248,6 +2248,61 @@ def test_sample_stops(mode, tmp_path):
     assert result["text"] == tokenizer().decode(new[:end])
 
 
+def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()) -> cli.Row:
+    """A row that has got its new tokens piece by piece, as blocks end."""
+    row = cli.Row(0, "", prompt)
+    for i, new in enumerate(pieces):
+        row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
+    return row
+
+
+SPACE, TOKENS = "\u2581", ["<unk>", "<s>", "</s>", "<mask>", " ", "P", "ab", "\u2581a", "\u2581cat"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def decoded_by(*steps) -> Tokenizer:
+    """Of TOKENS, then one token for each byte."""
+    made = Tokenizer(models.WordLevel(
+        {token: i for i, token in enumerate(TOKENS + BYTES)}, "<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), *steps])
+    made.add_special_tokens(TOKENS[:4])
+    return made
+
+
+def test_text_comes_as_the_prompt_and_all_tokens_are_decoded():
+    """In pieces of any size, cut within letters and after spaces that a decoder would strip."""
+    stripping = decoded_by(decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
+    letters = [len(TOKENS) + byte for byte in "\u00e9\u20ac".encode()]
+    for made, ids in ((stripping, [7, 8, 1, *letters, 7, 8, 8, *letters, 5, *letters, 4, 8]),
+                      (tokenizer(), tokenizer().encode("caf\u00e9 <s>\u20ac\U0001f600 x").ids)):
+        for cut, size in itertools.product(range(1, 5), range(1, 6)):
+            new = ids[cut:]
+            row = taken(made, ids[:cut], [new[i:i + size] for i in range(0, len(new), size)])
+            text = made.decode(ids[:cut])
+            if "\ufffd" not in text:                   # a prompt ends with a whole letter
+                assert text + row.text == made.decode(ids) and row.tokens == new
+
+
+def test_text_that_tokenizers_cannot_decode_loses_only_itself():
+    """Bytes of no letter rewrite what came before; a space from both sides cut is a panic."""
+    fallback = decoded_by(decoders.ByteFallback(), decoders.Fuse())
+    byte = len(TOKENS)
+    row = taken(fallback, [6], [[byte + 0x50], [byte + 0xC3, 7], [byte + 0xC3]])
+    assert re.fullmatch("P\ufffd+ a\ufffd", row.text) and len(row.tokens) == 4
+    row = taken(decoded_by(decoders.Strip(" ", 1, 1)), [6], [[5, 4], [5, 6], [6]])
+    assert row.text == "P\ufffdPabab" and row.ended == "length"
+
+
+def test_sample_stops_at_special_tokens():
+    """They are no part of the text, nor is what comes after them."""
+    new = tokenizer().encode("hello<s>world").ids
+    before = new.index(1)
+    for stop, text in (("<s>", "hello"), ("lo<s>", "hel"), ("</s>", "helloworld")):
+        row = taken(tokenizer(), [300], [new[:2], new[2:] + [2]], (stop, "never"))
+        assert (row.text, row.ended) == (text, "stop")
+        assert row.tokens == (new[:before + 1] if "<s>" in stop else new + [2])
+
+
 def test_sample_is_seeded():
     def text(*flags) -> str:
         return sample(*"--mode ar --max-new-tokens 16 Hi".split(), *flags).stdout
@@ -2624,6 +2679,9 @@ def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, messag
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
      "id 128"),
+    (lambda d: edit_json(d / "tokenizer.json", lambda t: (
+        t["model"]["vocab"].pop("H"), t["model"].update(unk_token="[UNK]"))),
+     "the prompt cannot be encoded by tokenizer.json: WordLevel error: Missing [UNK]"),
 ])
 def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_path):
     directory = copy_checkpoint(tmp_path)
@@ -3058,6 +3116,20 @@ def test_bench_miniature_runs(capsys, monkeypatch):
         assert ar["accuracy"] == speculative["accuracy"] and ar["speedup"] == 1
         assert 0 < fast["denoiser_passes_per_block"] <= 16
     assert result["rows"][0]["bill"] == 1
+
+
+@pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
+def test_bench_counts_the_rows_that_a_batch_changes(mode, monkeypatch):
+    """None, or all where a row's logits depend on how many stand beside it."""
+    model = random_model()
+    same = bench.rows_apart(model, mode, PROMPTS, batch=len(PROMPTS))
+    assert same["texts"] == 0 and same["by_at_most"] < 1e-9 and same["largest_logit"] > 0.1
+    for head in (model.context_lm_head, model.lm_head):     # in batches the least likely token
+        monkeypatch.setattr(head, "forward", lambda x, weight=head.weight: F.linear(
+            x, weight if len(x) == 1 else -weight))
+    other = bench.rows_apart(model, mode, PROMPTS, batch=len(PROMPTS))
+    assert other["rows"] == len(PROMPTS) == other["logits"] and other["by_at_most"] > 0.1
+    assert other["texts"] == len(PROMPTS)
 
 
 def test_bench_alterations_do_what_they_say():

@@ -1397,7 +1397,8 @@ class Decoding:
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
         eos_token_id: ends a row, as any of several does; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
-            seed gives a row the same text whatever stands beside it. None takes torch's.
+            row's draws do not depend on what stands beside it, its text only by rounding, which in
+            bfloat16 may turn a near tie. None takes torch's.
         on_step: called with a `Step` after every denoiser pass, or AR token.
         on_tokens: called with a `Written` for each row that got tokens; True ends the row.
     Raises: ValueError for impossible arguments, and later for logits that are not finite.
