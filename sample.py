@@ -36,9 +36,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from twotower import (DENOISER_KEYS, INDEX, LOGITS_PER_DRAW, TOKENS_PER_PASS, Context, Decoding,
-                      SafetensorError, Step, TwoTower, TwoTowerConfig, Written, check_file,
-                      require)
+from twotower import (INDEX, LOGITS_PER_DRAW, TOKENS_PER_PASS, Context, Decoding, SafetensorError,
+                      Step, TwoTower, TwoTowerConfig, Written, backbone_of, check_file, eos_ids,
+                      require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -257,13 +257,13 @@ class Row:
     before: list[int] = field(default_factory=list)     # ids whose text is whole, and what follows,
     pending: list[int] = field(default_factory=list)    # whose text may end in half a letter
 
-    def take(self, written: Written, tokenizer: Tokenizer, eos: int | None, stops: list[str]):
+    def take(self, written: Written, tokenizer: Tokenizer, eos: list[int], stops: list[str]):
         """Add new tokens, up to a stop string, or a special token of that name."""
         self.nfe, self.context_passes = written.nfe, written.context_passes
         self.before = self.before or self.ids or tokenizer.encode(self.prompt).ids
         for n, token in enumerate(written.new, 1):
             self.tokens.append(token)
-            self.pending += [token] * (token != eos)    # the last one, or inside a template
+            self.pending += [token] * (token not in eos)    # the last one, or inside a template
             text = text_of(tokenizer, self.pending, self.before)
             if text and text[-1] != "\ufffd" or written.ended and n == len(written.new):
                 self.text, self.before, self.pending = self.text + text, self.pending, []
@@ -273,7 +273,7 @@ class Row:
                 self.text, self.ended = self.text[:min(found)], "stop"
                 return
         if written.ended:
-            self.ended = "eos" if self.tokens[-1] == eos else "length"
+            self.ended = "eos" if self.tokens[-1] in eos else "length"
 
     def result(self) -> dict:
         """What a line of results holds; "best" by likelihood, and by that per byte."""
@@ -352,8 +352,10 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        wanted += sorted({file for key, file in shards.items()      # only those that are needed
-                          if towers == "both" or not key.startswith(DENOISER_KEYS)})
+        if towers == "both" and backbone_of(shards):        # which `skeleton` will refuse
+            return path
+        skip = unread(shards, towers)               # only those that are needed
+        wanted += sorted({file for key, file in shards.items() if not key.startswith(skip)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
         raise ValueError(f"--checkpoint {name} is not a directory, and fetching it from the Hub "
@@ -498,7 +500,7 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
 class Output:
     """Takes what a model reports, and writes the trace and, in the order of the input, results."""
 
-    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: int | None, mask_id: int | None,
+    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: list[int], mask_id: int | None,
                  many: bool, keep: int):
         """keep: bytes of --output that an earlier run has written."""
         self.tokenizer, self.eos, self.mask_id, self.stops = tokenizer, eos, mask_id, args.stop
@@ -709,8 +711,9 @@ def run(args: Namespace) -> int:
     towers = "both" if args.mode in DENOISING else "context"
     directory = fetch(args.checkpoint, towers, args.plan)
     tokenizer = load_tokenizer(directory) if prompts else None
-    model, files = TwoTower.skeleton(directory, towers=towers,
-                                     dtype=args.dtype and getattr(torch, args.dtype))
+    model, files = TwoTower.skeleton(
+        directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
+        layout="any" if towers == "context" else "released")
     knobs = choose_knobs(args, model.config)
     settings = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),
@@ -727,8 +730,8 @@ def run(args: Namespace) -> int:
     if args.plan:
         return 0
     model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
-    output = Output(args, tokenizer, model.config.eos_token_id, knobs.get("mask_token_id"),
-                    len(prompts) > 1, keep)
+    eos = eos_ids(model.config.eos_token_id, model.config.vocab_size)
+    output = Output(args, tokenizer, eos, knobs.get("mask_token_id"), len(prompts) > 1, keep)
     start, columns = perf_counter(), (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress("loading", *columns, console=Console(stderr=True), transient=True,
                   disable=not sys.stderr.isatty()) as bar:

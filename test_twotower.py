@@ -33,6 +33,7 @@ import weakref
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,10 +210,44 @@ def test_config_files(tmp_path):
     assert TwoTowerConfig(time_step_limit=None) == TwoTowerConfig(time_step_limit=[0.0, math.inf])
 
 
+def test_config_files_in_other_words(tmp_path):
+    """What transformers 5 writes and what the older members of the family lack; we write neither
+    Infinity nor any other word that is not JSON's, and read what we write."""
+    other = dict(TINY, time_step_limit=[0.05, {"__float__": "Infinity"}], eos_token_id=[2, 11],
+                 layers_block_type="linear_attention moe full_attention mlp mamba moe".split(),
+                 attention_head_dim=TINY["head_dim"], moe_latent_size=None, n_group=None)
+    for name in ("hybrid_override_pattern", "num_hidden_layers", "head_dim"):
+        del other[name]
+    read = TwoTowerConfig.from_dict(other)
+    assert read == TwoTowerConfig(**TINY, time_step_limit=(0.05, math.inf), eos_token_id=[2, 11])
+    assert TwoTowerConfig.from_dict(other | dict(layers_block_type=["attention"])
+                                    ).hybrid_override_pattern == "*"
+    refuses("hybrid_override_pattern is 'Mconv', but it must be M (Mamba-2)",
+            TwoTowerConfig.from_dict, other | dict(layers_block_type=["mamba", "conv"]))
+    moe = [name for name in TINY if "expert" in name or name.startswith(("moe", "norm", "routed"))]
+    dense = {name: value for name, value in TINY.items() if name not in moe}
+    assert len(moe) == 6
+    dense |= dict(hybrid_override_pattern="M-*-M-", mamba_head_dim=np.int64(80))
+    assert TwoTowerConfig.from_dict(dense).d_inner == 320
+    assert TwoTowerConfig.from_dict(dense | dict(eos_token_id=None)).eos_token_id is None
+
+    def strict(word):
+        raise AssertionError(f"{word} is not JSON")
+    for config in (read, TwoTowerConfig(), TwoTowerConfig.from_dict(dense)):
+        written = json.loads(json.dumps(config.to_dict()), parse_constant=strict)
+        assert TwoTowerConfig.from_dict(written) == config
+        assert ("time_step_limit" in written) == (config is read)
+    json.loads((MINIATURE / "config.json").read_text(), parse_constant=strict)
+    numbers = dict(hidden_size=np.int64(32), routed_scaling_factor=np.float32(2.5),
+                   time_step_limit=np.array([0.0, math.inf]), eos_token_id=np.array([2, 5]))
+    assert TwoTowerConfig(**TINY | numbers) == TwoTowerConfig(**TINY, eos_token_id=[2, 5])
+
+
 def test_config_rules_at_their_edges():
     """What is still possible, and what no longer is."""
     for fields in (dict(n_group=4, topk_group=4), dict(num_experts_per_tok=8), dict(chunk_size=1),
                    dict(eos_token_id=None, bos_token_id=0, pad_token_id=63),
+                   dict(eos_token_id=[0, 63], bos_token_id=64, pad_token_id=-1),
                    dict(time_step_min=0.1), dict(time_step_limit=(0.3, 0.3)),
                    dict(layer_norm_epsilon=1)):
         assert dataclasses.asdict(TwoTowerConfig(**TINY | fields)).items() >= fields.items()
@@ -229,8 +264,8 @@ def test_config_rules_at_their_edges():
             ("mlp_hidden_act", "only relu2 is supported", "gelu"),
             ("mamba_hidden_act", "only silu is supported", "gelu"),
             ("tie_word_embeddings", "only False is supported", True),
-            ("bos_token_id", "it must be an id below vocab_size 64", 64, -1, 2.0),
-            ("mask_token_id", "it must be an id", 64), ("mask_token_id", "decoding needs", None),
+            ("eos_token_id", "it must be ids in [0, 64)", 64, -1, 2.0, [2, 64], "2", True),
+            ("mask_token_id", "it must be an id in [0, 64)", 64, -1, None, 2.0, [3]),
             ("time_step_limit", "it must be [low, high]", (0.1,), (0, 1, 2), (-1, 1), (0, math.nan),
              (0, True), (0.3, 0.1), "none")):
         for bad in values:
@@ -1104,6 +1139,9 @@ def test_length_eos_and_top(mode, monkeypatch):
     for n in (1, 7, 8, 9, 25):
         assert generate(n) == long[:n]
     assert generate(40, eos_token_id=long[11]) == long[:long.index(long[11]) + 1]
+    for eos in ([long[30], long[11]], np.array([long[30], 5, long[11]])):
+        end = 1 + min(i for i, token in enumerate(long) if token in list(eos))
+        assert generate(np.int64(40), eos_token_id=eos) == long[:end]
     assert MASK not in long or mode != "generate_mask_diffusion"
     hot = functools.partial(generate, 16, temperature=5.0, seed=0)
     assert hot(top_k=1) == hot(top_p=1e-6) == long[:16] != hot()
@@ -1376,7 +1414,7 @@ def test_bad_arguments():
                               ("max_new_tokens is None, but it must be", [[5], None])):
         refuses(message, model.generate_mask_diffusion, [one[0]] * 2, template=template)
     refuses(f"5000 {too_many}", diffusion, 8, block_size=5000)
-    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, 4]),
+    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, -1]),
                           ("top_k", 0), ("top_p", 1.5, 0), ("seed", -1, [1.5], [1, 2]),
                           ("block_size", 0, 8.0), ("steps_per_block", 0), ("mask_token_id", 128),
                           ("confidence_threshold", math.nan)):
@@ -1548,6 +1586,8 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     assert all(name.startswith("context_") for name in loaded.state_dict())
     assert texts(loaded.generate_ar(ids(1, 9), 8)) == texts(model.generate_ar(ids(1, 9), 8))
     TwoTower.from_pretrained(GOLDEN / "cfg1", towers="context")     # all in one file
+    model.save_pretrained(tmp_path / "alone", towers="context")
+    assert same_tensors(TwoTower.from_pretrained(tmp_path / "alone", towers="context"), loaded)
     refuses("a context tower alone must not replace", loaded.save_pretrained, tmp_path)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "model-00001-of-00009.safetensors.partial").write_text("of a killed save")
@@ -1622,7 +1662,7 @@ def write_headers(directory: Path, fields: dict, shards: int) -> int:
     """A checkpoint of bfloat16 tensors (float32 routers) without data: the files are holes."""
     with torch.device("meta"):
         model = TwoTower(TwoTowerConfig(**fields))
-    parts = list(twotower.checkpoint_tensors(model).items())
+    parts = [(key, part) for key, _, part in twotower.checkpoint_tensors(model)]
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     weight_map = {key: names[i * shards // len(parts)] for i, (key, _) in enumerate(parts)}
     for name in names:
@@ -1734,6 +1774,146 @@ def test_broken_checkpoint(what, tmp_path):
     sharded = what.startswith(("shard", "index", "a tensor twice"))
     damage(directory := copy_checkpoint(tmp_path, sharded=sharded))
     refuses(message, TwoTower.from_pretrained, directory)
+
+
+# ------------------------------------------------------- backbones: single towers of the family
+
+# as the 8B, the 9B (heads of 80 channels, 5 query heads to a KV head) and the 30B, but small
+FAMILY = {
+    "8B": TINY | dict(hybrid_override_pattern="M-M-M-M*-M-", n_groups=1),
+    "9B": TINY | dict(hybrid_override_pattern="M-MM-M*-M-", mamba_head_dim=80, hidden_size=40,
+                      num_attention_heads=10),
+    "30B": TINY | dict(hybrid_override_pattern="MEM*EME")}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_backbones_come_from_transformers_and_go_back(kind, tmp_path):
+    """The same logits in both directions, and the same tensors, bit for bit: none is missing, none
+    too many. Their dt is clamped to time_step_min, ours is not."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    with bench.without_this_folder():
+        from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    fields = {name: value for name, value in FAMILY[kind].items()
+              if name != "num_hidden_layers" and (kind == "30B" or "expert" not in name)}
+    theirs = NemotronHForCausalLM(NemotronHConfig(**fields, time_step_min=1e-30)).eval()
+    for i, (name, tensor) in enumerate(theirs.state_dict().items()):
+        gain = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.3
+        tensor.copy_(randn(*tensor.shape, seed=i) * gain + ("norm" in name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, tokens = TwoTower.from_backbone(tmp_path / "theirs"), ids(2, 37)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        check(model.context_logits(tokens), logits, 3e-5)
+        model.save_pretrained(tmp_path / "ours", 30_000, towers="context", layout="backbone")
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
+                                                             output_loading_info=True)
+        assert type(again) is NemotronHForCausalLM
+        assert len(report) > 2 and not any(report.values()), report
+        assert torch.equal(again.eval()(tokens).logits, logits)
+    before, after = ({key: tensor for path in (tmp_path / whose).glob("*.safetensors")
+                      for key, tensor in load_file(path).items()} for whose in ("theirs", "ours"))
+    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
+    assert TwoTowerConfig.from_json(tmp_path / "ours" / "config.json") == model.config
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["n_shared_experts"] == 1
+    assert again.config.hybrid_override_pattern == fields["hybrid_override_pattern"]
+
+
+def backbones(directory: Path) -> TwoTower:
+    """Writes one with every option turned as shards, with its experts stacked, and as transformers
+    names them in memory; returns whose context tower it is."""
+    model = random_model(True, torch.float32)
+    model.save_pretrained(directory / "shards", 20_000, towers="context", layout="backbone")
+    bare = functools.partial(re.sub, r"(experts\.\w+)\.weight", r"\1")
+    for name, tower, spell in (("stacked", "backbone.", str), ("model", "model.", bare)):
+        (directory / name).mkdir()
+        shutil.copy(directory / "shards" / "config.json", directory / name)
+        save_file({tower + spell(key): tensor
+                   for key, tensor in model.context_tower.state_dict().items()}
+                  | {"lm_head.weight": model.context_lm_head.weight.data,
+                     "mtp.layers.0.norm.weight": torch.zeros(3)},
+                  directory / name / "model.safetensors")
+    return model
+
+
+def test_a_backbone_becomes_both_towers(tmp_path, monkeypatch):
+    """However it is spelled, each where it belongs; the time conditioning is as from scratch, or at
+    first does nothing."""
+    model, block, std = backbones(tmp_path), torch.full((1, 4), MASK), TINY["hidden_size"] ** -0.5
+    torch.manual_seed(0)
+    for spelling in ("shards", "stacked", "model"):
+        context = TwoTower.from_backbone(tmp_path / spelling, towers="context").state_dict()
+        loaded = TwoTower.from_backbone(tmp_path / spelling, dtype=torch.float64)
+        assert all(p.requires_grad for p in loaded.parameters())
+        for name, tensor in context.items():
+            assert tensor.equal(model.state_dict()[name])
+            other = name.replace("context_tower", "denoiser_tower").removeprefix("context_")
+            for whose in (name, other):
+                assert loaded.state_dict()[whose].equal(tensor.double())
+        assert all(name.startswith("context_") for name in context)
+        tables = torch.stack(list(loaded.scale_shift_tables))
+        for found, wanted in ((loaded.t_block[1].weight.std(), 0.02), (tables.std(), std),
+                              (loaded.t_embedder.mlp[0].weight.std(), 0.02)):
+            assert abs(found / wanted - 1) < 0.1            # of 576 or more: 3 standard errors
+        assert not loaded.t_block[1].bias.any() and tables.dtype == torch.float64
+    denoise = lambda model, t: model.denoise(block, model.prefill(ids(1, 5)), t)
+    copy = TwoTower.from_backbone(tmp_path / "shards", gate="copy")
+    assert denoise(copy, 0.3).equal(denoise(copy, None))
+    assert not denoise(loaded, 0.3).equal(denoise(loaded, None))
+    safe_open = twotower.safe_open                          # which knows no device "meta"
+    monkeypatch.setattr(twotower, "safe_open", lambda path, kind, **_: safe_open(path, kind))
+    placed = TwoTower.from_backbone(tmp_path / "model", denoiser_device="meta", gate="copy")
+    for name, tensor in placed.state_dict().items():
+        assert tensor.is_meta != name.startswith("context_")
+
+
+def test_what_is_no_backbone_or_no_more_than_one(tmp_path):
+    """The line says what it is and what to call; a mode that needs a denoiser how to train one."""
+    backbones(tmp_path)
+    shards, stacked = tmp_path / "shards", tmp_path / "stacked"
+    how = f"{shards} is a backbone, one tower (backbone.*): TwoTower.from_backbone loads it, a " \
+          f"denoiser is trained for it by python train.py --backbone {shards} --data FILE"
+    load = TwoTower.from_backbone
+    for towers in ("both", "context"):
+        refuses(how, TwoTower.from_pretrained, shards, towers=towers)
+        refuses("is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained", load,
+                GOLDEN / "cfg1", towers=towers)
+    refuses("gate is 'open', but it must be 'published' or 'copy'", load, shards, gate="open")
+    model = load(shards)
+    refuses("layout 'backbone' cannot hold towers 'both'", model.save_pretrained,
+            tmp_path / "new", layout="backbone")
+    refuses("a context tower alone must not replace", model.save_pretrained, shards,
+            towers="context", layout="backbone")
+    assert not (tmp_path / "new").exists()
+    for change, message in (
+            (dict(moe_latent_size=8), "moe_latent_size is 8, but experts of a latent size are not"),
+            (dict(tie_word_embeddings=True), "write lm_head.weight apart from the embeddings"),
+            (dict(n_routed_experts=4, n_group=1, topk_group=1), "experts.down_proj.bias is F32")):
+        before = (stacked / "config.json").read_bytes()
+        config(**change)(stacked)
+        refuses(message, load, stacked)
+        (stacked / "config.json").write_bytes(before)
+    for change, message in (
+            (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing"),
+            (lambda t: t.update({"lm_head.weight": torch.zeros(64, 32), "lm_head.bias": torch.zeros(
+                64)}), "tensor lm_head.bias is F32 [64], expected nothing")):
+        weights(change)(stacked)
+        refuses(message, load, stacked)
+
+
+def test_sample_writes_and_scores_with_a_backbone(tmp_path):
+    directory = tmp_path / "backbone"
+    miniature()[0].save_pretrained(directory, 10**6, towers="context", layout="backbone", files={
+        "tokenizer.json": (MINIATURE / "tokenizer.json").read_bytes()})
+    lines = prompts_file(tmp_path / "lines.jsonl", [{"text": "Hi", "continuation": " you"}])
+    for flags in (["--mode", "ar", "Hi", "--max-new-tokens", 8],
+                  ["--mode", "score", "--prompt-file", lines]):
+        run = sample(*flags, directory=directory)
+        assert run.returncode == 0 and run.stdout.replace(str(directory), str(MINIATURE)) == sample(
+            *flags).stdout
+    one_line(sample("Hi", directory=directory),
+             f"python train.py --backbone {directory} --data FILE")
 
 
 # ---------------------------------------------------------------------------------- the kernels
@@ -2044,8 +2224,9 @@ def test_sample_prints_what_the_model_writes(mode, knobs):
 
 
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
-def test_sample_stops(mode):
-    """Before EOS, or the first stop string, of which nothing is shown while it comes."""
+def test_sample_stops(mode, tmp_path):
+    """Before EOS, any of several, or the first stop string, of which nothing is shown while it
+    comes."""
     new = written(mode, LETTER, 128)
     text = tokenizer().decode(new[:-1])
     assert new[-1] == 2 and len(new) % 16               # EOS, within a block
@@ -2060,13 +2241,18 @@ def test_sample_stops(mode):
         assert tokens == new[:len(tokens)] and (tokens == new) == (not stops)
         before = tokenizer().decode(tokens[:-1])        # no token but the last completes a stop
         assert not any(stop in before for stop in stops)
+    config(eos_token_id=[2, new[9]])(directory := copy_checkpoint(tmp_path, MINIATURE))
+    result, = results_of(sample(*flags, "--json", directory=directory).stdout)
+    end = new.index(new[9])
+    assert (result["tokens"], result["ended"]) == (new[:end + 1], "eos")
+    assert result["text"] == tokenizer().decode(new[:end])
 
 
 def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()) -> cli.Row:
     """A row that has got its new tokens piece by piece, as blocks end."""
     row = cli.Row(0, "", prompt)
     for i, new in enumerate(pieces):
-        row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, 2, list(stops))
+        row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
     return row
 
 
@@ -2511,7 +2697,7 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
 
     def snapshot_download(name, *, allow_patterns, local_files_only):
         asked.append((list(allow_patterns), local_files_only))
-        return str(tmp_path)
+        return str(tmp_path / name.removeprefix("some/model"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for name, towers, plan in (("some/model", "both", False), ("some/model", "context", True),
@@ -2521,6 +2707,13 @@ def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
     shards = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003", "00004")]
     assert asked == [                   # the towers are alike: two hold nothing but the denoiser
         (small, False), (small + shards, False), (small, True), (small + shards[:2], True)]
+    miniature()[0].save_pretrained(tmp_path / "-alone", 10**6, towers="context", layout="backbone")
+    shards = sorted(path.name for path in (tmp_path / "-alone").glob("*.safetensors"))
+    for name in shards:                 # a backbone's head is needed; nothing is to be refused
+        (tmp_path / "-alone" / name).unlink()
+    cli.fetch("some/model-alone", "context", False)
+    one_line(sample("--plan", directory="some/model-alone"), "-alone is a backbone, one tower")
+    assert asked[4:] == [(small, False), (small + shards, False), (small, True)]
     run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
                      env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
     one_line(run, "https://huggingface.co/some/model, downloaded where there is a connection")

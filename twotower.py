@@ -54,6 +54,10 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 # Configuration
 
+LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*",
+               "moe": "E", "mlp": "-"}                  # transformers 5's layers_block_type
+INFINITY = {"__float__": "Infinity"}                    # and what its JSON has for that
+
 
 @dataclass
 class TwoTowerConfig:
@@ -98,24 +102,34 @@ class TwoTowerConfig:
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
     max_position_embeddings: int = 262144               # longest sequence; there are no positions
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    bos_token_id: int | None = 1                        # read by nothing, nor is pad_token_id
+    eos_token_id: int | list[int] | None = 2            # any of several ends a text
     pad_token_id: int | None = 0
     mask_token_id: int | None = 3                       # a convention, not in the released file
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            setattr(self, name, plain(value))
         limit = (0.0, math.inf) if self.time_step_limit is None else self.time_step_limit
         self.time_step_limit = tuple(limit) if isinstance(limit, list) else limit
         check_config(self)
 
     @classmethod
     def from_dict(cls, given: dict) -> TwoTowerConfig:
-        """What config.json holds; fields that the model does not use are ignored. Raises:
-        ValueError naming the field that is missing or impossible."""
+        """What config.json holds, in either spelling; fields that the model does not use are
+        ignored. Raises: ValueError naming the field that is missing or impossible."""
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in names[:names.index("n_group")]:
-            require(name in given, f"config: field {name!r} is missing")
-        return cls(**{name: given[name] for name in names if name in given})
+        given = {"head_dim": given.get("attention_head_dim")} | given
+        if isinstance(kinds := given.get("layers_block_type"), list):
+            pattern = "".join(LAYER_KINDS.get(str(kind), str(kind)) for kind in kinds)
+            given |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(kinds)}
+        require(given.get("moe_latent_size") is None, "config: moe_latent_size is "
+                f"{given.get('moe_latent_size')!r}, but experts of a latent size are not supported")
+        moe = "E" in str(given.get("hybrid_override_pattern"))
+        for name in names[:names.index("n_group" if moe else "n_routed_experts")]:
+            require(given.get(name) is not None, f"config: field {name!r} is missing")
+        return cls(**{name: given[name] for name in names if name in given
+                      and (given[name] is not None or name == "eos_token_id")})
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
@@ -125,6 +139,13 @@ class TwoTowerConfig:
             return cls.from_dict(given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict:
+        """What config.json is to hold; strict JSON has no infinity, so that is left out or spelled
+        as by transformers 5."""
+        limit = [INFINITY if value == math.inf else value for value in self.time_step_limit]
+        fields = dataclasses.asdict(self) | {"time_step_limit": limit}
+        return {name: value for name, value in fields.items() if value != [0.0, INFINITY]}
 
     @property
     def d_inner(self) -> int:
@@ -1126,7 +1147,7 @@ class TwoTower(Module):
                        mask_token_id, confidence_threshold, **options)
         going = run.append(run.next_token(run.prefill(run.prompts), report=False))
         run.block_index, place = 0, torch.arange(draft_length)
-        eos = -1 if run.eos_token_id is None else run.eos_token_id      # -1: no token
+        eos = torch.tensor(run.eos_token_ids, dtype=torch.long)
         while going:
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
@@ -1134,7 +1155,7 @@ class TwoTower(Module):
             left = torch.tensor([run.left[row] for row in run.live])                     # (R,)
             block = run.denoise_block(block, masked, place < left[:, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
-            right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
+            right = (block[:, 1:] == ids[:, :-1]) & ~torch.isin(ids[:, :-1], eos)
             kept = (1 + right.long().cumprod(1).sum(1)).minimum(left)                    # (R,)
             run.check_finite(confidence, place < kept[:, None])
             run.context.settle(kept)
@@ -1146,7 +1167,8 @@ class TwoTower(Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch") -> TwoTower:
+                        towers: str = "both", backend: str = "torch",
+                        layout: str = "released") -> TwoTower:
         """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
 
         Names and shapes are checked against the headers before any tensor is read; each tensor then
@@ -1154,26 +1176,46 @@ class TwoTower(Module):
 
         Args: context_device, denoiser_device: None is torch's default device, and the context's;
             dtype: None keeps each tensor's own; the router is float32 at least in any case;
-            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`.
+            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`;
+            layout: "backbone" does what `from_backbone` does.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
-        model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
+        model, files = cls.skeleton(directory, dtype=dtype, towers=towers, layout=layout)
         model.use(backend)              # refuses what cannot be had before a tensor is read
         first = torch.get_default_device() if context_device is None else context_device
         second = first if denoiser_device is None else denoiser_device
         return model.fill(files, first, second).use(backend)
 
     @classmethod
+    @torch.no_grad()
+    def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
+                      **options) -> TwoTower:
+        """Both towers from one of the Nemotron-H family, as Hugging Face holds it, and fresh time
+        conditioning: as published, or with gate "copy" of shift 0, scale 0 and gate 1, so that at
+        first t changes nothing. Multi-token prediction, `mtp.*`, is not read: the tower is the same
+        without. Options and errors: of `from_pretrained`."""
+        require(gate in ("published", "copy"),
+                f"gate is {gate!r}, but it must be 'published' or 'copy'")
+        model = cls.from_pretrained(directory, layout="backbone", **options)
+        if gate == "copy" and model.denoiser_tower is not None:
+            model.t_block[1].weight.zero_()
+            for table in model.scale_shift_tables:
+                table.copy_(torch.eye(3)[2, :, None].expand_as(table))
+        return model
+
+    @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
+                 towers: str = "both",
+                 layout: str = "released") -> tuple[TwoTower, dict[str, Path]]:
         """What `from_pretrained` would load, without data: a model on the meta device, with the
-        shapes and dtypes it would have, and the file of every tensor of the checkpoint."""
+        shapes and dtypes it would have, and the file of every tensor of the checkpoint. layout: of
+        the checkpoint, "released", "backbone" or "any"."""
         directory = Path(directory)
         require(directory.is_dir(), f"{directory} is not a directory")
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
+            found = read_headers(directory, towers, layout)
             check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
@@ -1181,27 +1223,38 @@ class TwoTower(Module):
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
-        called with the bytes of each."""
+        called with the bytes of each. Time conditioning that they lack is initialised."""
         self.load_state_dict({name: torch.empty_like(
             tensor, device=context_device if name.startswith("context_") else denoiser_device)
             for name, tensor in self.state_dict().items()}, assign=True)
-        for key, part in checkpoint_tensors(self).items():
+        for key, _, part in checkpoint_tensors(self, files):
             # opened anew for each tensor, so that pages already read do not stay mapped
             with safe_open(files[key], "pt", device=str(part.device)) as file:
                 part.copy_(file.get_tensor(key))
             if on_load is not None:
                 on_load(part.nbytes)
+        if self.denoiser_tower is not None and backbone_of(files):
+            nn.ModuleList([self.t_embedder, self.t_block]).apply(self._initialise)
+            for table in self.scale_shift_tables:
+                nn.init.normal_(table, std=self.config.hidden_size ** -0.5)
         return self
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
-                        files: dict[str, bytes] | None = None):
+                        files: dict[str, bytes] | None = None, *, towers: str = "both",
+                        layout: str = "released"):
         """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
         `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
         any time, it leaves the older one, the new one, or one that does not load. What two modules
-        share is written for each. Raises: ValueError for tensors that would not load again; OSError
-        if writing fails."""
-        directory, parts, shards, size = Path(directory), checkpoint_tensors(self), [{}], 0
-        towers = "context" if self.denoiser_tower is None else "both"
+        share is written for each. towers: "context" leaves the denoiser out; then layout "backbone"
+        is what `from_backbone`, transformers and vLLM read. Raises: ValueError for tensors that
+        would not load again; OSError if writing fails."""
+        require((towers, layout) in (("both", "released"), ("context", "released"),
+                                     ("context", "backbone")), f"layout {layout!r} cannot hold "
+                f"towers {towers!r}; released can hold both or context, backbone context")
+        towers = "context" if self.denoiser_tower is None else towers
+        directory = Path(directory)
+        parts = {key: part for key, name, part in checkpoint_tensors(self, [layout + "."])
+                 if towers == "both" or name.startswith("context_")}
         with torch.device("meta"):
             check_tensors(TwoTower(self.config, towers=towers), {
                 key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
@@ -1210,24 +1263,17 @@ class TwoTower(Module):
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
         require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
                 "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
-        for key, part in parts.items():
-            size += part.nbytes
-            if shards[-1] and size > max_shard_bytes:
-                shards.append({})
-                size = part.nbytes
-            shards[-1][key] = part
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        made = {"config.json": dataclasses.asdict(self.config) | {
+        shards = shards_of(parts, max_shard_bytes)
+        made = {"config.json": self.config.to_dict() | {"backbone": BACKBONE}.get(layout, {}) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
             made[INDEX] = {
                 "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+                "weight_map": {key: name for name, shard in shards.items() for key in shard}}
         made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
         saves = {name: lambda path, content=content: path.write_bytes(content)
                  for name, content in (made | (files or {})).items()}
-        for name, shard in zip(names, shards):
+        for name, shard in shards.items():
             saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
                 {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
                 path, {"format": "pt"})
@@ -1364,7 +1410,7 @@ class Decoding:
         prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
         block_size .. template: see `generate_mask_diffusion`.
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
-        eos_token_id: ends a row; None never stops early.
+        eos_token_id: ends a row, as any of several does; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
             row's draws do not depend on what stands beside it, its text only by rounding, which in
             bfloat16 may turn a near tie. None takes torch's.
@@ -1377,7 +1423,7 @@ class Decoding:
                  temperature: float = 0.0, block_size: int = 1, steps_per_block: int = 1,
                  mask_token_id: int | None = None, confidence_threshold: float = 0.8,
                  template: Sequence | None = None, *, top_k: int | None = None,
-                 top_p: float | None = None, eos_token_id: int | None = None,
+                 top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None,
                  seed: int | Sequence[int] | None = None,
                  on_step: Callable[[Step], None] | None = None,
                  on_tokens: Callable[[Written], bool | None] | None = None):
@@ -1386,14 +1432,15 @@ class Decoding:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.block_size, self.steps_per_block = block_size, steps_per_block
         self.mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
-        self.confidence_threshold, self.eos_token_id = confidence_threshold, eos_token_id
+        self.confidence_threshold = confidence_threshold
+        self.eos_token_ids = eos_ids(eos_token_id, model.config.vocab_size)
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
         # of each row what is still to come: the tokens of its template, and how many at most in all
         self.templates = check_templates(template, rows, model.config)
         self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = int(torch.randint(2**62, ())) if seed is None else plain(seed)
         seeds = check_rows(seed, "seed", 0, rows)
         seeds = seeds if isinstance(seed, Sequence) else range(seed, seed + rows)
         self.seeds = torch.tensor([one % 2**63 for one in seeds])                    # (B,)
@@ -1507,8 +1554,9 @@ class Decoding:
         for r, row in enumerate(self.live):
             ids, template = new[r][:self.left[row]].tolist(), len(self.templates[row])
             ended = len(ids) == self.left[row]
-            if self.eos_token_id in ids[template:]:
-                ids, ended = ids[:ids.index(self.eos_token_id, template) + 1], True
+            ends = [i for i in range(template, len(ids)) if ids[i] in self.eos_token_ids]
+            if ends:
+                ids, ended = ids[:ends[0] + 1], True
             self.templates[row] = self.templates[row][len(ids):]
             self.left[row] -= len(ids)
             self.texts[row] += ids
@@ -1535,6 +1583,23 @@ def require(ok: bool, message: str):
         raise ValueError(message)
 
 
+def plain(value):
+    """Numbers of NumPy and torch, and transformers 5's infinity, as Python's; in lists too."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value))
+    return math.inf if value == INFINITY else value
+
+
+def eos_ids(given: int | Sequence[int] | None, V: int, name: str = "eos_token_id") -> list[int]:
+    """The ids that end a text: none, one or several."""
+    ids = plain(given)
+    ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
+    require(all(type(one) is int and 0 <= one < V for one in ids),
+            f"{name} is {given!r}, but it must be ids in [0, {V}), one or several, or None")
+    return ids
+
+
 def check_config(c: TwoTowerConfig):
     """Raise for the first field that breaks its rule."""
     def check(name: str, holds: bool, rule: str):
@@ -1546,10 +1611,8 @@ def check_config(c: TwoTowerConfig):
         "bool": (lambda v: type(v) is bool, "true or false"),
         "str": (lambda v: type(v) is str, "text"),
         "tuple[float, float]": (lambda v: type(v) is tuple and {*map(type, v)} <= {int, float} and
-                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
-        "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
-                       f"an id below vocab_size {c.vocab_size}")}
-    for field in dataclasses.fields(c):
+                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high")}
+    for field in dataclasses.fields(c)[:-4]:                # the ids are the last four
         holds, what = types[field.type]
         check(field.name, holds(getattr(c, field.name)), f"it must be {what}")
     for name, other in (("num_attention_heads", "num_key_value_heads"),
@@ -1562,12 +1625,15 @@ def check_config(c: TwoTowerConfig):
         check(name, getattr(c, name) <= most, f"{other} is {most}")
     for name, only in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu"),
                        ("tie_word_embeddings", False)):
-        check(name, getattr(c, name) == only, f"only {only} is supported")
+        check(name, getattr(c, name) == only, f"only {only} is supported"
+              + "; write lm_head.weight apart from the embeddings" * (name[:3] == "tie"))
     pattern, layers = c.hybrid_override_pattern, c.num_hidden_layers
     check("hybrid_override_pattern", set(pattern) <= set("M*E-") and len(pattern) == layers,
           f"it must be M (Mamba-2), * (attention), E (MoE) or - (MLP) for each of {layers} layers")
     check("n_group", c.n_group == 1 or c.n_routed_experts >= 2 * c.n_group, "each needs 2 experts")
-    check("mask_token_id", c.mask_token_id is not None, "decoding needs one")
+    eos_ids(c.eos_token_id, V := c.vocab_size, "config: eos_token_id")
+    check("mask_token_id", type(c.mask_token_id) is int and 0 <= c.mask_token_id < V,
+          f"it must be an id in [0, {V})")
 
 
 def check_ids(ids, name: str, config: TwoTowerConfig, shape: tuple = (None, None)) -> Tensor:
@@ -1600,7 +1666,7 @@ def check_length(length: int, config: TwoTowerConfig):
 
 
 def check_positive(value: int, name: str):
-    require(type(value) is int and value > 0,
+    require(type(plain(value)) is int and value > 0,
             f"{name} is {value!r}, but it must be a positive integer")
 
 
@@ -1627,19 +1693,16 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
             ("top_k", lambda v: v is None or v >= 1, "1 or more"),
             ("top_p", lambda v: v is None or 0 < v <= 1, "in (0, 1]"),
             ("confidence_threshold", lambda v: v >= 0, "0 or more"),
-            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})"),
-            ("eos_token_id", lambda v: v is None or type(v) is int and 0 <= v < V,
-             f"one id in [0, {V}), or None")):
-        value = getattr(run, name)
+            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})")):
+        value = plain(getattr(run, name))
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
 def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int | None]]:
     """Each row's template, [] where there is none."""
     rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
-    require(template is None or isinstance(template, Sequence | Tensor), rule)
-    one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
-                               any(isinstance(token, int) for token in template))
+    require((template := plain(template)) is None or isinstance(template, Sequence), rule)
+    one = template is None or any(isinstance(token, int) for token in template)
     templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
 
@@ -1666,7 +1729,7 @@ def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int
 
 def check_rows(value, name: str, least: int, rows: int) -> list[int]:
     """One integer of `least` or more for each row: those given, or the one given."""
-    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    values = list(value) if isinstance(value := plain(value), Sequence) else [value] * rows
     require(len(values) == rows and all(type(v) is int and v >= least for v in values), f"{name} "
             f"is {value!r}, but it must be an integer of {least} or more, for all or for each of "
             f"{rows} prompts")
@@ -1678,7 +1741,10 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
-DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+BACKBONE = {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
+            "n_shared_experts": 1}      # what transformers and vLLM want of a config.json
+TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -1722,18 +1788,41 @@ def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
         os.replace(partial[path], path)
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of the model, by name: of stacked experts the weight of each. What a
-    wrapper, such as torch.compile's, adds to names is left out."""
-    return {key.replace(".mixer.experts.", f".mixer.experts.{e}."): part
-            for name, tensor in model.state_dict().items()
-            for key in [re.sub(r"\b(_orig_mod|module)\.", "", name)]
-            for e, part in enumerate(tensor if ".mixer.experts." in key else [tensor])}
+def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tensor]]:
+    """What a checkpoint whose names are like `files` holds of the model: its names there and here,
+    and itself; each expert's own, if not stacked there too; in a backbone the same for either tower
+    and nothing for the time. What a wrapper, such as torch.compile's, adds to names is left out."""
+    tower, found = backbone_of(files), []
+    for name, tensor in model.state_dict().items():
+        key = re.sub(r"\b(_orig_mod|module)\.", "", name)
+        if tower is not None:
+            key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
+        stack = key.removesuffix(".weight")             # so transformers names it in memory
+        key = stack if stack in files else key
+        if ".mixer.experts." in key and key not in files:
+            found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
+                      for e, part in enumerate(tensor)]
+        elif tower is None or not key.startswith(TIME_KEYS):
+            found.append((key, name, tensor))
+    return found
+
+
+def shards_of(parts: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the file they go to, of at most so many bytes or of one tensor."""
+    shards, size = [{}], 0
+    for key, part in parts.items():
+        size += part.nbytes
+        if shards[-1] and size > most:
+            shards.append({})
+            size = part.nbytes
+        shards[-1][key] = part
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else
+            "model.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def check_tensors(model: nn.Module, found: dict[str, tuple], where):
     """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
-    expected = {key: list(part.shape) for key, part in checkpoint_tensors(model).items()}
+    expected = {key: list(part.shape) for key, _, part in checkpoint_tensors(model, found)}
     for key in sorted(expected.keys() | found):
         path, shape, kind = found.get(key, (where, None, None))
         there = "missing" if shape is None else f"{kind} {shape}"
@@ -1742,23 +1831,44 @@ def check_tensors(model: nn.Module, found: dict[str, tuple], where):
                 f"{path}: tensor {key} is {there}, expected {wanted}")
 
 
-def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
+def backbone_of(names) -> str | None:
+    """How a single-tower checkpoint begins the names of its tower; None: it is none."""
+    return next((name[:name.index(".") + 1] for name in names
+                 if name.startswith(("backbone.", "model."))), None)
+
+
+def unread(names, towers: str, layout: str = "any", directory: Path | None = None):
+    """How the names begin of the tensors, a tuple, that are not needed of a checkpoint with such
+    names. Raises: ValueError if that is not of the layout."""
+    tower = backbone_of(names)
+    require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
+        f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser is "
+        f"trained for it by python train.py --backbone {directory} --data FILE" if tower else
+        "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+    return ("mtp.",) if tower else DENOISER_KEYS if towers == "context" else ()
+
+
+def read_headers(directory: Path, towers: str, layout: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
-    promises, but for names that begin with one of `unread`; of a broken promise without shape."""
-    index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
+    promises, but for those that are `unread`; of a broken promise without shape."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    places, found, skip = {}, {}, None
     if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+        skip = unread(weight_map, towers, layout, directory)
         for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
-            if not key.startswith(unread):
+            if not key.startswith(skip):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
         check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                for key in (key for key in file.keys() if not key.startswith(unread)):
+                if skip is None:
+                    skip = unread(file.keys(), towers, layout, directory)
+                for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
                             "its place too")
@@ -1772,8 +1882,8 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    for key, own in found.items():
-        own, name = dtype or own, re.sub(r"\.experts\.\d+", ".experts", key)
+    for key, name, _ in checkpoint_tensors(model, found):
+        own = dtype or found[key]
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
@@ -1781,6 +1891,8 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
+    tensors |= {name: tensor.to(next(iter(keys))) for name, tensor in tensors.items()
+                if name.startswith(TIME_KEYS)}          # of which a backbone says nothing
     model.load_state_dict(tensors, assign=True)
 
 
