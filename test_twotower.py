@@ -41,7 +41,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
@@ -406,8 +406,9 @@ def test_ssd_rates():
     check(out, exact, 1e-6)
 
 
-def test_attention():
-    B, H, G, L, S, K = 2, 6, 2, 5, 9, 8
+@pytest.mark.parametrize("L", [1, 5, 260])          # 260: more queries than share a mask
+def test_attention(L):
+    B, H, G, S, K = 2, 6, 2, L + 4, 8
     q, (k, v) = randn(B, H, L, K), randn(2, B, G, S, K, seed=1)
     mask = torch.rand(1, 1, L, S, generator=seeded(0)) < 0.6
     mask[..., 0] = True
@@ -828,13 +829,13 @@ def test_neither_batch_nor_split_matters(lengths, split, odd):
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 15, 16, 17, 512])
 def test_score(tokens_per_pass):
-    """Log-probabilities one by one, of ragged rows around block, chunk and pass edges. A pass's
-    logits are made only if they are used, and are gone before the next pass makes its own."""
+    """Log-probabilities one by one, of ragged rows around block, chunk and pass edges. No logit is
+    made that is not used, and a row's are gone before the next row's are made."""
     model, made = random_model.__wrapped__(), []
 
     def making(module, args, out):
         assert not made or made[-1][0]() is None
-        made.append((weakref.ref(out), out.shape[1]))
+        made.append((weakref.ref(out), len(out)))
     texts = [(ids(total - new, seed=total), ids(new, seed=new)) for total, new in (
         (2, 1), (16, 1), (16, 15), (17, 16), (18, 1), (33, 16), (34, 33), (49, 20))]
     for some in (texts, texts[-1:]):
@@ -846,9 +847,8 @@ def test_score(tokens_per_pass):
             expected = p[len(prompt) - 1:-1].gather(1, continuation[:, None])[:, 0]
             assert error(scores.tokens[row], expected) < 1e-10
             assert error(scores.total[row], expected.sum()) < 1e-10
-    first = 28 // tokens_per_pass                       # of the second run: 29 + 20 tokens
-    assert len(made) == math.ceil(48 / tokens_per_pass) * 2 - first
-    assert max(width for _, width in made) == min(tokens_per_pass, 48)
+    assert sum(n for _, n in made) == sum(len(new) for _, new in texts + texts[-1:])
+    assert max(n for _, n in made) <= tokens_per_pass
     small = TwoTower(TwoTowerConfig(**TINY | dict(max_position_embeddings=49)))
     assert small.score(*zip(*some), tokens_per_pass).total.dtype == torch.float64
 
@@ -2253,6 +2253,61 @@ def test_sample_stops(mode, tmp_path):
     assert result["text"] == tokenizer().decode(new[:end])
 
 
+def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()) -> cli.Row:
+    """A row that has got its new tokens piece by piece, as blocks end."""
+    row = cli.Row(0, "", prompt)
+    for i, new in enumerate(pieces):
+        row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
+    return row
+
+
+SPACE, TOKENS = "\u2581", ["<unk>", "<s>", "</s>", "<mask>", " ", "P", "ab", "\u2581a", "\u2581cat"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def decoded_by(*steps) -> Tokenizer:
+    """Of TOKENS, then one token for each byte."""
+    made = Tokenizer(models.WordLevel(
+        {token: i for i, token in enumerate(TOKENS + BYTES)}, "<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), *steps])
+    made.add_special_tokens(TOKENS[:4])
+    return made
+
+
+def test_text_comes_as_the_prompt_and_all_tokens_are_decoded():
+    """In pieces of any size, cut within letters and after spaces that a decoder would strip."""
+    stripping = decoded_by(decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
+    letters = [len(TOKENS) + byte for byte in "\u00e9\u20ac".encode()]
+    for made, ids in ((stripping, [7, 8, 1, *letters, 7, 8, 8, *letters, 5, *letters, 4, 8]),
+                      (tokenizer(), tokenizer().encode("caf\u00e9 <s>\u20ac\U0001f600 x").ids)):
+        for cut, size in itertools.product(range(1, 5), range(1, 6)):
+            new = ids[cut:]
+            row = taken(made, ids[:cut], [new[i:i + size] for i in range(0, len(new), size)])
+            text = made.decode(ids[:cut])
+            if "\ufffd" not in text:                   # a prompt ends with a whole letter
+                assert text + row.text == made.decode(ids) and row.tokens == new
+
+
+def test_text_that_tokenizers_cannot_decode_loses_only_itself():
+    """Bytes of no letter rewrite what came before; a space from both sides cut is a panic."""
+    fallback = decoded_by(decoders.ByteFallback(), decoders.Fuse())
+    byte = len(TOKENS)
+    row = taken(fallback, [6], [[byte + 0x50], [byte + 0xC3, 7], [byte + 0xC3]])
+    assert re.fullmatch("P\ufffd+ a\ufffd", row.text) and len(row.tokens) == 4
+    row = taken(decoded_by(decoders.Strip(" ", 1, 1)), [6], [[5, 4], [5, 6], [6]])
+    assert row.text == "P\ufffdPabab" and row.ended == "length"
+
+
+def test_sample_stops_at_special_tokens():
+    """They are no part of the text, nor is what comes after them."""
+    new = tokenizer().encode("hello<s>world").ids
+    before = new.index(1)
+    for stop, text in (("<s>", "hello"), ("lo<s>", "hel"), ("</s>", "helloworld")):
+        row = taken(tokenizer(), [300], [new[:2], new[2:] + [2]], (stop, "never"))
+        assert (row.text, row.ended) == (text, "stop")
+        assert row.tokens == (new[:before + 1] if "<s>" in stop else new + [2])
+
+
 def test_sample_is_seeded():
     def text(*flags) -> str:
         return sample(*"--mode ar --max-new-tokens 16 Hi".split(), *flags).stdout
@@ -2629,6 +2684,9 @@ def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, messag
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
      "id 128"),
+    (lambda d: edit_json(d / "tokenizer.json", lambda t: (
+        t["model"]["vocab"].pop("H"), t["model"].update(unk_token="[UNK]"))),
+     "the prompt cannot be encoded by tokenizer.json: WordLevel error: Missing [UNK]"),
 ])
 def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_path):
     directory = copy_checkpoint(tmp_path)
@@ -2673,8 +2731,8 @@ def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     context, = re.findall(r"weights ([\d.]+) GiB", run.stderr.splitlines()[0])
     assert context == "117.7"                       # twice 58.8 and the time conditioning
     assert "KV cache 192.0 MiB, SSM states 184.0 MiB" in run.stderr
-    assert ("batch of 4, 8192 tokens a row; a cached token takes 6144 bytes, a row's SSM states "
-            "48234496 and") in run.stderr
+    assert ", activations 546.0 MiB, together 118." in run.stderr
+    assert "for 4 rows of 8192 tokens\n" in run.stderr
     run = sample("--plan", "--mode", "ar", "--context-device", "cpu", directory=tmp_path)
     assert "cpu: context tower: weights 58.8 GiB" in run.stderr
 
@@ -2694,6 +2752,7 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
     args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False, batch_size=4)
     free = {"cpu": 0, "cuda:0": 0}
+    monkeypatch.setattr(cli, "TOKENS_PER_PASS", 1)      # or activations outweigh these weights
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place], 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free) - 1)
     monkeypatch.setattr(cli.psutil, "virtual_memory",
@@ -2722,6 +2781,89 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
             cli.plan(model, [], args, {"block_size": 16}, places)
         else:
             refuses(f"what would: {way}", cli.plan, model, [], args, {"block_size": 16}, places)
+
+
+@pytest.mark.parametrize("widths, lengths", [               # of most memory: passes; logits
+    ((168, 16, 8, 116, 512), (300, 220)), ((48, 8, 4, 24, 16384), (8, 5, 7, 8))])
+@pytest.mark.parametrize("mode", cli.MODES)
+def test_memory_is_planned_at_its_peak(mode, widths, lengths, monkeypatch):
+    """What --plan counts beside weights is within 20 % of what torch's profiler sees allocated."""
+    for name, value in (("TOKENS_PER_PASS", 256), ("LOGITS_PER_DRAW", 2**15)):
+        for module in (cli, twotower):
+            monkeypatch.setattr(module, name, value)
+    names = ("hidden_size", "mamba_num_heads", "num_attention_heads", "moe_intermediate_size",
+             "vocab_size")
+    model = TwoTower(TwoTowerConfig(**TINY | dict(zip(names, widths)) | dict(
+        hybrid_override_pattern="MEM*E", num_hidden_layers=5, mamba_head_dim=16, ssm_state_size=32,
+        num_experts_per_tok=4, chunk_size=64)))
+    prompts, new = [ids(n, seed=n) for n in lengths], [ids(5)] * len(lengths)
+    rows = [types.SimpleNamespace(ids=prompt, given=[ids(5)], max_new_tokens=5)
+            for prompt in prompts]
+    args = argparse.Namespace(mode=mode, max_new_tokens=None, plan=True, batch_size=16)
+    block = {"mask_diffusion": {"block_size": 16}, "speculative": {"draft_length": 16}}
+    for knobs in [{}] + [dict(temperature=1.0, top_p=0.9)] * (mode in cli.WRITING):
+        tables, plan = [], cli.memory
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "memory", lambda *args: tables.append(plan(*args)) or tables[-1])
+            cli.plan(model, rows, args, knobs | block.get(mode, {}), ["cpu"])
+        planned, held, peak = tables[0]["cpu"]["together"] - tables[0]["cpu"]["weights"], 0, 0
+        with torch.profiler.profile(profile_memory=True) as profile:
+            if mode == "score":
+                model.score(prompts, new)
+            else:
+                getattr(model, f"generate_{mode}")(prompts, 5, **knobs | (
+                    {"steps_per_block": 2} if mode in block else {}))
+        for event in profile.profiler.kineto_results.events():
+            held += event.nbytes() if event.name() == "[memory]" else 0
+            peak = max(peak, held)
+        assert held == 0 and 0.8 < planned / peak < 1.2, f"planned {planned}, measured {peak}"
+
+
+@pytest.mark.parametrize("pieces", [64, 5])
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_prefill_in_pieces_is_one_prefill(pieces, odd, monkeypatch):
+    """Ragged rows, which end in different pieces, each as alone in one pass; one token a row."""
+    model, sizes = random_model(odd), []
+    alone = [model.prefill([prompt]) for prompt in PROMPTS]
+    hook = model.context_tower.register_forward_hook(
+        lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    monkeypatch.setattr(twotower, "TOKENS_PER_PASS", pieces)
+    context, block = model.prefill(PROMPTS, reserve=16), ids(5, 16)
+    hook.remove()
+    assert sum(sizes) == 5 * 40 and max(sizes) <= pieces and len(sizes) > 2
+    for row, one in enumerate(alone):
+        check_states(context, row, one)
+        check(context.logits[row], one.logits[0], 1e-10)
+    read = model.extend(context, block)
+    for row, one in enumerate(alone):
+        check(read[row], model.extend(one, block[row, None])[0], 1e-10)
+
+
+def test_a_draw_is_the_same_of_few_logits_at_a_time(monkeypatch):
+    model, texts = random_model(), []
+    for at_once in (2**20, 3 * 64, 1):          # logits: all places', three's, one's
+        monkeypatch.setattr(twotower, "LOGITS_PER_DRAW", at_once)
+        texts.append([model.generate_mask_diffusion(PROMPTS[:3], 8, 8, 3, seed=7, **knobs).tokens
+                      for knobs in ({}, dict(temperature=1.0), dict(temperature=1.0, top_p=0.9))])
+    assert all(a.equal(b) for some in texts[1:] for draws, right in zip(some, texts[0])
+               for a, b in zip(draws, right))
+    assert not all(a.equal(b) for a, b in zip(*texts[0][:2]))
+
+
+def test_the_limit_of_a_container_is_seen(tmp_path):
+    """cgroups of both versions; file caches do not count as used, no limit is none."""
+    host, gib = cli.psutil.virtual_memory().total, 2**30
+    assert 0 < cli.free_memory("cpu", tmp_path) <= host                         # no file
+    v1 = tmp_path / "memory"
+    v1.mkdir()
+    for top, most, used in ((tmp_path, "max", "current"),
+                            (v1, "limit_in_bytes", "usage_in_bytes")):
+        for limit, free in ((gib // 2, gib // 4), (gib // 8, 0), ("max", None), (2**62, None)):
+            for name, value in ((most, limit), (used, gib), ("stat", "anon 1\ninactive_file "
+                                f"{gib // 2}\nactive_file {gib // 4}\nfile_mapped 7")):
+                (top / f"memory.{name}").write_text(f"{value}\n")
+            seen = cli.free_memory("cpu", tmp_path)
+            assert seen == free if free is not None else gib < seen <= host
 
 
 # ---------------------------------------------------------------------- training the miniature
@@ -3327,6 +3469,20 @@ def test_bench_miniature_runs(capsys, monkeypatch):
         assert ar["accuracy"] == speculative["accuracy"] and ar["speedup"] == 1
         assert 0 < fast["denoiser_passes_per_block"] <= 16
     assert result["rows"][0]["sort"] == 1
+
+
+@pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
+def test_bench_counts_the_rows_that_a_batch_changes(mode, monkeypatch):
+    """None, or all where a row's logits depend on how many stand beside it."""
+    model = random_model()
+    same = bench.rows_apart(model, mode, PROMPTS, batch=len(PROMPTS))
+    assert same["texts"] == 0 and same["by_at_most"] < 1e-9 and same["largest_logit"] > 0.1
+    for head in (model.context_lm_head, model.lm_head):     # in batches the least likely token
+        monkeypatch.setattr(head, "forward", lambda x, weight=head.weight: F.linear(
+            x, weight if len(x) == 1 else -weight))
+    other = bench.rows_apart(model, mode, PROMPTS, batch=len(PROMPTS))
+    assert other["rows"] == len(PROMPTS) == other["logits"] and other["by_at_most"] > 0.1
+    assert other["texts"] == len(PROMPTS)
 
 
 def test_bench_alterations_do_what_they_say():

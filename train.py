@@ -38,7 +38,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
@@ -47,10 +46,11 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
 import plan
 from bench import answer
 from corpus import TASKS, Data, Reading, Text, also_ar, prepare, readings, task_prompts
+from sample import load_tokenizer
 from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
-from twotower import (CHECKPOINT_FILE, Router, TwoTower, TwoTowerConfig, masked_cross_entropy,
-                      require, write)
+from twotower import (CHECKPOINT_FILE, Router, SafetensorError, TwoTower, TwoTowerConfig,
+                      masked_cross_entropy, require, write)
 
 # ---------------------------------------------------------------------------------------------
 # How a phase is trained
@@ -436,7 +436,7 @@ def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
     steps, items = (8, 2) if args.smoke else (400, 500)
     base = replace(base, steps=steps, stages=(), warm_up=30)
     skeleton, read = read_backbone(args.out / "phase1")
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    tokenizer = load_tokenizer(args.out)
     data, rows = Data(tokenizer, base.every_file, args.seed), []
     kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in TASKS}
     for name in args.recipes or RECIPES:
@@ -600,9 +600,8 @@ def run_miniature(args: argparse.Namespace, how: How):
     second = replace(second, **PUBLISHED if args.published else {})
     check_rows(first, how)
     in_first(lambda: claim(args.out, "phase1", args.overwrite))
-    path, phase1 = args.out / "tokenizer.json", args.out / "phase1"
-    in_first(lambda: prepare(path, first.vocab_size, first.every_file))
-    data = Data(Tokenizer.from_file(str(path)), first.every_file, args.seed)
+    in_first(lambda: prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file))
+    data, phase1 = Data(load_tokenizer(args.out), first.every_file, args.seed), args.out / "phase1"
     torch.manual_seed(args.seed)
     model = skeleton = new_context(fields).to(how.device)
     how.share(model, model.context_tower)
@@ -616,16 +615,12 @@ def run_miniature(args: argparse.Namespace, how: How):
 def run_backbone(args: argparse.Namespace, how: How):
     recipe, backbone = own_recipe(args), args.backbone
     check_rows(recipe, how)
-    config, path = TwoTowerConfig.from_json(backbone / "config.json"), backbone / "tokenizer.json"
-    require(path.is_file(), f"{path} is missing")
+    config = TwoTowerConfig.from_json(backbone / "config.json")
     require(backbone.resolve() != args.out.resolve(), "--out must not be --backbone")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:                  # the library raises nothing narrower
-        raise ValueError(f"{path}: {error}") from None
+    tokenizer = load_tokenizer(backbone)
     last = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    require(last < config.vocab_size, f"{path} has ids up to {last}, but vocab_size of the model "
-            f"is {config.vocab_size}")
+    require(last < config.vocab_size, f"{backbone}/tokenizer.json has ids up to {last}, but "
+            f"vocab_size of the model is {config.vocab_size}")
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     require(eos is not None, f"{backbone}/config.json has no eos_token_id to end documents with")
     data = Text(tokenizer, eos, args.data, args.valid or [], args.seed)
@@ -669,7 +664,7 @@ def run(args: argparse.Namespace):
 def main(argv: list[str] | None = None):
     try:
         run(parse_args(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         fail(error)
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; the same command goes on from the last checkpoint",

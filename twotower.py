@@ -302,15 +302,17 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     Returns: y (b,L,H,P) in x's dtype; and if keep is "end" the state after the last token, if it
         is "blocks" the states before each chunk (b,chunks,H,P,N), else None.
     """
-    dtype, x, B, C, y, before = x.dtype, wide(x), wide(B), wide(C), [], []
+    y, before = [], []
     with torch.autocast(x.device.type, enabled=False):          # the scan is never in bfloat16
         chunks = list(zip(*(v.split(chunk_size, dim=1) for v in (x, dt, B, C))))
-        for i, (x_c, dt_c, B_c, C_c) in enumerate(chunks):
+        for i, chunk in enumerate(chunks):
+            x_c, dt_c, B_c, C_c = map(wide, chunk)
             before.append(state)
-            y.append(ssd_chunk(x_c, dt_c, A, B_c, C_c, state))
+            y_c = ssd_chunk(x_c, dt_c, A, B_c, C_c, state)
+            y.append(torch.addcmul(y_c, wide(D)[:, None], x_c).to(x.dtype))
             if keep == "end" or i + 1 < len(chunks):
                 state = ssd_state(x_c, dt_c, A, B_c, state)
-    y = torch.addcmul(torch.cat(y, dim=1) if len(y) > 1 else y[0], wide(D)[:, None], x).to(dtype)
+    y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
     return y, torch.stack(before, dim=1) if keep == "blocks" else state if keep == "end" else None
 
 
@@ -324,15 +326,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
             mask (1, 1, L, keys) bool, True = visible. With none of these: all keys.
     Returns: (B,H,L,K).
     """
+    (B, H, L, K), G = q.shape, k.shape[1]
+    if last_seen is not None and L > 256:               # one mask would hold L * keys
+        parts = zip(q.split(256, dim=2), last_seen.split(256, dim=1))
+        return torch.cat([attention(part, k, v, last) for part, last in parts], dim=2)
     if last_seen is not None:
         mask = torch.arange(k.shape[2], device=k.device) <= last_seen[:, None, :, None]
-    if is_causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # without positions the H/G query heads of a KV head are just more queries to the same keys,
-    # which fused kernels take with a mask too; the mask must be repeated for them
-    mask = None if mask is None else mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                  # (B, G, H/G*L, K)
-    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+    # not enable_gqa: with a mask or in float32 no fused kernel of CUDA takes it
+    if not is_causal and (mask is None or L == 1):      # H/G heads are more queries to a KV head
+        mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
+        grouped = q.reshape(B, G, -1, K)                                         # (B, G, H/G*L, K)
+        return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+    # each head reads its KV head in place, and one mask serves all
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, H // G, -1, -1) for x in (k, v))
+    mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, dim=0)
+    q = q.reshape(B * G, -1, L, K)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).view(B, H, L, K)
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tuple[Tensor, Tensor]:
@@ -827,6 +836,9 @@ class TimestepEmbedder(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # The model
 
+TOKENS_PER_PASS = 4096          # of a prefill, all rows together
+LOGITS_PER_DRAW = 2**20         # of places whose tokens are chosen together
+
 
 class TwoTower(Module):
     """Context tower, denoiser tower, their heads and the time conditioning.
@@ -890,30 +902,37 @@ class TwoTower(Module):
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None) -> Context:
         counts = torch.tensor([len(prompt) for prompt in prompts])
         context = Context(self.context_tower, len(prompts), int(counts.max()) + reserve)
-        if int(counts.max()) > 0:
-            tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-            self._extend(context, tokens, logits, counts)
+        tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        width, last = max(1, TOKENS_PER_PASS // len(prompts)), None
+        for start in range(0, tokens.shape[1], width):
+            # rows that have ended come along as padding: with all at one place one mask serves all
+            context.lengths, here = torch.full_like(counts, start), (counts - start).clamp(0, width)
+            hidden = self._extend(context, tokens[:, start:start + width], None, here)
+            here = here.to(hidden.device)
+            newest = window(hidden, here - 1, 1)        # (B, 1, D): of each row's last token here
+            last = newest if last is None else newest.where(here[:, None, None] > 0, last)
+        context.lengths = counts
+        if logits is not None:
+            context.logits = wide(self.context_lm_head(last))[:, 0]
         return context
 
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
                 counts: Tensor | None = None, keep: str = "end",
                 block_size: int | None = None) -> Tensor | None:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None;
-        keep, block_size: of a `Pass`; after "inputs" `Context.settle` says how many tokens stay."""
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None, the
+        hidden states; keep, block_size: of a `Pass`; `Context.settle` ends what "inputs" begins."""
         if context.passes is not None:
             return context.passes.extend(context, tokens, logits)
         L = tokens.shape[1]
         at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep,
                                block_size=block_size)
+        context.logits = None                           # the old ones make room
         hidden = self.context_tower(tokens, context.states, at)
         if keep != "inputs":
             context.lengths = context.lengths + (L if counts is None else counts)
-        context.logits = None
         if logits is None:
-            return None
-        if logits == "last":
-            hidden = hidden[:, -1:] if at.counts is None else window(hidden, at.counts - 1, 1)
-        out = wide(self.context_lm_head(hidden))
+            return hidden
+        out = wide(self.context_lm_head(hidden[:, -1:] if logits == "last" else hidden))
         context.logits = out[:, -1]
         return out
 
@@ -923,7 +942,7 @@ class TwoTower(Module):
 
         Args: prompts, continuations: as for `prefill`, one continuation for each prompt;
             tokens_per_pass: longer texts take several passes, whose memory grows with the text
-            only by the KV cache and a mask of one pass's queries over it.
+            only by the KV cache and a mask of 256 queries over it.
         Raises: ValueError as `prefill` does, or for logits that are not finite.
         """
         prompts = check_texts(prompts, "prompt", self.config)
@@ -934,21 +953,18 @@ class TwoTower(Module):
         texts = [torch.cat(pair) for pair in zip(prompts, continuations)]
         check_length(max(map(len, texts)), self.config)
         # causality keeps the padding behind a text from changing anything in it
-        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        first = min(map(len, prompts)) - 1              # whose logits are the first to be used
-        context = Context(self.context_tower, *labels.shape)
-        by_token = wide(self.context_lm_head.weight.new_zeros(labels.shape, device="cpu"))
-        for start in range(0, labels.shape[1], tokens_per_pass):
-            piece = slice(start, start + tokens_per_pass)
-            used = piece.stop > first
-            logits = self._extend(context, inputs[:, piece], "all" if used else None)
-            if used:
-                wanted = labels[:, piece].to(logits.device)
-                by_token[:, piece] = -F.cross_entropy(logits.mT, wanted, reduction="none")
-            logits = context.logits = None              # before the next pass makes its own
-        scores = [row[len(prompt) - 1:len(text) - 1]
-                  for row, prompt, text in zip(by_token, prompts, texts)]
+        inputs = nn.utils.rnn.pad_sequence(texts, batch_first=True)[:, :-1]
+        context, parts = Context(self.context_tower, *inputs.shape), [[] for _ in texts]
+        for start in range(0, inputs.shape[1], tokens_per_pass):
+            end = start + tokens_per_pass
+            hidden = self._extend(context, inputs[:, start:end], None)
+            for row, (prompt, text) in enumerate(zip(prompts, texts)):
+                first, stop = max(start, len(prompt) - 1), min(end, len(text) - 1)
+                if first < stop:                        # only logits that are used, row by row
+                    wanted = text[first + 1:stop + 1].to(hidden.device)
+                    parts[row].append(-F.cross_entropy(wide(self.context_lm_head(
+                        hidden[row, first - start:stop - start])), wanted, reduction="none").cpu())
+        scores = list(map(torch.cat, parts))
         for row, one in enumerate(scores):
             require(bool(one.isfinite().all()),
                     f"the log-probabilities of continuation {row} are not finite")
@@ -1076,9 +1092,9 @@ class TwoTower(Module):
                     **options) -> Generation:
         """Continue prompts with the context tower, one token at a time."""
         run = Decoding(self, prompts, max_new_tokens, temperature, **options)
-        logits = run.prefill(run.prompts, repeats=True)
-        while run.append(run.next_token(logits)):
-            logits = run.extend(run.newest(1), "last")
+        run.prefill(run.prompts, repeats=True)
+        while run.append(run.next_token(run.context.logits[:, None])):
+            run.extend(run.newest(1), "last")
         return run.result()
 
     @torch.inference_mode()
@@ -1091,8 +1107,7 @@ class TwoTower(Module):
         run.prefill([prompt[:-1] for prompt in run.prompts], None)
         while True:
             run.nfe[run.live] += 1
-            logits = self._denoise(run.newest(1), run.context, None)
-            if not run.append(run.next_token(logits)):
+            if not run.append(run.next_token(self._denoise(run.newest(1), run.context, None))):
                 return run.result()
             run.extend(run.newest(2)[:, :1])
 
@@ -1415,7 +1430,8 @@ class Decoding:
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
         eos_token_id: ends a row, as any of several does; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
-            seed gives a row the same text whatever stands beside it. None takes torch's.
+            row's draws do not depend on what stands beside it, its text only by rounding, which in
+            bfloat16 may turn a near tie. None takes torch's.
         on_step: called with a `Step` after every denoiser pass, or AR token.
         on_tokens: called with a `Written` for each row that got tokens; True ends the row.
     Raises: ValueError for impossible arguments, and later for logits that are not finite.
@@ -1476,18 +1492,23 @@ class Decoding:
         """What a pass with logits (R, Q, V) proposes for the next Q places of each row, never the
         mask token, if given: ids (R, Q), and as confidence (R, Q) their `probability` at
         temperature 1; both on the host."""
-        if greedy or self.temperature == 0:
-            ids, confidence = self.model.ops.most_likely(logits, mask_token_id)
-        else:
-            positions = torch.tensor([[len(self.texts[row])] for row in self.live])
-            positions = positions + torch.arange(logits.shape[1])                    # (R, Q)
-            u = noise(self.seeds[self.live].to(logits.device), positions.to(logits.device), step,
-                      logits.shape[-1])
+        R, Q, V = logits.shape
+        seeds = self.seeds[self.live][:, None].expand(R, Q)
+        places = torch.tensor([[len(self.texts[row])] for row in self.live]) + torch.arange(Q)
+
+        def choose(logits: Tensor, seeds: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+            if greedy or self.temperature == 0:
+                return self.model.ops.most_likely(logits, mask_token_id)
             shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
                                   self.top_p)
-            ids = gumbel_argmax(shaped, u)
-            confidence = probability(logits, ids, mask_token_id)
-        both = torch.stack([ids.double(), confidence.double()]).cpu()       # one transfer, one wait
+            u = noise(seeds.to(shaped.device), places[:, None].to(shaped.device), step, V)
+            ids = gumbel_argmax(shaped, u[:, 0])
+            return ids, probability(logits, ids, mask_token_id)
+
+        # some of the R*Q places at a time, as a draw holds a dozen copies of their logits
+        parts = (x.flatten(0, 1).split(LOGITS_PER_DRAW // V or 1) for x in (logits, seeds, places))
+        ids, confidence = map(torch.cat, zip(*map(choose, *parts)))
+        both = torch.stack([ids.double(), confidence.double()]).view(2, R, Q).cpu()     # one wait
         return both[0].long(), both[1].to(confidence.dtype)
 
     def check_finite(self, confidence: Tensor, used: Tensor, step: int = 0):
@@ -1531,9 +1552,9 @@ class Decoding:
             if not unfinished.any():
                 break
             t = masked.float().mean(-1)
-            logits = self.model._denoise(block, self.context, t)
             self.nfe[self.live] += unfinished
-            ids, confidence = self.predict(logits, step, self.mask_token_id, greedy)
+            ids, confidence = self.predict(self.model._denoise(block, self.context, t), step,
+                                           self.mask_token_id, greedy)
             fillable = masked & unfinished[:, None]
             self.check_finite(confidence, fillable, step)
             commits = select_commits(confidence, fillable, self.confidence_threshold,
