@@ -41,7 +41,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.modules.module import register_module_forward_hook
 
-from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
+from corpus import FROM_SOURCE, TASKS, library, library_prompts, task_prompts, texts_with_holes
 from twotower import Context, KVCache, MambaState, Pass, Router, TwoTower, TwoTowerConfig, kernels
 
 HERE = Path(__file__).resolve().parent
@@ -512,7 +512,8 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
                 score = answer(model, tokenizer, [prompts[max(i, 0)]], name)
                 speed[name, kind].update(score if i >= 0 else {})
-    tables = {"rows": list(TASKS), "library": ["library"]}
+    tables = {"rows": list(TASKS), "source": [task for task in TASKS if task in FROM_SOURCE],
+              "library": ["library"]}
     for table, of in tables.items():
         tables[table] = rows = []
         for name in MODES:

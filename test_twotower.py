@@ -2741,10 +2741,10 @@ def test_bench_miniature_runs(capsys, monkeypatch):
     """Few tasks and modes: the counts add up, speculative decoding is right where AR is."""
     monkeypatch.setattr(bench, "MODES", {name: bench.MODES[name] for name in (
         "ar", "mock-AR", "gamma 0.8", "speculative")})
-    monkeypatch.setattr(bench, "TASKS", ("sort", "json"))
+    monkeypatch.setattr(bench, "TASKS", ("sort", "rename"))
     bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for rows in (result["rows"], result["library"]):
+    for rows in (result["rows"], result["source"], result["library"]):
         ar, mock, fast, speculative = rows
         assert [row["mode"] for row in rows] == list(bench.MODES)
         assert all(row["log_likelihood"] < 0 < row["tokens_per_second"] for row in rows)

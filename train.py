@@ -299,7 +299,8 @@ class Trainer:
             blocks = choose_blocks(wanted, 1, recipe.denoised / 2, generator)
             read = functools.partial(of_blocks, blocks=blocks, n=x.shape[1])
             logits = self.model.diffusion_logits(x, x, None, 1, blocks)     # l predicts l + 1
-            found.append(masked_cross_entropy(logits, read(x.roll(-1, 1)), read(wanted), "none"))
+            loss = masked_cross_entropy(logits, read(x.roll(-1, 1)), read(wanted), "none")
+            found.append(loss * read(weights[share][:1])[read(wanted)].to(loss.device))
         if recipe.phase == 1 or recipe.tied:
             loss = self.model.ar_loss(tokens[share], targets[share], reduction="none")
             found.append(loss * weights[share, 1:][targets[share, 1:]].to(loss.device))
