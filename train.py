@@ -114,11 +114,11 @@ PHASES = (
         (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
         (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
         (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
-    Recipe(2, steps=11000, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
+    Recipe(2, steps=8800, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
            unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=5, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", *SOURCE,
                                              "sort"),
-           stages=((0, dict(block_size=32)), (1500, dict(block_size=16)))))
+           stages=((0, dict(block_size=32)), (1000, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
