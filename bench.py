@@ -41,7 +41,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.modules.module import register_module_forward_hook
 
-from corpus import FROM_SOURCE, TASKS, library, library_prompts, task_prompts, texts_with_holes
+from corpus import FROM_SOURCE, KNOWN, library, library_prompts, task_prompts, texts_with_holes
 from twotower import Context, KVCache, MambaState, Pass, Router, TwoTower, TwoTowerConfig, kernels
 
 HERE = Path(__file__).resolve().parent
@@ -502,7 +502,7 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
     """Accuracy of every mode in batches; then speed at batch 1, all modes taking turns item by
     item."""
     model, tokenizer = load(checkpoint)
-    kinds = {task: task_prompts(tokenizer, task, items) for task in TASKS}
+    kinds = {task: task_prompts(tokenizer, task, items) for task in KNOWN}
     kinds["library"] = library_prompts(tokenizer, items)
     quality = {(name, kind): answer(model, tokenizer, prompts, name)
                for name in MODES for kind, prompts in kinds.items()}
@@ -512,7 +512,7 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
                 score = answer(model, tokenizer, [prompts[max(i, 0)]], name)
                 speed[name, kind].update(score if i >= 0 else {})
-    tables = {"rows": list(TASKS), "source": [task for task in TASKS if task in FROM_SOURCE],
+    tables = {"rows": list(KNOWN), "source": [task for task in KNOWN if task in FROM_SOURCE],
               "library": ["library"]}
     for table, of in tables.items():
         tables[table] = rows = []
@@ -592,7 +592,7 @@ def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
     Every row must be what it is alone; no speed is reported otherwise.
     """
     model, tokenizer = load(checkpoint)
-    by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
+    by_task = [task_prompts(tokenizer, task, 7) for task in KNOWN]
     prompts = [prompt for items in zip(*by_task) for prompt, _, _ in items][:32]
     modes, sizes, written, rows = ("ar", "mask_diffusion"), (1, 2, 4, 8, 16, 32), {}, []
 

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bench import answer
-from corpus import TASKS, Data, prepare, task_prompts
+from corpus import Data, prepare, task_prompts
 from twotower import Router, TwoTower, TwoTowerConfig, masked_cross_entropy, of_blocks, write
 
 # under torchrun: this process, its place on this machine, and how many there are
@@ -88,6 +88,10 @@ class Recipe:
         """The recipe with what its stages have changed by this step."""
         changes = [changes for first, changes in self.stages if first <= step]
         return replace(self, **{name: value for one in changes for name, value in one.items()})
+
+    def tasks(self) -> list[str]:
+        """Those it ends with."""
+        return sorted(set(self.at(self.steps).turns))
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, stable, decay (square root), as a function of the step, from one restart to the
@@ -322,7 +326,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out losses by source; of phase 2 with the published noise, to compare recipes."""
         valid = {kind: statistics.mean(float(all_reduce(self.loss(step, True, kind)))
-                                       for step in range(2)) for kind in ("library", *TASKS)}
+                                       for step in range(2)) for kind in ("library", *self.recipe.tasks())}
         self.balance.reset()
         return valid
 
@@ -399,7 +403,7 @@ def compare_recipes(args: argparse.Namespace) -> list[dict]:
     context.load_state_dict(saved["model"])
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     data, rows = Data(tokenizer, base.every_file, args.seed), []
-    kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in TASKS}
+    kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in base.tasks()}
     for name in args.recipes or RECIPES:
         torch.manual_seed(args.seed)
         recipe = replace(base, **RECIPES[name])
