@@ -42,7 +42,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.modules.module import register_module_forward_hook
 
-from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
+from corpus import FROM_SOURCE, KNOWN, library, library_prompts, task_prompts, texts_with_holes
 from sample import load_tokenizer
 from twotower import Context, KVCache, MambaState, Pass, Router, TwoTower, TwoTowerConfig, kernels
 
@@ -504,7 +504,7 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
     """Accuracy of every mode in batches; then speed at batch 1, all modes taking turns item by
     item."""
     model, tokenizer = load(checkpoint)
-    kinds = {task: task_prompts(tokenizer, task, items) for task in TASKS}
+    kinds = {task: task_prompts(tokenizer, task, items) for task in KNOWN}
     kinds["library"] = library_prompts(tokenizer, items)
     quality = {(name, kind): answer(model, tokenizer, prompts, name)
                for name in MODES for kind, prompts in kinds.items()}
@@ -514,7 +514,8 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
                 score = answer(model, tokenizer, [prompts[max(i, 0)]], name)
                 speed[name, kind].update(score if i >= 0 else {})
-    tables = {"rows": list(TASKS), "library": ["library"]}
+    tables = {"rows": list(KNOWN), "source": [task for task in KNOWN if task in FROM_SOURCE],
+              "library": ["library"]}
     for table, of in tables.items():
         tables[table] = rows = []
         for name in MODES:
@@ -593,7 +594,7 @@ def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
     of held-out source, where the model is less sure, counted in float32 and in bfloat16.
     """
     model, tokenizer = load(checkpoint)
-    by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
+    by_task = [task_prompts(tokenizer, task, 7) for task in KNOWN]
     prompts = [prompt for items in zip(*by_task) for prompt, _, _ in items][:32]
     modes, sizes, written, rows = ("ar", "mask_diffusion"), (1, 2, 4, 8, 16, 32), {}, []
 

@@ -1,8 +1,9 @@
 """What is learned from: text of one's own (`Text`), or what the miniature reads. That is tasks
-whose answers can be checked exactly, three made from words (sorting, records to JSON, letters) and
-two on real source (a variable renamed, a line edited); the standard library of the running Python;
-and a byte-level BPE tokenizer, by which any text round-trips. Of the miniature's, one prompt in 16,
-by its CRC, and one library file in 16, by the CRC of its name, are held out.
+whose answers can be checked exactly, five made from words (bills, sorting, records to JSON,
+letters, classes) and two on real source (a variable renamed, a line edited); the standard library
+of the running Python; and a byte-level BPE tokenizer, by which any text round-trips. Of the
+miniature's, one prompt in 16, by its CRC, and one library file in 16, by the CRC of its name, are
+held out.
 """
 
 from __future__ import annotations
@@ -46,6 +47,22 @@ ITEMS = ("books boxes chairs clocks cups desks doors fans keys lamps maps pens p
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 COLORS = "black blue brown gray green orange pink purple red silver white yellow".split()
 JOBS = "baker cook doctor driver farmer judge nurse painter pilot singer teacher writer".split()
+TYPES = "bool bytes dict float int list set str".split()
+FIELDS = ("address age city code color count date depth height index key kind label length "
+          "level limit name number offset owner path port price rate size source speed start "
+          "state status target text time title total unit user value weight width").split()
+CLASSES = ("Account Block Book Box Client Color Event Field File Frame Group Image Item Job "
+           "Line Message Node Order Page Point Query Record Route Server Shape Table Task Ticket "
+           "Token Tree User Window").split()
+
+
+def bill(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    lines = [(number, rng.randint(2, 9), item, rng.randint(2, 9))
+             for number, item in enumerate(rng.sample(ITEMS, rng.randint(4, 6)), 1)]
+    return (", ".join(f"{number}: {count} {item} at {price}"
+                      for number, count, item, price in lines),
+            "\n".join(f"{number}: {count} {item} x {price} = {count * price:02}"
+                      for number, count, item, price in lines))
 
 
 def sort(rng: random.Random, held_out: bool) -> tuple[str, str]:
@@ -70,6 +87,15 @@ def letter(rng: random.Random, held_out: bool) -> tuple[str, str]:
             f"Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\n"
             f"We send all {count} {item} to you in {city}.\n"
             f"If they are not there a week after {day}, call us and give the number {code}.")
+
+
+def to_class(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    name = rng.choice(CLASSES)
+    fields = [(field, rng.choice(TYPES)) for field in rng.sample(FIELDS, rng.randint(3, 5))]
+    return (" ".join([name] + [f"{field}:{kind}" for field, kind in fields]),
+            f"class {name}:\n    def __init__(self, "
+            + ", ".join(f"{field}: {kind}" for field, kind in fields) + "):"
+            + "".join(f"\n        self.{field} = {field}" for field, _ in fields))
 
 
 def library(held_out: bool = False, every: int = 1) -> list[str]:
@@ -189,9 +215,10 @@ def indent(line: str) -> int:
 
 
 LENGTHS = range(120, 401)           # characters of a function: about 40 to 160 tokens
-FROM_WORDS = {"sort": sort, "json": to_json, "letter": letter}
+FROM_WORDS = {"bill": bill, "sort": sort, "json": to_json, "letter": letter, "class": to_class}
 FROM_SOURCE = {"rename": rename, "edit": edit}
 TASKS = FROM_WORDS | FROM_SOURCE
+KNOWN = tuple(FROM_WORDS)           # what the bundled miniature has learned
 
 
 def task_items(task: str, seed: str, held_out: bool = False):
@@ -233,7 +260,7 @@ def prepare(path: Path, vocab_size: int, every_file: int):
     print(f"Python {platform.python_version()}: {len(texts)} library files, "
           f"{sum(map(len, texts))} characters, sha256 {digest[:16]}", flush=True)
     if not path.exists():
-        items = [prompt + answer for task in TASKS
+        items = [prompt + answer for task in FROM_WORDS
                  for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 20000)]
         tokenizer = train_tokenizer(texts[::4] + items, vocab_size)
         write({path: lambda partial: partial.write_text(tokenizer.to_str(True), "utf-8")})
@@ -272,7 +299,7 @@ def texts_with_holes(tokenizer, count: int) -> dict[str, list[tuple[Tensor, Tens
 
     texts = {task: [(prompt, ids(text))
                     for prompt, text, _ in task_prompts(tokenizer, task, count, "templates")]
-             for task in TASKS}
+             for task in KNOWN}
     records, eos = [record for _, record in texts["json"]], tokenizer.token_to_id(EOS)
     texts["json, no prompt"] = [(F.pad(other, (0, 16 - len(other) % 16), value=eos), record)
                                 for other, record in zip(records[-1:] + records, records)]
@@ -302,8 +329,6 @@ class Data:
     `recipe`, a Recipe of train.py, says how many of each.
     """
 
-    kinds = ("library", *TASKS)
-
     def __init__(self, tokenizer: Tokenizer, every_file: int, seed: int):
         self.tokenizer, self.seed = tokenizer, seed
         self.eos = tokenizer.token_to_id(EOS)
@@ -315,6 +340,10 @@ class Data:
             self.streams[held_out] = torch.tensor(
                 [token for file in files for token in [*file.ids, self.eos]])
         self.digest = digest.hexdigest()
+
+    def kinds(self, recipe) -> tuple[str, ...]:
+        """Of held-out rows that are measured apart."""
+        return "library", *recipe.tasks()
 
     def library_row(self, rng: random.Random, row: int, held_out: bool):
         stream = self.streams[held_out]
@@ -348,6 +377,7 @@ class Data:
         only: one of `kinds`, for all rows. mine: the rows wanted.
         """
         rng = random.Random(f"{self.seed} {recipe.phase} {step} {held_out}")
+        words = [kind for kind in recipe.turns if kind in FROM_WORDS]
         drawn = []
         for r in range(step * recipe.rows, (step + 1) * recipe.rows):
             kind = only or ("library" if r % recipe.library_every == 0 else
@@ -358,7 +388,7 @@ class Data:
                 seed = str(rng.random())
                 items = task_items(kind, seed, held_out)
                 if kind in FROM_SOURCE and not only:        # of which few fill a row
-                    others = *FROM_SOURCE, *FROM_SOURCE, rng.choice(sorted(FROM_WORDS))
+                    others = *FROM_SOURCE, *FROM_SOURCE, rng.choice(words)
                     items = [next(items)] + [next(task_items(other, f"{seed} {i}", held_out))
                                              for i, other in enumerate(others)]
                 drawn.append(self.task_row(recipe, rng, items, held_out))
@@ -420,8 +450,6 @@ class Text:
     least CRC. Raises: ValueError for what cannot be read, or holds nothing.
     """
 
-    kinds = ("text",)
-
     def __init__(self, tokenizer: Tokenizer, eos: int, files: list[Path], valid: list[Path],
                  seed: int):
         self.tokenizer, self.eos, self.seed, self.paths = tokenizer, eos, seed, [*files, *valid]
@@ -442,6 +470,9 @@ class Text:
         self.places = {side: places[held == side, :3] for side in (False, True)}
         self.step, self.cursor, self.coming = 0, None, {}
         self.worker = ThreadPoolExecutor(1)                     # tokenizers work without the GIL
+
+    def kinds(self, recipe) -> tuple[str, ...]:
+        return ("text",)
 
     @functools.lru_cache(maxsize=8)
     def order(self, epoch: int, held_out: bool) -> Tensor:
@@ -579,7 +610,7 @@ def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask
             blocks = choose_blocks(wanted, 1, recipe.denoised / 2, draw)
             read = functools.partial(of_blocks, blocks=blocks, n=M)
             found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
-                                    blocks=blocks)
+                                    blocks=blocks, weight=read(weight))
     if recipe.phase == 1 or recipe.tied:
         found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:], weight=weight[:, 1:])
     return found

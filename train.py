@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
 
 import plan
 from bench import answer
-from corpus import TASKS, Data, Reading, Text, also_ar, prepare, readings, task_prompts
+from corpus import Data, Reading, Text, also_ar, prepare, readings, task_prompts
 from sample import load_tokenizer
 from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
@@ -98,6 +98,10 @@ class Recipe:
         changes = [changes for first, changes in self.stages if first <= step]
         return replace(self, **{name: value for one in changes for name, value in one.items()})
 
+    def tasks(self) -> list[str]:
+        """Those it ends with."""
+        return sorted(set(self.at(self.steps).turns))
+
     def learning_rate(self, step: int) -> float:
         """Warm-up, stable, decay (square root), as a function of the step, from one restart to the
         next."""
@@ -123,11 +127,11 @@ PHASES = (
         (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
         (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
         (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
-    Recipe(2, steps=11000, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
+    Recipe(2, steps=8800, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
            unaligned=0.5, unprompted=0.05, mock_ar=1 / 40, denoised=0.5, rows=5, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", *SOURCE,
                                              "sort"),
-           stages=((0, dict(block_size=32)), (1500, dict(block_size=16)))))
+           stages=((0, dict(block_size=32)), (1000, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -319,7 +323,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out losses by source; of phase 2 with the published noise, to compare recipes."""
         valid = {kind: statistics.mean(float(all_reduce(sum(self.passes(step, True, kind))))
-                                       for step in range(2)) for kind in self.data.kinds}
+                                       for step in range(2)) for kind in self.data.kinds(self.recipe)}
         self.balance.reset()
         return valid
 
@@ -438,7 +442,7 @@ def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
     skeleton, read = read_backbone(args.out / "phase1")
     tokenizer = load_tokenizer(args.out)
     data, rows = Data(tokenizer, base.every_file, args.seed), []
-    kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in TASKS}
+    kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in base.tasks()}
     for name in args.recipes or RECIPES:
         recipe = replace(base, **RECIPES[name])
         model = both_towers(recipe, skeleton.config, read, how)
