@@ -322,8 +322,9 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Held-out losses by source; of phase 2 with the published noise, to compare recipes."""
-        valid = {kind: statistics.mean(float(all_reduce(sum(self.passes(step, True, kind))))
-                                       for step in range(2)) for kind in self.data.kinds(self.recipe)}
+        valid = {kind: statistics.mean(
+            float(all_reduce(sum(self.passes(step, True, kind)))) for step in range(2))
+            for kind in self.data.kinds(self.recipe)}
         self.balance.reset()
         return valid
 
