@@ -3,6 +3,7 @@ checkpoint. In a single process the same functions handle a whole model."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import deque
@@ -119,7 +120,9 @@ class How:
         while it is used."""
         if self.checkpoint:
             for layer in trained.layers:
-                layer.forward = recomputed(layer.forward)
+                # the keys and values that it writes again are the same
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                                  preserve_rng_state=False)
         if not dist.is_initialized():
             return
         mesh = init_device_mesh(self.device.type, (WORLD // self.shard, self.shard),
@@ -142,17 +145,6 @@ class How:
         apart(model, dtype)
         for method in ("context_logits", "diffusion_logits"):
             register_fsdp_forward_method(model, method)
-
-
-def recomputed(forward: Callable) -> Callable:
-    """A layer's forward that keeps its inputs alone; it writes to a copy of the state, so that it
-    can run again."""
-    def keep_inputs(x, state, at, modulation):
-        return checkpoint(lambda x, *modulation: forward(
-            x, state and state.map(torch.clone), at, modulation or None),
-            x, *(modulation or ()), use_reentrant=False)
-
-    return keep_inputs
 
 
 def all_reduce(x: Tensor) -> Tensor:
