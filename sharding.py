@@ -111,6 +111,7 @@ class How:
     device: torch.device = torch.device("cpu")
     seed: int = 0
     bf16: bool = False              # compute in bfloat16; master weights and AdamW are float32
+    autocast: bool = False          # only matrix products in bfloat16
     shard: int = WORLD              # processes that share a copy of the model
     accumulate: int = 1             # passes a step, each of as many sequences
     checkpoint: bool = False        # recompute each layer's activations in the backward pass

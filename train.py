@@ -225,7 +225,7 @@ class Trainer:
             lr=0.0, betas=(0.9, 0.95), fused=how.device.type == "cuda")
         # what a checkpoint must agree in; origin: of the backbone
         self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest,
-                                     how.bf16, origin])
+                                     how.bf16, how.autocast, origin])
         self.step, self.log = 0, []
         self.flops = plan.flops_per_token(model.config, recipe.row, recipe.block_size,
                                           how.checkpoint)
@@ -314,9 +314,12 @@ class Trainer:
     def losses(self, reading: Reading) -> Tensor:
         """At every place that is wanted."""
         tokens, labels, wanted, noisy, *rest, weight = reading
-        logits = (self.model.context_logits(tokens[:, :-1]) if noisy is None else
-                  self.model.diffusion_logits(tokens, noisy, *rest))
-        losses = masked_cross_entropy(logits, labels, wanted, "none")
+        # no cache of cast weights: one cast in the frozen context's pass would have no gradient
+        with torch.autocast(self.how.device.type, torch.bfloat16, self.how.autocast,
+                            cache_enabled=False):
+            logits = (self.model.context_logits(tokens[:, :-1]) if noisy is None else
+                      self.model.diffusion_logits(tokens, noisy, *rest))
+            losses = masked_cross_entropy(logits, labels, wanted, "none")
         return losses if weight is None else losses * weight[wanted].to(losses.device)
 
     @torch.no_grad()
@@ -521,7 +524,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", default=torch.get_num_threads(), **n)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="compute in "
-                        "bfloat16, learn in float32; default with --backbone on a GPU")
+                        "bfloat16, learn in float32; default with --backbone on a GPU; for the "
+                        "miniature only matrix products")
     parser.add_argument("--accumulate", help="passes that make a step", default=1, **n)
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="less memory for a third more time")
@@ -545,8 +549,7 @@ def check_args(args: argparse.Namespace, own: list[str]):
     require(0 < (args.learning_rate or 1) < math.inf, "--learning-rate must be above 0")
     require(0 <= (args.mock_ar or 0) <= 1, "--mock-ar must be in [0, 1]")
     require(0 <= args.seed < 2**32, f"--seed is {args.seed}, but it must be in [0, 2**32)")
-    require(args.recipes is None or WORLD == 1 and not args.bf16,
-            "--recipes runs in one process, in float32")
+    require(args.recipes is None or WORLD == 1, "--recipes runs in one process")
     require(WORLD % (args.shard or WORLD) == 0,
             f"--shard {args.shard} does not divide {WORLD} processes")
     args.out = args.out or Path("runs") / (
@@ -646,10 +649,10 @@ def run(args: argparse.Namespace):
     for noise in ("torch.distributed is disabled", "FSDP2-wrapped module"):     # both are meant
         warnings.filterwarnings("ignore", noise)
     torch.set_num_threads(args.threads)
-    bf16 = args.bf16 if args.bf16 is not None else bool(args.backbone) and (
-        args.plan or args.device.type == "cuda")
-    how = How(args.device, args.seed, bf16, args.shard or WORLD, args.accumulate,
-              args.checkpoint_activations)
+    own, on_gpu = bool(args.backbone), args.plan or args.device.type == "cuda"
+    bf16 = args.bf16 if args.bf16 is not None else own and on_gpu
+    how = How(args.device, args.seed, bf16 and own, bf16 and not own, args.shard or WORLD,
+              args.accumulate, args.checkpoint_activations)
     if args.plan:
         path = args.backbone / "config.json" if args.backbone.is_dir() else args.backbone
         return print(plan.table(TwoTowerConfig.from_json(path), own_recipe(args), how,
@@ -661,7 +664,7 @@ def run(args: argparse.Namespace):
         torch.cuda.set_device(args.device)
     if WORLD > 1:
         dist.init_process_group(backend)
-    elif bf16:                                  # FSDP2 computes in it, in one process too
+    elif how.bf16:                              # FSDP2 computes in it, in one process too
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     (run_backbone if args.backbone else run_miniature)(args, how)
 
