@@ -415,7 +415,8 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 def first_line(error: Exception) -> str:
     """Of what went wrong in some process, without a traceback."""
     failures = getattr(error, "failures", None) or {0: (error, None)}
-    return str(next(iter(failures.values()))[0]).splitlines()[0]
+    error = next(iter(failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def plot(log: list[dict], path: Path):
@@ -423,7 +424,9 @@ def plot(log: list[dict], path: Path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no matplotlib, so no loss.png; log.jsonl has the losses", flush=True)
+        if len(log) <= 2:
+            print("no matplotlib, so no loss.png; log.jsonl has the losses", flush=True)
+        return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     trained = [entry for entry in log if entry["loss"] is not None]
