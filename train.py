@@ -1,5 +1,4 @@
-"""Train a denoiser for a Nemotron-H backbone, on text of your own, on one machine or many; or the
-miniature from nothing.
+"""Train a denoiser for a Nemotron-H backbone on text of your own; or the miniature from nothing.
 
     python train.py --backbone DIR --data FILE ... --out NEW
                                         a frozen copy of the backbone becomes the context tower, the
