@@ -3422,7 +3422,7 @@ def test_training_on_bad_text_is_refused(tmp_path, capsys):
         assert message in refused(train, capsys, *own(out), "--data", tmp_path / name)
     for args, message in (
             (("--backbone", copies["bare"]), "tokenizer.json is missing"),
-            (("--backbone", copies["large"]), "ids up to 1280, but vocab_size of the model is 1280"),
+            (("--backbone", copies["large"]), "ids up to 1280, but vocab_size of the model is"),
             (("--length", 24), "no multiple of --block-size 32, and shorter"),
             (("--rows", 3, "--accumulate", 2), "1 processes x 2 passes cannot share 3"),
             (("--out", folder / "bb"), "--out must not be --backbone"),
