@@ -3,6 +3,7 @@ and an estimate of the time. `python train.py --backbone DIR --plan` prints the 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ class Card(NamedTuple):
 CARDS = {"H100": Card(989e12, 80e9), "H200": Card(989e12, 141e9), "A100": Card(312e12, 80e9),
          "B200": Card(2250e12, 180e9), "L40S": Card(362e12, 48e9)}
 SHARE = 0.3                         # of that rate, for estimates
+SHARED = "frozen tower", "trained weights", "AdamW's moments", "gradients"
 FILL = 0.9                          # of the memory; the rest is the allocator's and NCCL's
 
 
@@ -116,8 +118,14 @@ def table(c: TwoTowerConfig, recipe, how, card: str, shard: int | None) -> str:
         recipe.at(step).block_size for step in range(recipe.steps)), "bf16": how.bf16}
     rate, room = CARDS[card]
 
+    @functools.cache
+    def of_two(M: int, recompute: bool) -> dict:
+        return memory(c, 2, M=M, recompute=recompute, **options)
+
     def needs(gpus: int, M: int = recipe.row, recompute: bool = how.checkpoint) -> dict:
-        return memory(c, min(gpus, shard or gpus), M=M, recompute=recompute, **options)
+        share = 2 / min(gpus, shard or gpus)
+        return {name: value * (share if name in SHARED else 1)
+                for name, value in of_two(M, recompute).items()}
 
     columns = [needs(gpus) for gpus in counts]
     lines = [f"{'GB per GPU (' + card + ', ' + format(room / 1e9, '.0f') + ' GB)':32}"
