@@ -2563,6 +2563,9 @@ def test_what_is_not_denoised_changes_nothing():
     check(some, whole, 1e-5)
     right = trainer.model.ar_loss(tokens[:1], targets[:1], reduction="none")
     check(mock_of_all, right, 1e-5)
+    for wrong in ([[6], [0], [0], [0]], [[-1]] * 4, [[0]], [0] * 4):
+        with pytest.raises(ValueError, match="from 0 to 5"):
+            trainer.model.diffusion_logits(tokens, tokens, 1.0, 16, torch.tensor(wrong))
     assert len(mock) == 24 and torch.isclose(mock[:, None], right, 1e-4).any(1).all()
 
 
