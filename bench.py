@@ -443,7 +443,7 @@ def time_transformers(model: TwoTower, seconds_of) -> float:
 
 MODES = {"ar": ("ar", {}), "mock-AR": ("mock_ar", {})}
 MODES |= {f"gamma {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
-          for gamma in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)}
+          for gamma in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
 MODES |= {f"block {size}": ("mask_diffusion", {"block_size": size, "steps_per_block": size})
           for size in (8, 32, 64)}             # at gamma 0.8; "gamma 0.8" itself has block 16
 MODES |= {"speculative": ("speculative", {})}

@@ -3056,6 +3056,9 @@ def test_what_is_not_denoised_changes_nothing():
         assert torch.isclose(found["mock"][:, None], right, 1e-4).any(1).all()
     shares = torch.cat([corpus.also_ar(trainer.recipe, step) for step in range(100)])
     assert shares.nonzero()[:, 0].tolist() == [*range(0, 100 * trainer.recipe.rows, 8)]
+    for wrong in ([[6], [0], [0], [0]], [[-1]] * 4, [[0]], [0] * 4):
+        with pytest.raises(ValueError, match="from 0 to 5"):
+            trainer.model.diffusion_logits(tokens, tokens, 1.0, 16, torch.tensor(wrong))
 
 
 def test_noise_follows_the_recipe():

@@ -1019,7 +1019,7 @@ class TwoTower(Module):
 
         Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
             (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR;
-            blocks (B, k) int64: those of each row to denoise, None for all.
+            blocks (B, k) int64, distinct: those of each row to denoise, None for all.
         Returns: (B, M or k * block_size, V) float32. Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
@@ -1031,21 +1031,21 @@ class TwoTower(Module):
         n = M // block_size
         t = check_t(t, (B,), (B, n))
         blocks = (torch.arange(n).expand(B, n) if blocks is None else blocks).to(device)
+        require(blocks.dim() == 2 and len(blocks) == B and 0 <= blocks.min() <= blocks.max() < n,
+                f"blocks must be ({B}, k) numbers from 0 to {n - 1}")
         noisy, L = of_blocks(noisy.to(device), blocks, n), blocks.shape[1] * block_size
         if t is not None:
             t = of_blocks(t.to(device).reshape(B, -1).expand(B, n), blocks, n).flatten()
         context = Context(self.context_tower, B, M + L)     # noisy keys go behind the clean ones
         with torch.no_grad():
             self._extend(context, clean, None, keep="blocks", block_size=block_size)
-        if L < M:
-            context.states = [state.map(lambda x: of_blocks(x.reshape(B, -1), blocks, n).view(
-                -1, *x.shape[1:])) if isinstance(state, MambaState) else state
-                for state in context.states]
-        before = torch.arange(M, device=device) // block_size < blocks.repeat_interleave(
-            block_size, dim=1)[..., None]                                            # (B, L, M)
-        own = torch.arange(L, device=device) // block_size
-        mask = torch.cat([before, (own == own[:, None]).expand(B, L, L)], dim=2)
-        at = context.next_pass(L, device, causal=False, mask=mask[:, None])
+        for i, state in enumerate(context.states):
+            if isinstance(state, MambaState):
+                context.states[i] = state.map(lambda x: of_blocks(
+                    x.reshape(B, -1), blocks, n).view(-1, *x.shape[1:]))
+        own = blocks.repeat_interleave(block_size, dim=1)[..., None]                 # (B, L, 1)
+        seen = torch.arange(M, device=device) // block_size < own, own == own.mT
+        at = context.next_pass(L, device, causal=False, mask=torch.cat(seen, dim=2)[:, None])
         logits = self._denoise(noisy.view(-1, block_size), context, t, at)
         return rearrange(logits, "(b k) q v -> b (k q) v", b=B)
 
