@@ -3,27 +3,23 @@
 Each operation can be copied with the helpers above section 1: why it is hot and what it must move,
 the kernel, the launcher that checks shapes and devices. The reference is the function of the same
 name and signature in twotower.py; test_twotower.py compares the two, `python bench.py kernels` says
-what the compiler makes of every launch and counts them, `python bench.py gpu` times them.
-`model.use("triton")` takes these; nothing is patched, and twotower.py does not need this file.
+what the compiler makes of every launch and counts them. `model.use("triton")` takes these; nothing
+is patched, and twotower.py does not need this file.
 
     1  moe_experts        grouped matrix products over the experts that were hit
     2  ssd                the Mamba-2 recurrence, chunk by chunk; one token is the smallest chunk
     3  attention          few queries over many keys, split over the keys
-    4  norms              what stands between two mixers: a layer's sum, then the next one's norm
-    5  causal_conv1d, gated_rms_norm        before and after the recurrence
+    4  add_gated, norm    what stands between two mixers: a layer's sum, then the next one's norm;
+                          and gated_rms_norm
+    5  causal_conv1d      depthwise convolution and SiLU
     6  route              expert scores, group limit, top-k, in float64
     7  Passes             whole passes recorded as CUDA graphs
 
-Two results wait for the kernel of section 4, which makes them on its way: moe_experts returns the
-outputs of a token's experts unsummed, and add_gated an `Unsummed` stream.
-
 Conventions: pointers are commented with their shapes; offsets are int64 where they could pass 2^31;
 sums are float32 (float64 where the reference is); tails are masked, so any size works; NaN is kept,
-since decoding stops at it. Letters: B rows, L tokens of this call, T = B L, D hidden size, E
-experts of which A are active, F their width; in attention H query heads, G key/value heads, K head
-size, S keys (context and block, or all of the cache's capacity in a recorded pass); in Mamba-2 b
-rows, H heads, P channels of a head, N state size, G groups, and A, B, C, D are tensors. On a
-machine without a GPU the kernels run under TRITON_INTERPRET=1, slowly: that is how CI checks them.
+since decoding stops at it. Letters are those of twotower.py, and F the width of an expert; S counts
+the keys: context and block, or in a recorded pass all of the cache's capacity. On a machine without
+a GPU the kernels run under TRITON_INTERPRET=1, slowly: that is how CI checks them.
 """
 
 from __future__ import annotations
@@ -56,11 +52,6 @@ def check(device: torch.device, **arguments: tuple):
             raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
 
 
-def check_blocks(length: int, n: int):
-    if length % n:
-        raise ValueError(f"{length} are no {n} equal blocks")
-
-
 def dense(x: Tensor, axes: int = 1) -> Tensor:
     """x with its last axes as one stretch of memory; those before may be strided, as slices are."""
     return x if x[(0,) * (x.dim() - axes)].is_contiguous() else x.contiguous()
@@ -68,8 +59,8 @@ def dense(x: Tensor, axes: int = 1) -> Tensor:
 
 def launcher(function):
     """Run with the first tensor's GPU as the current one, which is where Triton launches; refuse
-    tensors that want gradients, and CPUs unless kernels are interpreted. (Tensors on the meta
-    device are for counting launches.)"""
+    tensors that want gradients, and CPUs unless kernels are interpreted. (Meta tensors are for
+    counting launches.)"""
     @functools.wraps(function)
     def launch(*args, **kwargs):
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
@@ -77,32 +68,27 @@ def launcher(function):
             raise ValueError(f"{function.__name__} of kernels.py has no gradient; use backend="
                              "'torch' to train, and torch.no_grad() to evaluate")
         device = tensors[0].device
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                return function(*args, **kwargs)
-        if not INTERPRETED and device.type != "meta":
+        if not (INTERPRETED or device.type in ("cuda", "meta")):
             raise ValueError(f"kernels.py needs a CUDA device, not {device} (or "
                              "TRITON_INTERPRET=1, to check it)")
-        return function(*args, **kwargs)
+        with torch.cuda.device(device if device.type == "cuda" else -1):            # -1: no change
+            return function(*args, **kwargs)
     return launch
 
 
 F32, LONG, FLOATS = [torch.float32], [torch.long], [torch.float32, torch.float16, torch.bfloat16]
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of tl.dot, for float32 (16-bit types ignore it): one TF32 product would round the inputs to
-    10 bits."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def multiprocessors(device: torch.device) -> int:
-    """Meta tensors stand for an H100 or H200; the interpreter has so few that it takes every
-    path."""
+    """The interpreter has so few that it takes every path; meta tensors stand for an H100."""
     if device.type != "cuda":
         return 132 if device.type == "meta" else 8
     return torch.cuda.get_device_properties(device).multi_processor_count
 
+
+# Products of float32 are "ieee", which 16-bit types ignore: one TF32 product would round factors to
+# 10 bits. In the scan they are "tf32x3": each factor is split into two TF32 numbers, and three
+# products of those keep float32's digits on the tensor cores.
 
 # ---------------------------------------------------------------------------------------------
 # 1. Routed experts
@@ -111,33 +97,30 @@ def multiprocessors(device: torch.device) -> int:
 # 16 tokens hits dozens of them, and each expert hit must be read once: 2 F D numbers. At batch 1
 # that reading is the whole cost; the products (4 F D FLOPs a token and expert) are small beside it.
 #
-# How: a (token, chosen expert) pair is a slot. A tile is BLOCK_M rows that share an expert, its
-# slots and then padding, whose results are not stored. A first grouped product makes
-# relu(x up^T)^2 for every slot, a second one multiplies by down^T and the routing weight; the norm
-# after the layer sums the slots of a token in their order, so that nothing depends on timing.
-#
-# Tiles of many tokens are made on the device. Three tokens that chose two of three experts each
-# have six slots; with tiles of two rows:
+# How: a (token, chosen expert) pair is a slot. A tile is BLOCK_M rows that share an expert: some of
+# its slots, then padding, which is not stored. A first grouped product makes relu(x up^T)^2 for
+# every slot, a second one multiplies by down^T and the routing weight; the norm after the layer
+# sums a token's slots in their order, so that nothing depends on timing. Three tokens that chose
+# two of three experts have six slots; with tiles of two rows:
 #
 #     token           0     1     2          expert 0 has slots 0 2      tile 0: 0 2
 #     chosen         0 2   0 2   2 1         expert 1 has slot  5        tile 1: 5 -
 #     slot           0 1   2 3   4 5         expert 2 has slots 1 3 4    tile 2: 1 3    tile 3: 4 -
 #
-# How many tiles there are is known on the device only; programs past the last return at once, so
-# the host never waits and the launch can be recorded in a CUDA graph.
-#
-# Up to 16 tokens need no such list, as no expert has more rows than a tile: the program of an
-# expert finds its slots among the T A choices. With so few tokens the shared expert is more
-# experts, as many as it is wide, that every token chooses, so that its weights stream together with
-# the others': one launch for each product of the layer. With many it is the library's.
+# That list is made on the device, where alone its length is known: programs past the last tile
+# return at once, so the host never waits and the launch can be recorded in a CUDA graph. Up to 16
+# tokens need no list, as no expert has more rows than a tile: the program of an expert finds its
+# slots among the T A choices. The shared expert is then more experts, as many as it is wide, that
+# every token chooses, so that its weights stream together with the others'. With more tokens it is
+# the library's.
 
-# For so many rows an expert (the average of those hit, unless there are few tokens): rows, outputs
-# and inputs of a step, warps, stages. An input is 2 bytes; of 4-byte inputs a step takes half.
+# Up to so many slots for each expert: rows of a tile, outputs and inputs of a step, warps, stages;
+# of 4-byte inputs a step takes half as many
 TILES = (
-    # 16 rows are the least of a tensor core's product; the rest was the fastest on an H200 for 1
-    # and 16 tokens: short rows of weights, many programs, 48 KB of them on their way
+    # the 16 rows of a tensor core's product; the rest was the fastest on an H200 for 1 and 16
+    # tokens: many programs, each with 48 KB of weights on their way
     (16, (16, 64, 128, 2, 4)),
-    # taller tiles read the weights less often; 3 stages of them fit the 99 KB of an RTX card
+    # taller tiles read the weights less often; three stages fit the 99 KB of an RTX card
     (96, (64, 128, 64, 4, 3)),
     # as tall as fits the registers of 8 warps
     (math.inf, (128, 128, 64, 8, 3)))
@@ -185,8 +168,8 @@ def _grouped_product_kernel(
         slots_ptr, tile_expert_ptr, n_tiles_ptr,        # as _group_kernel writes them
         T, outputs, inputs, A, SLOTS,
         FIRST: tl.constexpr, FEW: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+        BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
+        BLOCK_IN: tl.constexpr):
     tile = tl.program_id(1).to(tl.int64)
     shared = tile < SHARED
     if FEW:                             # the rows of a tile are all tokens
@@ -223,7 +206,7 @@ def _grouped_product_kernel(
         x = tl.load(x_ptr + rows[:, None] * inputs + i, real[:, None] & (i < inputs), other=0.0)
         w = tl.load(w_ptr + columns[None, :] * w_row + i[:, None],
                     inside[None, :] & (i < inputs)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * outputs + columns, inside, other=0.0).to(tl.float32)
     if FIRST:
@@ -238,12 +221,8 @@ def _grouped_product_kernel(
 
 
 def group_by_expert(topk_ids: Tensor, E: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots in order of their experts, each expert's run padded to whole tiles.
-
-    topk_ids (T, A) int64. Returns: slots (tiles * tile,) int64 with T*A where there is none, the
-    expert of each tile (tiles,), and how many of the tiles hold slots (1,); what is after those is
-    not written. `tiles` is the most there can be, known without asking the device.
-    """
+    """What _group_kernel writes for topk_ids (T, A): slots, the expert of each tile, and how many
+    tiles hold slots; what is after those is not written. As many are allocated as there can be."""
     n, device = topk_ids.numel(), topk_ids.device
     tiles = n if n < E else (n + E * (tile - 1)) // tile
     slots, tile_expert, n_tiles = (torch.empty(size, dtype=torch.long, device=device)
@@ -269,17 +248,13 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
           up_bias=(up_bias, (E, width), FLOATS), down_bias=(down_bias, (E, D), FLOATS))
     x, topk_ids, scale = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     FEW, SHARED, shared_up, shared_down = T <= 16, 0, up, down
-    if shared is not None and FEW and shared.up_proj.bias is None:
+    if FEW and shared is not None and up_bias is down_bias is shared.up_proj.bias is None:
         shared_up, shared_down = shared.up_proj.weight, shared.down_proj.weight
-        SHARED = len(shared_up) // width
-        SHARED *= SHARED * width == len(shared_up)
-    BLOCK_M, BLOCK_OUT, BLOCK_IN, num_warps, num_stages = TILES[0][1] if FEW else next(
-        tile for rows, tile in TILES if T * A <= rows * E)
-    BLOCK_IN = BLOCK_IN * 2 // x.element_size()
-    tiles, groups = SHARED + (A if T == 1 else E), (topk_ids,) * 3      # not read if FEW
-    if not FEW:
-        groups = group_by_expert(topk_ids, E, BLOCK_M)
-        tiles = len(groups[1])
+        SHARED = len(shared_up) // width * (len(shared_up) % width == 0)
+    BLOCK_M, BLOCK_OUT, BLOCK_IN, num_warps, num_stages = next(
+        tile for most, tile in TILES if FEW or T * A <= most * E)
+    groups = (topk_ids,) * 3 if FEW else group_by_expert(topk_ids, E, BLOCK_M)
+    tiles = SHARED + (A if T == 1 else E) if FEW else len(groups[1])
     SLOTS = A + (SHARED or shared is not None)
     hidden = torch.empty(T, SLOTS, width, dtype=x.dtype, device=x.device)
     out = torch.empty(T, SLOTS, D, dtype=torch.float32, device=x.device)
@@ -289,9 +264,9 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
         _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), tiles](
             source, w.contiguous(), more.contiguous(), w if bias is None else bias.contiguous(),
             to, scale, topk_ids, *groups, T, outputs, inputs, A, SLOTS, FIRST=first, FEW=FEW,
-            SHARED=SHARED, HAS_BIAS=bias is not None, PRECISION=precision(x.dtype),
-            BLOCK_A=triton.next_power_of_2(A), BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT,
-            BLOCK_IN=BLOCK_IN, num_warps=num_warps, num_stages=num_stages)
+            SHARED=SHARED, HAS_BIAS=bias is not None, BLOCK_A=triton.next_power_of_2(A),
+            BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT,
+            BLOCK_IN=BLOCK_IN * 2 // x.element_size(), num_warps=num_warps, num_stages=num_stages)
     if SLOTS > A + SHARED:
         out[:, A] = shared(x)
     return out
@@ -316,9 +291,6 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
 # 16 rows of a tensor core's product: the state is read once and written once. Between the chunks of
 # a prompt it stays where it is, most likely in the cache. (Chunks could be done at the same time,
 # as in arXiv 2405.21060, section 6; their states would then move through memory.)
-#
-# Products are "tf32x3": each float32 factor is split into two TF32 numbers, and three products of
-# those keep float32's digits on the tensor cores.
 
 
 @triton.jit
@@ -455,15 +427,15 @@ def _attention_kernel(
         q_ptr,              # (B, H, L, K)
         k_ptr, v_ptr,       # (B, G, S, K)
         last_ptr,           # (B or 1, L) int64: the last key a query sees, if HAS_LAST
-        out_ptr,            # (B, L, H, K) if there is one share, else (shares, B, L, H, K) f32
+        acc_ptr,            # (shares, B, L, H, K) f32
         best_ptr, sum_ptr,  # (shares, B, L, H) f32
         q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, last_row,
         last_query,         # strides
         H, G, L, S,
         share_size,         # keys in a share
         scale,              # log2(e) / sqrt(K)
-        HAS_LAST: tl.constexpr, ONE_SHARE: tl.constexpr, PRECISION: tl.constexpr,
-        K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+        HAS_LAST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_S: tl.constexpr):
     row, group = tl.program_id(1).to(tl.int64) // G, tl.program_id(1).to(tl.int64) % G
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head, query = group * (H // G) + m // L, m % L      # the rows of a KV head: head by head
@@ -492,24 +464,19 @@ def _attention_kernel(
         seen = real[:, None] & (s < end)[None, :]
         if HAS_LAST:
             seen = seen & (s[None, :] <= last[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen, scores, HIDDEN)
         higher = tl.maximum(best, tl.max(scores, 1))
         p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
         faded = tl.exp2(best - higher)
         total = total * faded + tl.sum(p, 1)
         # the weights are rounded to v's dtype, as tensor cores want them
-        acc = acc * faded[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        acc = acc * faded[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         best = higher
-    at = (row * L + query) * H + head
-    if ONE_SHARE:
-        out = acc / total[:, None]
-        tl.store(out_ptr + at[:, None] * K + d[None, :], out.to(out_ptr.dtype.element_ty), inside)
-    else:
-        at += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // G) * H * L
-        tl.store(out_ptr + at[:, None] * K + d[None, :], acc, inside)
-        tl.store(best_ptr + at, best, real)
-        tl.store(sum_ptr + at, total, real)
+    at = ((tl.program_id(2) * (tl.num_programs(1) // G) + row) * L + query) * H + head
+    tl.store(acc_ptr + at[:, None] * K + d[None, :], acc, inside)
+    tl.store(best_ptr + at, best, real)
+    tl.store(sum_ptr + at, total, real)
 
 
 @triton.jit
@@ -546,48 +513,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     if last_seen is not None:
         check(q.device, last_seen=(last_seen, (1 if len(last_seen) == 1 else B, L), LONG))
         last_row, last_query = last_seen.expand(B, L).stride()      # 0 where one serves all
-    q, k, v = dense(q), dense(k), dense(v)
-    queries = H // G * L
+    q, k, v, queries = dense(q), dense(k), dense(v), H // G * L
     BLOCK_M, BLOCK_S, num_warps = (
         (16, 64, 4) if queries <= 16 else                       # 16: as in TILES
         (64, 32, 8) if q.dtype == torch.float32 else            # larger ones spill registers
         (64, 64, 4) if queries <= 64 else (128, 64, 8))         # taller ones read the keys less
-    BLOCK_K = max(16, triton.next_power_of_2(K))
-    tiles = triton.cdiv(queries, BLOCK_M)
+    tiles, BLOCK_K = triton.cdiv(queries, BLOCK_M), max(16, triton.next_power_of_2(K))
     # two programs for each multiprocessor, but shares of at least two tiles of keys
     wanted = triton.cdiv(2 * multiprocessors(q.device), tiles * B * G)
     shares = max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_S)))
     share_size = triton.cdiv(triton.cdiv(S, shares), BLOCK_S) * BLOCK_S
     shares = triton.cdiv(S, share_size)
+    acc = torch.empty(shares, B, L, H, K, dtype=torch.float32, device=q.device)
+    best, total = torch.empty(2, shares, B, L, H, dtype=torch.float32, device=q.device)
     out = torch.empty(B, L, H, K, dtype=q.dtype, device=q.device)   # as o_proj reads it
-    acc, best, total = out, out, out
-    if shares > 1:
-        acc = torch.empty(shares, B, L, H, K, dtype=torch.float32, device=q.device)
-        best, total = torch.empty(2, shares, B, L, H, dtype=torch.float32, device=q.device)
     _attention_kernel[tiles, B * G, shares](
         q, k, v, q if last_seen is None else last_seen, acc, best, total, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], last_row, last_query, H, G, L, S, share_size,
-        math.log2(math.e) * K**-0.5, HAS_LAST=last_seen is not None, ONE_SHARE=shares == 1,
-        PRECISION=precision(q.dtype), K=K, BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S,
-        num_warps=num_warps)
-    if shares > 1:
-        _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K,
-                                        BLOCK_K=BLOCK_K,
-                                        BLOCK_SHARES=triton.next_power_of_2(shares))
+        math.log2(math.e) * K**-0.5, HAS_LAST=last_seen is not None, K=K, BLOCK_K=BLOCK_K,
+        BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=num_warps)
+    _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K, BLOCK_K=BLOCK_K,
+                                    BLOCK_SHARES=triton.next_power_of_2(shares))
     return out.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. What stands between two mixers
+# 4. Norms, and what stands between two mixers
 #
 # Why: 53 times a pass: a layer's output is summed over its slots, gated and added to the residual
-# stream, which the next layer modulates and norms. Each is a few operations on a row of D numbers,
-# but as separate torch operations each reads and writes the whole stream and costs a launch: up to
-# seven, for the time of one. A program here does all of it for a token: slots and stream in, stream
-# and norm out, 4 D (slots + 2) bytes at most.
+# stream, which the next layer modulates and norms. As separate torch operations each of these reads
+# and writes rows of D numbers and costs a launch. A program here does all of it for a token.
 #
-# How: a layer's sum comes at its end, the norm at the beginning of the next. add_gated therefore
-# only notes what is to be added, and the norm that follows adds it.
+# How: the sum comes at the end of a layer, the norm at the beginning of the next. So add_gated only
+# notes what is to be added, and the norm that follows adds it. The gated norm of a Mamba-2 layer is
+# the same over the channels of a group, as if each were a token with weights of its own.
 
 
 @dataclass
@@ -602,15 +561,17 @@ class Unsummed:
 @triton.jit
 def _norm_kernel(
         x_ptr,              # (tokens, D)
+        z_ptr,              # (tokens / groups, groups * D), if GATED: norms x silu(z)
         h_ptr,              # (tokens, SLOTS, D)
         gate_ptr,           # (B, D), if HAS_GATE
-        weight_ptr,         # (D,)
+        weight_ptr,         # (groups, D)
         shift_ptr,          # (B, D), if MODULATE
         scale_ptr,          # (B, D)
         sum_ptr,            # (tokens, D): x + gate h, if there are SLOTS
         out_ptr,            # (tokens, D)
-        D, eps, L,          # tokens of a row, which share a gate, a shift and a scale
-        SLOTS: tl.constexpr, HAS_GATE: tl.constexpr,
+        z_row, groups, D, eps,
+        L,                  # tokens of a row, which share a gate, a shift and a scale
+        GATED: tl.constexpr, SLOTS: tl.constexpr, HAS_GATE: tl.constexpr,
         MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
         BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -626,7 +587,10 @@ def _norm_kernel(
         total = (x + h).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + token * D + d, total, inside)
         x = total.to(tl.float32)
-    weight = tl.load(weight_ptr + d, inside, other=0.0).to(tl.float32)
+    if GATED:
+        z = tl.load(z_ptr + token // groups * z_row + token % groups * D + d, inside, other=0.0)
+        x *= z.to(tl.float32) / (1 + tl.exp(-z.to(tl.float32)))
+    weight = tl.load(weight_ptr + token % groups * D + d, inside, other=0.0).to(tl.float32)
     if MODULATE:
         shift = tl.load(shift_ptr + at, inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + at, inside, other=0.0).to(tl.float32)
@@ -639,33 +603,43 @@ def _norm_kernel(
 
 
 @launcher
-def sum_then_norm(x: Tensor, h: Tensor | None, gate: Tensor | None, weight: Tensor, eps: float,
-                  shift: Tensor | None, scale: Tensor | None, order: int) -> tuple[Tensor, Tensor]:
-    """x + gate h, if there is h, and its norm, modulated if order is 1 (before it) or 2 (after)."""
+def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None = None,
+         scale: Tensor | None = None, first: bool = True) -> Tensor:
+    """As twotower.norm: x (..., D) -> (..., D), shift and scale (B, 1, D)."""
+    stream = x if isinstance(x, Unsummed) else Unsummed(x, None, None)
+    x, h, gate = stream.x, stream.h, stream.gate
     (*rows, D), slots = x.shape, () if h is None else h.shape[2:-1]
-    vector = (len(x), 1, D), FLOATS
-    check(x.device, x=(x, (*rows, D), FLOATS), h=(h, (*rows, *slots, D), FLOATS),
-          weight=(weight, (D,), FLOATS), gate=(gate, *vector), shift=(shift, *vector),
-          scale=(scale, *vector))
-    SLOTS, HAS_GATE = 0 if h is None else slots[0] if slots else 1, gate is not None
+    vector = len(x), 1, D
+    check(weight.device, x=(x, x.shape, FLOATS), h=(h, (*rows, *slots, D), FLOATS),
+          weight=(weight, (D,), FLOATS), gate=(gate, vector, FLOATS),
+          shift=(shift, vector, FLOATS), scale=(scale, vector, FLOATS))
+    SLOTS = 0 if h is None else slots[0] if slots else 1
+    flags = dict(GATED=False, SLOTS=SLOTS, HAS_GATE=gate is not None,
+                 MODULATE=0 if shift is None else 1 if first else 2)
     # what is not read still needs a tensor
     x, weight, h, gate, shift, scale = (x if v is None else v.contiguous()
                                         for v in (x, weight, h, gate, shift, scale))
-    total = torch.empty_like(x) if SLOTS else x
-    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _norm_kernel[x.numel() // D,](x, h, gate, weight, shift, scale, total, out, D, eps,
-                                  x.numel() // (len(x) * D), SLOTS=SLOTS, HAS_GATE=HAS_GATE,
-                                  MODULATE=order, BLOCK_D=triton.next_power_of_2(D), num_warps=8)
-    return total, out
+    total, out = torch.empty_like(x), torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    _norm_kernel[x.numel() // D,](
+        x, x, h, gate, weight, shift, scale, total, out, 0, 1, D, eps, x.numel() // (len(x) * D),
+        **flags, BLOCK_D=triton.next_power_of_2(D), num_warps=8)
+    if SLOTS:
+        stream.x, stream.h, stream.gate = total, None, None
+    return out
 
 
-def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None = None,
-         scale: Tensor | None = None, first: bool = True) -> Tensor:
-    """As twotower.norm: x (B, L, D), shift and scale (B, 1, D) -> (B, L, D)."""
-    stream = x if isinstance(x, Unsummed) else Unsummed(x, None, None)
-    order = 0 if shift is None else 1 if first else 2
-    stream.x, out = sum_then_norm(stream.x, stream.h, stream.gate, weight, eps, shift, scale, order)
-    stream.h = stream.gate = None
+@launcher
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """As twotower.gated_rms_norm: the RMS norm of y silu(z) over each group; (..., d_inner)."""
+    D = y.shape[-1] // groups
+    check(y.device, y=(y, (*y.shape[:-1], groups * D), FLOATS), z=(z, y.shape, FLOATS),
+          weight=(weight, (groups * D,), FLOATS))
+    y, weight, out = y.contiguous(), weight.contiguous(), torch.empty(
+        y.shape, dtype=y.dtype, device=y.device)
+    z = dense(z.flatten(0, -2))                         # a slice: its rows are strided
+    _norm_kernel[y.numel() // D,](
+        y, z, y, y, weight, y, y, y, out, z.stride(0), groups, D, eps, 1, GATED=True, SLOTS=0,
+        HAS_GATE=False, MODULATE=0, BLOCK_D=triton.next_power_of_2(D))
     return out
 
 
@@ -675,12 +649,12 @@ def add_gated(x: Tensor | Unsummed, gate: Tensor | None, h: Tensor) -> Unsummed:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Before and after the scan: convolution, gated norm
+# 5. Causal convolution and SiLU
 #
-# Why: 23 layers each. W = 4 multiplications a channel are nothing, but written as shifted products
-# torch copies the history before the new tokens, reads the inputs W times and writes W times. Here
-# every input is read once (neighbours' loads hit the cache), every output written once, and the new
-# history replaces the old in place. The gated norm is one pass for torch's five.
+# Why: between the first product and the scan of 23 layers. W = 4 multiplications a channel are
+# nothing, but written as shifted products torch copies the history before the new tokens, reads the
+# inputs W times and writes W times. Here every input is read once (neighbours' loads hit the
+# cache), every output written once, and the new history replaces the old in place.
 
 
 @triton.jit
@@ -738,53 +712,20 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     out = torch.empty(B, L, channels, dtype=x.dtype, device=x.device)
     BLOCK_L, BLOCK_C = min(16, triton.next_power_of_2(L)), 128
     _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
-        history, x, weight, bias, out, x.stride(0), x.stride(1), L,
-        channels, W=W, HAS_BIAS=bias is not weight, UPDATE=update and W > 1, BLOCK_L=BLOCK_L,
+        history, x, weight, bias, out, *x.stride()[:2], L, channels, W=W,
+        HAS_BIAS=bias is not weight, UPDATE=update and W > 1, BLOCK_L=BLOCK_L,
         BLOCK_W=triton.next_power_of_2(max(1, W - 1)), BLOCK_C=BLOCK_C)
-    return out
-
-
-@triton.jit
-def _gated_norm_kernel(
-        y_ptr, z_ptr,       # (tokens, groups * size)
-        weight_ptr,         # (groups * size,)
-        out_ptr,            # (tokens, groups * size)
-        z_token, groups, size, eps, BLOCK: tl.constexpr):
-    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, BLOCK)
-    inside, channel = i < size, group * size + i
-    y = tl.load(y_ptr + token * groups * size + channel, inside, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + token * z_token + channel, inside, other=0.0).to(tl.float32)
-    v = y * z / (1 + tl.exp(-z))
-    v = v * tl.rsqrt(tl.sum(v * v, 0) / size + eps)
-    v *= tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * groups * size + channel, v.to(out_ptr.dtype.element_ty), inside)
-
-
-@launcher
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """As twotower.gated_rms_norm: the RMS norm of y silu(z) over each group; (..., d_inner)."""
-    d_inner = y.shape[-1]
-    check(y.device, y=(y, y.shape, FLOATS), z=(z, y.shape, FLOATS),
-          weight=(weight, (d_inner,), FLOATS))
-    check_blocks(d_inner, groups)
-    y, weight = y.contiguous(), weight.contiguous()
-    z = dense(z.flatten(0, -2))                         # a slice: its rows are strided
-    out, size = torch.empty_like(y), d_inner // groups
-    _gated_norm_kernel[y.numel() // d_inner, groups](
-        y, z, weight, out, z.stride(0), groups, size, eps, BLOCK=triton.next_power_of_2(size))
     return out
 
 
 # ---------------------------------------------------------------------------------------------
 # 6. Router
 #
-# Why: 23 of 52 layers. The release computes the scores in float64; written as there that is a dozen
-# small operations, among them a float64 copy of the weights (8 E D bytes) for every layer and step.
-# Here, for up to 64 tokens, each reads the float32 weights as they are (hence the limit; for more
-# the library's product is worth the copy), every product and sum is float64, and the choice of A
-# experts is one more kernel. A float32 router would choose others where two experts are closer than
-# float32 can tell.
+# Why: 23 of 52 layers. The release computes the scores in float64, as a float32 router would choose
+# others where two experts are closer than that can tell; written as there that is a dozen small
+# operations, among them a float64 copy of the weights (8 E D bytes) for every layer and step. Here,
+# for up to 64 tokens, each reads the float32 weights as they are (hence the limit; for more the
+# library's product is worth the copy), and the choice of A experts is one more kernel.
 
 
 @triton.jit
@@ -851,8 +792,9 @@ def _top_experts_kernel(
 def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tensor]:
     """As twotower.route: x (T, D) -> topk_ids (T, A) int64 and topk_weights (T, A) float64."""
     (T, D), E, A = x.shape, len(weight), config.num_experts_per_tok
-    check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32), bias=(bias, (E,), F32))
-    check_blocks(E, config.n_group)
+    size = E // config.n_group
+    check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32),
+          bias=(bias, (size * config.n_group,), F32))
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     ids = torch.empty(T, A, dtype=torch.long, device=x.device)
     weights = torch.empty(T, A, dtype=torch.float64, device=x.device)
@@ -861,7 +803,6 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
     else:
         scores = torch.empty(T, E, dtype=torch.float64, device=x.device)
         _scores_kernel[T, triton.cdiv(E, 4)](x, weight, scores, D, E, BLOCK_E=4, BLOCK_D=512)
-    size = E // config.n_group
     _top_experts_kernel[T,](scores, bias, ids, weights, E, A, size, config.topk_group,
                             FACTOR=config.routed_scaling_factor, NORMALISE=config.norm_topk_prob,
                             GROUPS=config.n_group, BLOCK_G=triton.next_power_of_2(config.n_group),
@@ -882,12 +823,12 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 
 class Passes:
     """The passes that repeat while decoding, over the rows of one context: an AR token, a denoiser
-    step, a block extension, and reading a draft and settling it. On a GPU each is recorded when it
-    first comes, for every number of tokens anew; elsewhere it just runs.
+    step, a block extension, a draft read and settled. On a GPU each is recorded when it first
+    comes, for every number of tokens anew; elsewhere it just runs. Rows that end stay, as padding
+    of length 0, until no more than half are left: recording costs as much as dozens of passes.
 
-    Rows that end stay, as padding of length 0, until no more than half are left: recording anew
-    costs as much as dozens of passes. behind: Pass.behind of twotower.py, which this file does not
-    import. What they return, and so context.logits, stays valid until the same pass comes again.
+    behind: Pass.behind of twotower.py, which this file does not import.
+    What they return, and so context.logits, stays valid until the same pass comes again.
     Raises: ValueError if the towers are on different devices.
     """
 
@@ -915,10 +856,8 @@ class Passes:
     def padded(self, x: Tensor) -> Tensor:
         """x (R, ...) on the device, with zeros in the places of rows that have ended."""
         x = x.to(self.lengths.device)
-        if len(x) == len(self.lengths):
-            return x
-        return x.new_zeros(len(self.lengths), *x.shape[1:]).index_copy_(
-            0, self.live.to(x.device), x)
+        out = x.new_zeros(len(self.lengths), *x.shape[1:])
+        return out.index_copy_(0, self.live.to(x.device), x)
 
     def extend(self, context, tokens: Tensor, logits: str | None, keep: str) -> Tensor | None:
         """tokens (R, L) int64 are read by the context tower; logits and keep as for
@@ -931,7 +870,7 @@ class Passes:
         return out
 
     def denoise(self, context, block: Tensor, t: Tensor) -> Tensor:
-        """block (R, Q) int64 and t (R,) -> (R, Q, V) float32."""
+        """block (R, Q) int64, t (R,) -> (R, Q, V) float32."""
         return self._pass(context, "all", "none", block, t)
 
     def settle(self, context, counts: Tensor):

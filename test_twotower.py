@@ -1979,11 +1979,11 @@ def test_kernels_refuse_what_they_cannot_do():
                 ("one of last_seen, is_causal", "attention", q, q, q, ones(1, 2).long(), True),
                 ("state must be contiguous", "ssd", ones(1, 1, 16, 4), ones(1, 1, 16), q[:, :, :1],
                  q[:, :, :1], *[ones(16)] * 3, ones(1, 16, 16, 4).mT, (0.0, 1.0), None, 16, "end"),
-                ("12 are no 8 equal blocks", "gated_rms_norm", ones(2, 12), ones(2, 12), ones(12),
-                 8, 1e-5)):
+                ("y has shape (2, 12), expected (2, 8)", "gated_rms_norm", ones(2, 12), ones(2, 12),
+                 ones(12), 8, 1e-5)):
             refuses(message, getattr(kernels, function), *args)
     weight.requires_grad_()
-    refuses("sum_then_norm of kernels.py has no gradient", kernels.norm, x, weight, 1e-5)
+    refuses("norm of kernels.py has no gradient", kernels.norm, x, weight, 1e-5)
 
 
 @needs_kernels

@@ -157,24 +157,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def modulate_then_norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                       eps: float) -> Tensor:
-    """Before the denoiser's Mamba and attention layers."""
-    return rms_norm(modulate(x, shift, scale), weight, eps)
-
-
-def norm_then_modulate(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                       eps: float) -> Tensor:
-    """Before the denoiser's MoE and MLP layers."""
-    return modulate(rms_norm(x, weight, eps), shift, scale)
-
-
 def norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None,
          scale: Tensor | None = None, first: bool = True) -> Tensor:
-    """`rms_norm`, if there are shift and scale modulated before it, if `first`, or after it."""
+    """`rms_norm`; in the denoiser modulated before it (`first`: Mamba and attention layers), or
+    after it (MoE and MLP layers)."""
     if shift is None:
         return rms_norm(x, weight, eps)
-    return (modulate_then_norm if first else norm_then_modulate)(x, shift, scale, weight, eps)
+    if first:
+        return rms_norm(modulate(x, shift, scale), weight, eps)
+    return modulate(rms_norm(x, weight, eps), shift, scale)
 
 
 def add_gated(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
