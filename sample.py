@@ -133,7 +133,7 @@ FLAGS = {"what to write": [
          "of all weights but the router's"),
     Flag("--backend", Kind({"choices": ("auto", "torch", "triton")}), MODES, "triton: kernels.py; "
          "auto: that on GPUs, where triton is there; default torch", "torch"),
-    Flag("--graphs", SWITCH, (*MASKS, "ar"), "record the passes that repeat as CUDA graphs", False,
+    Flag("--graphs", SWITCH, (*MASKS, "ar", "speculative"), "record the passes that repeat as CUDA graphs", False,
          ("--backend triton", lambda args: args.backend == "triton"), "--plan"),
     Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and exit", False),
 ], "what comes out": [

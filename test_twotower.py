@@ -2395,7 +2395,7 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
           ("--watch", "--plan"), ("--graphs --backend triton", "--plan"),
           *((f"{args} --prompt-file two.jsonl", "--mode score") for args in (
               "--stop x", "--json", "--trace t", "--watch", "--denoiser-device cpu")),
-          ("--graphs --backend triton Hi", "--mode speculative"), ("--watch Hi", "--mode mock_ar"),
+          ("--graphs --backend triton Hi", "--mode mock_ar"), ("--watch Hi", "--mode mock_ar"),
           ("--json Hi", "--output o"), ("--watch Hi", "--json"),
           ("--watch Hi", "--output o"), ("--trace t Hi --output o", "--resume"))],
     ("--prompt-file two.jsonl Hi", "prompt does nothing with --prompt-file"),
