@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -283,7 +284,7 @@ def bench_gpu() -> dict:
         return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
 
     print(torch.cuda.get_device_name())
-    bandwidth, rate, _ = kernels().ceilings(seconds_of)
+    bandwidth, rate = roof(seconds_of)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = TwoTower(TwoTowerConfig()).eval().use("triton")
@@ -294,6 +295,7 @@ def bench_gpu() -> dict:
     result["prefill"] = [{"tokens": prompt.numel(), "ms": 1e3 * s, "per_second": prompt.numel() / s}
                          for prompt, s in zip(prompts, seconds)]
     show("prefill", result["prefill"])
+    result["launches"] = time_launches(model, seconds_of, bandwidth, rate)
     measure = functools.partial(table_of_passes, model, length=2048, seconds_of=seconds_of,
                                 bandwidth=bandwidth, rate=rate)
     result["random"], result["random_speed_up"] = measure(batches=(1, 4, 16, 64))
@@ -305,6 +307,16 @@ def bench_gpu() -> dict:
     result["transformers_ms"] = 1e3 * time_transformers(model, seconds_of)
     print(f"\nAR token after 2,048 by transformers' NemotronH: {result['transformers_ms']:.1f} ms")
     return result
+
+
+def roof(seconds_of) -> tuple[float, float]:
+    """What this GPU reaches: bytes a second in a copy, FLOPs a second in bfloat16 products."""
+    large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    square = torch.randn(8192, 8192, device="cuda").bfloat16()
+    bandwidth = 2 * large.numel() / seconds_of(large.clone)
+    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
+    print(f"copying {bandwidth / 1e9:.0f} GB/s, products {rate / 1e12:.0f} TFLOP/s: the roof")
+    return bandwidth, rate
 
 
 def concentrate_routing(model: TwoTower, experts: int):
@@ -463,12 +475,13 @@ class Launch(NamedTuple):
     name: str
     bytes: float                # of the tensors it is given and makes, each once
     flops: float
-    kernel: object = None       # of kernels.py: the JITFunction
+    kernel: object = None       # of kernels.py: the JITFunction, its arguments and options by name
     values: dict | None = None
+    again: Callable | None = None       # the same launch
 
 
 class Launches(TorchDispatchMode):
-    """While it lasts nothing is launched: collects what would be, on meta tensors.
+    """While it lasts it collects what is launched, or on meta tensors would be.
 
     experts: of each MoE layer how many are hit, whose weights are read."""
 
@@ -478,6 +491,7 @@ class Launches(TorchDispatchMode):
 
     def __enter__(self):
         from triton import JITFunction
+        run = JITFunction.run
 
         def enter(module, _, kind=""):
             if isinstance(module, Layer):
@@ -488,22 +502,27 @@ class Launches(TorchDispatchMode):
         self.hooks.enter_context(register_module_forward_hook(
             lambda module, args, out: enter(module, args, " ")))
         self.hooks.enter_context(mock.patch.object(
-            JITFunction, "run", lambda kernel, *args, grid, warmup, **options: self.launch(
-                kernel, dict(zip(kernel.arg_names, args)) | options)))
+            JITFunction, "run", lambda kernel, *args, **options: self.launch(
+                kernel, dict(zip(kernel.arg_names, args)) | options,
+                functools.partial(run, kernel, *args, **options))))
         return super().__enter__()
 
     def __exit__(self, *error):
         self.hooks.close()
         return super().__exit__(*error)
 
-    def launch(self, kernel, values: dict):
-        tensors = {id(v): v.nbytes for v in values.values() if isinstance(v, torch.Tensor)}
-        name = kernel.fn.__name__
-        if "n_tiles_ptr" in values and name != "_group_kernel":
-            tensors[id(values["w_ptr"])] *= self.share
-        written_too = values["state_ptr"].nbytes if values.get("UPDATE") and "N" in values else 0
-        self.found.append(Launch(self.kind.strip(), name, sum(tensors.values()) + written_too,
-                                 FLOPS.get(name, lambda v: 0)(values), kernel, values))
+    def launch(self, kernel, values: dict, again: Callable):
+        tensors, name = {id(v): v for v in values.values() if isinstance(v, torch.Tensor)}, (
+            kernel.fn.__name__)
+        moved = sum(v.nbytes for v in tensors.values())
+        if name == "_grouped_product_kernel":
+            moved -= values["w_ptr"].nbytes * (1 - self.share)
+        if name == "_scan_kernel" and values["UPDATE"]:         # read and written
+            moved += values["state_ptr"].nbytes
+        self.found.append(Launch(self.kind.strip(), name, moved,
+                                 FLOPS.get(name, lambda v: 0)(values), kernel, values, again))
+        if not any(v.is_meta for v in tensors.values()):
+            again()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
@@ -593,6 +612,26 @@ def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 floa
             raise ValueError(f"{row['kernel']} needs {row['shared']} bytes of shared memory, more "
                              f"than a card {row['card']} has")
     return {"launches": counts, "compiled": table}
+
+
+def time_launches(model: TwoTower, seconds_of, bandwidth: float, rate: float) -> list[dict]:
+    """The kernels of passes at batch 1 after 2,048 tokens, each many times within a CUDA graph, as
+    the launch of a graph takes longer than many of them. What fits the cache is then read from it,
+    which in a pass it may not be."""
+    rows, many = [], 50
+    for name, run in passes_over(model, 1, 2048, graphs=True, recording=False).items():
+        with Launches(model.config, experts_hit(run)) as launches:
+            run()
+        kinds = {(one.name, str(variant(one)[1])): one for one in launches.found if one.kernel}
+        for (kernel, _), one in kinds.items():
+            graph, *_ = kernels().record(lambda _: [one.again() for _ in range(many)],
+                                         [torch.zeros(1, device=model.context_tower.device)])
+            seconds = seconds_of(graph.replay) / many
+            rows.append({"pass": name, "kernel": kernel, "microseconds": 1e6 * seconds,
+                         "gigabytes_a_second": one.bytes / seconds / 1e9, "share_of_roof":
+                         Cost(one.bytes, one.flops).seconds(bandwidth, rate) / seconds})
+    show("kernels of passes at batch 1", rows)
+    return rows
 
 
 def table_of_launches(batch: int, name: str, found: list[Launch]) -> list[dict]:

@@ -451,10 +451,10 @@ class Pass(NamedTuple):
     def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, keep: str = "none") -> Pass:
         """L tokens behind rows of `lengths` (B,) tokens, which only the contents of tensors depend
         on, so that a pass can be recorded."""
-        rows, places = (torch.arange(n, device=lengths.device) for n in (len(lengths), L))
-        slots = lengths[:, None] + places
-        last_seen = slots if causal else slots[:, -1:].expand(slots.shape)
-        return cls(slots, rows[:, None], end, last_seen, keep=keep)
+        B, count = len(lengths), torch.arange(max(len(lengths), L), device=lengths.device)
+        slots = lengths[:, None] + count[:L]
+        last_seen = slots if causal else slots[:, -1:].expand(B, L)
+        return cls(slots, count[:B, None], end, last_seen, keep=keep)
 
 
 @dataclass
@@ -801,7 +801,8 @@ class TimestepEmbedder(nn.Module):
     def features(t: Tensor) -> Tensor:
         """(B,) -> (B, 256) float32. Frequencies and angles must be float32: at 1000 t more digits
         give another phase."""
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
+        places = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * places / 128)
         angles = (t * 1000)[:, None].float() * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
