@@ -220,21 +220,6 @@ def _grouped_product_kernel(
              real[:, None] & inside)
 
 
-def group_by_expert(topk_ids: Tensor, E: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What _group_kernel writes for topk_ids (T, A): slots, the expert of each tile, and how many
-    tiles hold slots; what is after those is not written. As many are allocated as there can be."""
-    n, device = topk_ids.numel(), topk_ids.device
-    tiles = n if n < E else (n + E * (tile - 1)) // tile
-    slots, tile_expert, n_tiles = (torch.empty(size, dtype=torch.long, device=device)
-                                   for size in (tiles * tile, tiles, 1))
-    # a slot for each of the 128 threads at least: of fewer, threads hold copies, which a histogram
-    # with a mask counts as well (seen in the code that Triton 3.6 and 3.7 compile)
-    BLOCK = min(1024, max(128, triton.next_power_of_2(n)))
-    _group_kernel[E,](topk_ids, slots, tile_expert, n_tiles, n, TILE=tile,
-                      BLOCK_E=triton.next_power_of_2(E), BLOCK=BLOCK)
-    return slots, tile_expert, n_tiles
-
-
 @launcher
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
                 up_bias: Tensor | None = None, down_bias: Tensor | None = None,
@@ -253,8 +238,14 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
         SHARED = len(shared_up) // width * (len(shared_up) % width == 0)
     BLOCK_M, BLOCK_OUT, BLOCK_IN, num_warps, num_stages = next(
         tile for most, tile in TILES if FEW or T * A <= most * E)
-    groups = (topk_ids,) * 3 if FEW else group_by_expert(topk_ids, E, BLOCK_M)
-    tiles = SHARED + (A if T == 1 else E) if FEW else len(groups[1])
+    groups, tiles, n = [topk_ids] * 3, SHARED + (A if T == 1 else E), T * A
+    if not FEW:
+        tiles = n if n < E else (n + E * (BLOCK_M - 1)) // BLOCK_M      # the most there can be
+        groups = [x.new_empty(size, dtype=torch.long) for size in (tiles * BLOCK_M, tiles, 1)]
+        # a slot for each of the 128 threads at least: of fewer, threads hold copies, which a
+        # histogram with a mask counts as well (seen in the code that Triton 3.6 and 3.7 compile)
+        _group_kernel[E,](topk_ids, *groups, n, TILE=BLOCK_M, BLOCK_E=triton.next_power_of_2(E),
+                          BLOCK=min(1024, max(128, triton.next_power_of_2(n))))
     SLOTS = A + (SHARED or shared is not None)
     hidden = torch.empty(T, SLOTS, width, dtype=x.dtype, device=x.device)
     out = torch.empty(T, SLOTS, D, dtype=torch.float32, device=x.device)
@@ -426,7 +417,7 @@ HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a sh
 def _attention_kernel(
         q_ptr,              # (B, H, L, K)
         k_ptr, v_ptr,       # (B, G, S, K)
-        last_ptr,           # (B or 1, L) int64: the last key a query sees, if HAS_LAST
+        last_ptr,           # (B or 1, L) int64: the last key a query sees
         acc_ptr,            # (shares, B, L, H, K) f32
         best_ptr, sum_ptr,  # (shares, B, L, H) f32
         q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, last_row,
@@ -434,8 +425,7 @@ def _attention_kernel(
         H, G, L, S,
         share_size,         # keys in a share
         scale,              # log2(e) / sqrt(K)
-        HAS_LAST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_S: tl.constexpr):
+        K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     row, group = tl.program_id(1).to(tl.int64) // G, tl.program_id(1).to(tl.int64) % G
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head, query = group * (H // G) + m // L, m % L      # the rows of a KV head: head by head
@@ -449,21 +439,17 @@ def _attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     # keys are counted from the share's first, in 32 bits
     first = tl.program_id(2).to(tl.int64) * share_size
-    end = tl.minimum(share_size, S - first).to(tl.int32)
-    if HAS_LAST:
-        last = tl.load(last_ptr + row * last_row + query * last_query, real, other=-1) - first
-        last = tl.maximum(last, -1).to(tl.int32)
-        end = tl.minimum(end, tl.max(last, 0) + 1)
+    last = tl.load(last_ptr + row * last_row + query * last_query, real, other=-1) - first
+    last = tl.minimum(tl.maximum(last, -1), tl.minimum(share_size, S - first) - 1).to(tl.int32)
+    end = tl.max(last, 0) + 1                           # no query of this tile sees further
     k_ptr += row * k_row + group * k_head + first * k_token
     v_ptr += row * v_row + group * v_head + first * v_token
     for start in range(0, end, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        cached = (s < end)[:, None] & (d < K)[None, :]  # no query of this tile sees further
+        cached = (s < end)[:, None] & (d < K)[None, :]
         k = tl.load(k_ptr + s[:, None] * k_token + d[None, :], cached, other=0.0)
         v = tl.load(v_ptr + s[:, None] * v_token + d[None, :], cached, other=0.0)
-        seen = real[:, None] & (s < end)[None, :]
-        if HAS_LAST:
-            seen = seen & (s[None, :] <= last[:, None])
+        seen = s[None, :] <= last[:, None]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen, scores, HIDDEN)
         higher = tl.maximum(best, tl.max(scores, 1))
@@ -509,10 +495,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
         raise ValueError("attention takes one of last_seen, is_causal and mask")
     if is_causal or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-    last_row = last_query = 0
-    if last_seen is not None:
-        check(q.device, last_seen=(last_seen, (1 if len(last_seen) == 1 else B, L), LONG))
-        last_row, last_query = last_seen.expand(B, L).stride()      # 0 where one serves all
+    if last_seen is None:
+        last_seen = torch.full((1, 1), S - 1, device=q.device).expand(1, L)
+    check(q.device, last_seen=(last_seen, (1 if len(last_seen) == 1 else B, L), LONG))
+    last_row, last_query = last_seen.expand(B, L).stride()          # 0 where one serves all
     q, k, v, queries = dense(q), dense(k), dense(v), H // G * L
     BLOCK_M, BLOCK_S, num_warps = (
         (16, 64, 4) if queries <= 16 else                       # 16: as in TILES
@@ -528,10 +514,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     best, total = torch.empty(2, shares, B, L, H, dtype=torch.float32, device=q.device)
     out = torch.empty(B, L, H, K, dtype=q.dtype, device=q.device)   # as o_proj reads it
     _attention_kernel[tiles, B * G, shares](
-        q, k, v, q if last_seen is None else last_seen, acc, best, total, *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], last_row, last_query, H, G, L, S, share_size,
-        math.log2(math.e) * K**-0.5, HAS_LAST=last_seen is not None, K=K, BLOCK_K=BLOCK_K,
-        BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=num_warps)
+        q, k, v, last_seen, acc, best, total, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        last_row, last_query, H, G, L, S, share_size, math.log2(math.e) * K**-0.5, K=K,
+        BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=num_warps)
     _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K, BLOCK_K=BLOCK_K,
                                     BLOCK_SHARES=triton.next_power_of_2(shares))
     return out.transpose(1, 2)
@@ -710,11 +695,12 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     x, weight = dense(x), weight.contiguous()           # x is a slice of what in_proj made
     bias = weight if bias is None else bias.contiguous()
     out = torch.empty(B, L, channels, dtype=x.dtype, device=x.device)
-    BLOCK_L, BLOCK_C = min(16, triton.next_power_of_2(L)), 128
+    BLOCK_W, BLOCK_C = triton.next_power_of_2(max(1, W - 1)), 128
+    BLOCK_L = min(max(16, BLOCK_W), triton.next_power_of_2(L))      # the first alone reads history
     _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
         history, x, weight, bias, out, *x.stride()[:2], L, channels, W=W,
-        HAS_BIAS=bias is not weight, UPDATE=update and W > 1, BLOCK_L=BLOCK_L,
-        BLOCK_W=triton.next_power_of_2(max(1, W - 1)), BLOCK_C=BLOCK_C)
+        HAS_BIAS=bias is not weight, UPDATE=update and W > 1, BLOCK_L=BLOCK_L, BLOCK_W=BLOCK_W,
+        BLOCK_C=BLOCK_C)
     return out
 
 

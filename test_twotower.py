@@ -1889,6 +1889,23 @@ def test_golden_data_through_the_kernels():
     check(noisy.cpu(), data["den/odd5_t0.7"], 3e-5)
 
 
+@needs_kernels
+def test_other_models_of_the_family_through_the_kernels():
+    """As NVIDIA-Nemotron-Nano-9B-v2 in small: Mamba heads of 80, 5 query heads for each KV head, no
+    experts. (The limit is that of the golden data.)"""
+    torch.manual_seed(0)
+    model = TwoTower(TwoTowerConfig(**TINY | dict(
+        hybrid_override_pattern="M-M-*-", mamba_head_dim=80, mamba_num_heads=3, n_groups=1,
+        num_attention_heads=10, initializer_range=0.2))).to(DEVICE).eval()
+    found = []
+    for backend in ("torch", "triton"):
+        context = model.use(backend).prefill([ids(19), ids(5)])
+        found.append([model.extend(context, ids(2, n, seed=n).to(DEVICE)) for n in (1, 9)] +
+                     [model.denoise(ids(2, 7).to(DEVICE), context, 0.7)])
+    for plain, ours in zip(*found):
+        check(ours, plain, 3e-5)
+
+
 class Recorded:
     """As kernels.record, on a CPU: a replay reads the buffers and writes to the same outputs."""
 
