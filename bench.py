@@ -570,8 +570,9 @@ def compiled(kernel, card: int, signature: dict, constants: dict, aligned: dict,
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(code.asm["ptx"])
         arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
-        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"-arch={arch}", ptx, "-o",
-                               ptx.with_suffix(".cubin")], capture_output=True, text=True).stderr
+        tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+        said = subprocess.run([tool.path, "-v", f"-arch={arch}", ptx, "-o", folder + "/cubin"],
+                              capture_output=True, text=True).stderr
     tile = [f"{name.lower()} {value}" for name, value in constants.items()
             if name.startswith(("BLOCK", "CHUNK", "SLOTS", "FEW"))]
     return {"kernel": kernel.fn.__name__, "card": card,

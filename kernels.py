@@ -120,8 +120,8 @@ TILES = (
     # the 16 rows of a tensor core's product; the rest was the fastest on an H200 for 1 and 16
     # tokens: many programs, each with 48 KB of weights on their way
     (16, (16, 64, 128, 2, 4)),
-    # taller tiles read the weights less often; three stages fit the 99 KB of an RTX card
-    (96, (64, 128, 64, 4, 3)),
+    # taller tiles read the weights less often; three stages fit the 99 KB of an RTX 50
+    (96, (64, 128, 64, 8, 3)),
     # as tall as fits the registers of 8 warps
     (math.inf, (128, 128, 64, 8, 3)))
 
@@ -192,7 +192,7 @@ def _grouped_product_kernel(
         expert = tl.load(tile_expert_ptr + tile)
     slot = token.to(tl.int64) * SLOTS + choice
     rows = token.to(tl.int64) if FIRST else slot
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)    # an expert takes 32 bits
     inside = columns < outputs
     w_row = inputs
     if SHARED and shared:
@@ -500,10 +500,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     check(q.device, last_seen=(last_seen, (1 if len(last_seen) == 1 else B, L), LONG))
     last_row, last_query = last_seen.expand(B, L).stride()          # 0 where one serves all
     q, k, v, queries = dense(q), dense(k), dense(v), H // G * L
+    wide = q.dtype == torch.float32                             # more would spill registers
     BLOCK_M, BLOCK_S, num_warps = (
-        (16, 64, 4) if queries <= 16 else                       # 16: as in TILES
-        (64, 32, 8) if q.dtype == torch.float32 else            # larger ones spill registers
-        (64, 64, 4) if queries <= 64 else (128, 64, 8))         # taller ones read the keys less
+        (16, 16 if wide else 64, 4) if queries <= 16 else       # 16: as in TILES
+        (64, 16, 8) if wide else                                # taller ones read the keys less
+        (64, 64, 4) if queries <= 64 else (128, 64, 8))
     tiles, BLOCK_K = triton.cdiv(queries, BLOCK_M), max(16, triton.next_power_of_2(K))
     # two programs for each multiprocessor, but shares of at least two tiles of keys
     wanted = triton.cdiv(2 * multiprocessors(q.device), tiles * B * G)
@@ -645,9 +646,9 @@ def add_gated(x: Tensor | Unsummed, gate: Tensor | None, h: Tensor) -> Unsummed:
 @triton.jit
 def load_inputs(x_ptr, history_ptr, at, W: tl.constexpr, x_token, channels, c, wanted):
     """Inputs at places (n, 1) of the new tokens, and before these of the W-1 in the history."""
-    new, old = wanted & (at >= 0), wanted & (at < 0)
-    x = tl.load(x_ptr + at * x_token + c[None, :], new, other=0.0)
-    return x + tl.load(history_ptr + (at + W - 1) * channels + c[None, :], old, other=0.0)
+    new = tl.load(x_ptr + at * x_token + c[None, :], wanted & (at >= 0), other=0.0)
+    old = tl.load(history_ptr + (at + W - 1) * channels + c[None, :], wanted & (at < 0), other=0.0)
+    return tl.where(at >= 0, new, old)
 
 
 @triton.jit
