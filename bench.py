@@ -7,7 +7,8 @@
                                 on held-out items, passes, tokens/s, likelihood
     python bench.py samples     what the miniature writes after held-out source
     python bench.py templates   the miniature filling gaps, with and without what follows them
-    python bench.py batch       the miniature's tokens/s by number of prompts decoded together
+    python bench.py batch       the miniature's tokens/s by number of prompts decoded together, and
+                                how far a row of a batch is from the same row alone, by rounding
     python bench.py kernels     what the compiler makes of every launch of kernels.py in the
                                 full-size model, and launches, bytes and FLOPs by pass and kind of
                                 layer; needs no GPU
@@ -52,6 +53,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
+from sample import load_tokenizer
 from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
                       kernels)
 
@@ -671,9 +673,9 @@ def altered(model: TwoTower, name: str) -> contextlib.ExitStack:
     return hooks
 
 
-def load(checkpoint: str) -> tuple[TwoTower, Tokenizer]:
-    return (TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval(),
-            Tokenizer.from_file(str(Path(checkpoint) / "tokenizer.json")))
+def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[TwoTower, Tokenizer]:
+    return (TwoTower.from_pretrained(checkpoint, dtype=dtype).eval(),
+            load_tokenizer(Path(checkpoint)))
 
 
 @torch.inference_mode()
@@ -777,14 +779,13 @@ def bench_templates(checkpoint: str = MINIATURE, items: int = 500) -> dict:
     """A hole in a block of held-out text, filled in with the rest of the block given as a template,
     against the same with what follows the hole masked as well."""
     model, tokenizer = load(checkpoint)
-    mask, rows = model.config.mask_token_id, []
+    rows = []
     for kind, pairs in texts_with_holes(tokenizer, items).items():
         prompts, blocks = zip(*((prompt, text[:16]) for prompt, text in pairs))
         row, hole = {"text": kind}, slice(1, 2) if kind == "json, no prompt" else slice(6, 10)
         for name, end in (("after_masked", 16), ("after_given", hole.stop)):
-            templates = [block.clone() for block in blocks]
-            for template in templates:
-                template[hole.start:end] = mask
+            templates = [[None if hole.start <= i < end else token
+                          for i, token in enumerate(block.tolist())] for block in blocks]
             result = model.generate_mask_diffusion(prompts, template=templates)
             right = torch.stack([new[hole] == block[hole]
                                  for new, block in zip(result.tokens, blocks)]).float()
@@ -797,7 +798,8 @@ def bench_templates(checkpoint: str = MINIATURE, items: int = 500) -> dict:
 def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
     """32 held-out prompts of all tasks, decoded in batches of 1 to 32 in turns.
 
-    Every row must be what it is alone; no speed is reported otherwise.
+    Every row must be what it is alone; no speed is reported otherwise. Then the same of 96 pieces
+    of held-out source, where the model is less sure, counted in float32 and in bfloat16.
     """
     model, tokenizer = load(checkpoint)
     by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
@@ -821,7 +823,34 @@ def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
             row[f"{mode}_over_batch_1"] = row[mode] / (rows or [row])[0][mode]
         rows.append(row | {"diffusion_over_ar": row["mask_diffusion"] / row["ar"]})
     show("tokens a second", rows)
-    return {"prompts": len(prompts), "rows": rows}
+    unsure = [prompt for prompt, _, _ in library_prompts(tokenizer, 96)]
+    apart = [rows_apart(load(checkpoint, dtype)[0], mode, unsure)
+             for dtype in (torch.float32, torch.bfloat16) for mode in modes]
+    show("rows of batches of 16 unlike the same rows alone", apart)
+    return {"prompts": len(prompts), "rows": rows, "apart": apart}
+
+
+@torch.inference_mode()
+def rows_apart(model: TwoTower, mode: str, prompts: list, batch: int = 16) -> dict:
+    """How many rows of batches have other texts of 32 tokens than alone, and other logits after the
+    prompt, of one context pass or of one denoiser pass over a block of masks."""
+    def decode(size: int) -> tuple[torch.Tensor, list]:
+        logits, texts = [], []
+        for i in range(0, len(prompts), size):
+            context = model.prefill(prompts[i:i + size])
+            block = torch.full((len(context.lengths), 16), model.config.mask_token_id)
+            logits.append(context.logits[:, None] if mode == "ar" else
+                          model.denoise(block, context, 1.0))
+            result = getattr(model, f"generate_{mode}")(prompts[i:i + size], 32)
+            texts += [new.tolist() for new in result.tokens]
+        return torch.cat(logits), texts
+
+    (alone, texts), (beside, others) = decode(1), decode(batch)
+    apart = (alone - beside).abs().flatten(1).amax(-1)
+    return {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "mode": mode,
+            "rows": len(prompts), "texts": sum(a != b for a, b in zip(texts, others)),
+            "logits": int((apart > 0).sum()), "by_at_most": float(apart.max()),
+            "largest_logit": float(alone.abs().max())}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def prepare(path: Path, vocab_size: int, every_file: int):
         items = [prompt + answer for task in TASKS
                  for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 20000)]
         tokenizer = train_tokenizer(texts[::4] + items, vocab_size)
-        write(path, lambda partial: tokenizer.save(str(partial)))
+        write({path: lambda partial: partial.write_text(tokenizer.to_str(True), "utf-8")})
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import re
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
@@ -35,10 +35,10 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.text import Text
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
-                      Written, require)
+from twotower import (INDEX, LOGITS_PER_DRAW, TOKENS_PER_PASS, Context, Decoding, SafetensorError,
+                      Step, TwoTower, TwoTowerConfig, Written, backbone_of, check_file, eos_ids,
+                      require, unread)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
@@ -109,12 +109,12 @@ FLAGS = {"what to write": [
          "2; the tokens of words bring their own space",
          needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
     Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
-    Flag("--stop", STOPS, WRITING, "end before this text; may be given again", [], bars="--plan"),
+    Flag("--stop", STOPS, WRITING, "end before any such text or special token", [], bars="--plan"),
     Flag("--mode", Kind({"choices": MODES}), MODES, "default mask_diffusion; speculative writes "
          "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
     Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
          needs=DRAWN),
-    Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
+    Flag("--batch-size", COUNT, MODES, "prompts decoded at once, default 16; alters rounding", 16),
 ], KNOBS: [
     Flag("--block-size", COUNT, MASKS, "tokens denoised together"),
     Flag("--draft-length", COUNT, DRAFTS, "speculative: tokens verified together"),
@@ -141,7 +141,7 @@ FLAGS = {"what to write": [
          False, bars="--plan --json --output"),
     Flag("--json", SWITCH, WRITING, "objects, not text", False, bars="--plan --output"),
     Flag("--output", FILE, MODES, "for results as of --json, each when it is done", bars="--plan"),
-    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already", False,
+    Flag("--resume", SWITCH, MODES, "go on after the results of --output, in other batches", False,
          ("--output, and with --temperature the --seed that the results hold",
           lambda a: a.output and (not a.temperature or a.seed is not None)), "--plan"),
     Flag("--trace", FILE, WRITING, "for every step: tokens, confidences, t, commits; an object a "
@@ -219,40 +219,61 @@ def read_line(line: str, where: str, mode: str) -> dict:
     return given | ({"choices": [given["continuation"]]} if "continuation" in given else {})
 
 
+def tokenized(what: str, call: Callable, *args, **options):
+    """A call of tokenizers, which raises bare Exceptions, and in panic BaseExceptions."""
+    try:
+        return call(*args, **options)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int], before: Sequence[int] = ()) -> str:
+    """What ids add to the text of those before; one on which tokenizers fails is U+FFFD."""
+    if before:                                      # decoders may strip a text's first space
+        return text_of(tokenizer, [*before, *ids])[len(text_of(tokenizer, before)):]
+    with contextlib.suppress(ValueError):
+        return tokenized("", tokenizer.decode, ids)
+    return "".join(text_of(tokenizer, [one]) for one in ids) if len(ids) > 1 else "\ufffd"
+
+
 @dataclass
 class Row:
     """A prompt, and what has been written after it."""
 
     index: int
     prompt: str
-    ids: list[int]
-    given: list[list[int]]              # the template, if any; or the choices to be scored
-    max_new_tokens: int
-    settings: dict                      # all that the result depends on
+    ids: list[int] = field(default_factory=list)
+    given: list[list[int | None]] = field(default_factory=list)     # template; or what to score
+    max_new_tokens: int = NEW_TOKENS
+    settings: dict = field(default_factory=dict)        # all that the result depends on
     log_likelihoods: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     ended: str = ""                     # why: eos, length, stop, interrupted or scored
     nfe: int = 0
     context_passes: int = 0
-    stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+    before: list[int] = field(default_factory=list)     # ids whose text is whole, and what follows,
+    pending: list[int] = field(default_factory=list)    # whose text may end in half a letter
 
-    def take(self, written: Written, tokenizer: Tokenizer, eos: int | None, stops: list[str]):
-        """Add new tokens, up to a stop string."""
+    def take(self, written: Written, tokenizer: Tokenizer, eos: list[int], stops: list[str]):
+        """Add new tokens, up to a stop string, or a special token of that name."""
         self.nfe, self.context_passes = written.nfe, written.context_passes
-        for token in written.new:
+        self.before = self.before or self.ids or tokenizer.encode(self.prompt).ids
+        for n, token in enumerate(written.new, 1):
             self.tokens.append(token)
-            if token != eos:                        # the last one, or inside a template
-                self.text += self.stream.step(tokenizer, token) or ""
-                found = [self.text.index(stop) for stop in stops if stop in self.text]
-                if found:
-                    self.text, self.ended = self.text[:min(found)], "stop"
-                    return
+            self.pending += [token] * (token not in eos)    # the last one, or inside a template
+            text = text_of(tokenizer, self.pending, self.before)
+            if text and text[-1] != "\ufffd" or written.ended and n == len(written.new):
+                self.text, self.before, self.pending = self.text + text, self.pending, []
+            special = "" if text_of(tokenizer, [token]) else tokenizer.id_to_token(token) or ""
+            found = [(self.text + special).index(s) for s in stops if s in self.text + special]
+            if found:
+                self.text, self.ended = self.text[:min(found)], "stop"
+                return
         if written.ended:
-            self.ended = "eos" if self.tokens[-1] == eos else "length"
-            whole = tokenizer.decode([token for token in self.tokens if token != eos])
-            if whole.startswith(self.text):         # with what the last bytes left unfinished
-                self.text = whole
+            self.ended = "eos" if self.tokens[-1] in eos else "length"
 
     def result(self) -> dict:
         """What a line of results holds; "best" by likelihood, and by that per byte."""
@@ -276,19 +297,21 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
     """settings: those that all rows share. Raises: ValueError for no token, or too many."""
     longest = config.max_position_embeddings
 
-    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
-        """whole: a text of its own, before which the tokenizer may put a token."""
+    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int | None]:
+        """whole: a text of its own, before which the tokenizer may put a token. None is a hole."""
         require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
         ids = []
         for i, part in enumerate(HOLE.split(text) if holes else [text]):
             if i % 2:                               # texts and holes take turns
                 count = len(part) if part[0] == "_" else int(part[2:-2])
-                ids += [settings["mask_token_id"]] * min(count, longest)
+                ids += [None] * min(count, longest)
             else:
-                ids += tokenizer.encode(part, add_special_tokens=whole).ids
+                ids += tokenized(f"{what} cannot be encoded by tokenizer.json",
+                                 tokenizer.encode, part, add_special_tokens=whole).ids
         require(ids, f"{what} holds no token" + " and no hole" * holes)
-        require(max(ids) < config.vocab_size,
-                f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
+        most = max(token or 0 for token in ids)
+        require(most < config.vocab_size,
+                f"{what} has id {most}, but the model's vocab_size is {config.vocab_size}; "
                 "tokenizer.json is not this model's")
         return ids
 
@@ -323,29 +346,27 @@ def fetch(name: str, towers: str, plan: bool) -> Path:
         return Path(name)
     require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"--checkpoint {name} is not a directory"
             + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
-    from huggingface_hub import snapshot_download
     wanted, shards = ["config.json", "tokenizer.json", INDEX], {"": "model.safetensors"}
     try:
+        from huggingface_hub import snapshot_download
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
         if (path / INDEX).exists():
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        wanted += sorted({file for key, file in shards.items()      # only those that are needed
-                          if towers == "both" or not key.startswith(DENOISER_KEYS)})
+        if towers == "both" and backbone_of(shards):        # which `skeleton` will refuse
+            return path
+        skip = unread(shards, towers)               # only those that are needed
+        wanted += sorted({file for key, file in shards.items() if not key.startswith(skip)})
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
     except Exception as error:              # of any of the libraries that reach for the network
-        raise ValueError(
-            f"--checkpoint {name} is not a directory, and fetching it from the Hugging Face Hub "
-            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give a "
-            "directory that holds config.json, tokenizer.json and the safetensors files of "
-            f"https://huggingface.co/{name}, downloaded where there is a connection") from None
+        raise ValueError(f"--checkpoint {name} is not a directory, and fetching it from the Hub "
+                         f"{'is not done by --plan' if plan else 'failed'} "
+                         f"({type(error).__name__}); give one with the files of https://"
+                         f"huggingface.co/{name}, downloaded where there is a connection") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:              # the package raises nothing more specific
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+    check_file(path := directory / "tokenizer.json")
+    tokenizer = tokenized(f"{path} cannot be read as a tokenizer", Tokenizer.from_file, str(path))
     tokenizer.no_truncation()               # nothing of a prompt is left out, nothing added
     tokenizer.no_padding()
     return tokenizer
@@ -359,8 +380,7 @@ def devices(args: Namespace) -> list[str]:
     places = [first, second] if args.mode in DENOISING else [first]
     for i, place in enumerate(places):
         try:
-            there = torch.zeros(1, device=place)
-            there.item()                            # fails on "meta" too
+            (there := torch.zeros(1, device=place)).item()          # which fails on "meta" too
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
         places[i] = str(there.device)
@@ -369,24 +389,61 @@ def devices(args: Namespace) -> list[str]:
     return places
 
 
-def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str]) -> dict:
-    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens, their
-    sum and what is free. model is a skeleton, on the meta device: its states have no data.
-    """
+def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str],
+           read: int | None = None, mode: str = MASKS[0], drawn: bool = False) -> dict:
+    """Bytes by device and purpose, for rows of `length` tokens, up to `read` of them a prompt, and
+    passes of `width` tokens; their sum and what is free. model is a skeleton."""
     what = {"key_cache": "KV cache", "value_cache": "KV cache", "ssm_state": "SSM states",
             "conv_state": "conv states"}
     held = dict.fromkeys(("weights", *what.values()), 0)
-    held["logits"] = rows * width * model.config.vocab_size * 4
-    for state in Context(model.context_tower, rows, length).states:
+    for state in Context(model.context_tower, rows, length).states:     # without data
         for name in what:
             held[what[name]] += getattr(getattr(state, name, None), "nbytes", 0)
-    table = {place: dict(held) for place in places}                 # states: once on each
+    c, size, read = model.config, model.context_lm_head.weight.itemsize, read or length
+    logits = rows * width * c.vocab_size
+    if mode in SCORE:       # a row's alone, and their log-softmax
+        work, L = 8 * min(length - read or width, width) * c.vocab_size, width
+    else:                   # in the model's dtype and float32; copies of some, to choose tokens
+        work = 4 * logits + max(logits * size * (size < 4), min(
+            logits, max(LOGITS_PER_DRAW, c.vocab_size)) * (48 if drawn else 9))
+        L = max(width, min(read, TOKENS_PER_PASS // rows))
+    held["activations"] = max(work, activations(c, size, rows, L))
+    table = {place: dict(held) for place in places}                 # all but weights: once on each
     for name, tensor in model.state_dict().items():
         for place in places[:1] if name.startswith("context_") else places[1:]:
             table[place]["weights"] += tensor.nbytes
-    return {place: parts | {"together": sum(parts.values()), "free": (
-        torch.cuda.mem_get_info(place)[0] if place.startswith("cuda") else
-        psutil.virtual_memory().available)} for place, parts in table.items()}
+    return {place: parts | {"together": sum(parts.values()), "free": free_memory(place)}
+            for place, parts in table.items()}
+
+
+def activations(c: TwoTowerConfig, size: int, rows: int, L: int) -> int:
+    """Bytes alive at the peak of a pass of rows x L tokens: x, its norm, and what a layer of those
+    that take most computes. size: bytes of a number."""
+    T, chunk, conv, d = rows * L, min(L, c.chunk_size), c.conv_dim, c.d_inner
+    # Mamba-2: out of in_proj, in and out of the convolution, y; and in float32 in and out of the
+    # convolution, or a chunk's inputs and weights twice, or two states
+    mamba = size * T * (2 * d + 3 * conv) + 4 * rows * max(
+        2 * L * conv, chunk * (conv + 2 * c.mamba_num_heads * chunk),
+        2 * d * (c.ssm_state_size + chunk))
+    # MoE: the outputs of all experts in float32, before and after their weights; MLP: twice h
+    moe = 8 * T * c.num_experts_per_tok * c.hidden_size * ("E" in c.hybrid_override_pattern)
+    mlp = 2 * size * T * c.intermediate_size * ("-" in c.hybrid_override_pattern)
+    return 2 * size * T * c.hidden_size + max(mamba, moe, mlp)
+
+
+def free_memory(place: str, groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes; of the host no more than its container (cgroups v2 or v1) may still have."""
+    if place.startswith("cuda"):
+        return torch.cuda.mem_get_info(place)[0]
+    free = psutil.virtual_memory().available
+    for top, most, used in ((groups, "max", "current"),
+                            (groups / "memory", "limit_in_bytes", "usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError, KeyError):    # no such file, or no limit
+            most, used, stat = ((top / f"memory.{x}").read_text() for x in (most, used, "stat"))
+            stat = dict(map(str.split, stat.splitlines()))
+            files = int(stat["active_file"]) + int(stat["inactive_file"])       # which give way
+            free = min(free, max(0, int(most) - int(used) + files))
+    return free
 
 
 def readable(nbytes: int) -> str:
@@ -395,36 +452,35 @@ def readable(nbytes: int) -> str:
 
 
 def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places: list[str]):
-    """Print what goes where, for a batch of the longest rows.
-
-    Raises: ValueError if it does not fit, naming what would.
-    """
-    usual = SCORED_AT_ONCE if args.mode in SCORE else args.max_new_tokens or NEW_TOKENS
+    """Print what goes where, for a batch of the longest rows. Raises: ValueError if it does not
+    fit, naming what would."""
+    scoring, longest = args.mode in SCORE, model.config.max_position_embeddings
     prompt = max((len(row.ids) for row in rows), default=0)
-    new = max((row.max_new_tokens for row in rows), default=usual)
-    width = (min(prompt + new, SCORED_AT_ONCE) if args.mode in SCORE else
+    new = max((row.max_new_tokens for row in rows),
+              default=SCORED_AT_ONCE if scoring else args.max_new_tokens or NEW_TOKENS)
+    width = (min(prompt + new, SCORED_AT_ONCE) if scoring else
              knobs.get("block_size", knobs.get("draft_length", 1)))
-    length, longest = prompt + -(-new // width) * width, model.config.max_position_embeddings
+    length = prompt + (new if scoring else -(-new // width) * width)
     require(max(prompt + new, width) <= longest, f"{prompt} + {new} tokens and blocks of {width} "
             f"are too many for max_position_embeddings {longest}; lower --max-new-tokens, "
             "--block-size or --draft-length")
-    asked = sum(len(row.given) if args.mode in SCORE else 1 for row in rows)
+    asked = sum(len(row.given) if scoring else 1 for row in rows)
     batch = min(args.batch_size, asked or args.batch_size)
 
+    def needed(rows: int, places: list[str]) -> dict:
+        return memory(model, rows, length, width, places, prompt, args.mode,
+                      bool(knobs.get("temperature")))
+
     def full(rows: int, places: list[str]) -> list[str]:
-        return [place for place, parts in memory(model, rows, length, width, places).items()
+        return [place for place, parts in needed(rows, places).items()
                 if parts["together"] > parts["free"]]
 
     towers = {place: " and ".join(f"{tower} tower" for tower, at in zip(
         ("context", "denoiser"), places) if at == place) for place in places}
-    for place, parts in memory(model, batch, length, width, places).items():
+    for place, parts in needed(batch, places).items():
         print(f"{place}: {towers[place]}:", ", ".join(
-            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()), file=sys.stderr)
-    if args.plan:
-        one = memory(model, 1, 1, width, places)[places[0]]
-        print(f"batch of {batch}, {length} tokens a row; a cached token takes {one['KV cache']} "
-              f"bytes, a row's SSM states {one['SSM states']} and conv states "
-              f"{one['conv states']}", file=sys.stderr)
+            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()),
+            f"for {batch} rows of {length} tokens", file=sys.stderr)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     flags = "--context-device", "--denoiser-device"
     ways = [(" ".join(map(" ".join, zip(flags, at))), batch, at)
@@ -432,7 +488,7 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
     ways += [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
     ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
              for place in (places[0], *gpus, "cpu") if len(places) > 1]
-    ways += [("a device with more memory, or shorter texts", 0, [])]
+    ways += [("a device with more memory, or shorter texts", 1, [])]
     for place in full(batch, places):
         way = next(way for way, *what in ways if not full(*what))
         raise ValueError(f"{towers[place]} on {place} would not fit; what would: {way}")
@@ -444,7 +500,7 @@ def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places:
 class Output:
     """Takes what a model reports, and writes the trace and, in the order of the input, results."""
 
-    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: int | None, mask_id: int | None,
+    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: list[int], mask_id: int | None,
                  many: bool, keep: int):
         """keep: bytes of --output that an earlier run has written."""
         self.tokenizer, self.eos, self.mask_id, self.stops = tokenizer, eos, mask_id, args.stop
@@ -494,10 +550,12 @@ class Output:
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
-        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
-            run = [token for token, _ in group]
-            text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
+        masked = step.masked[0] & (ids[0] == self.mask_id)
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist(), masked.tolist())
+        before = self.batch[step.rows[0]].ids[-1:]
+        for (fresh, masked), group in groupby(pairs, lambda p: p[1:]):
+            run = [token for token, *_ in group]
+            text.append(MASKED * len(run) if masked else text_of(self.tokenizer, run, before),
                         "dim" if masked else "bold underline" if fresh else "")
         return text
 
@@ -584,15 +642,15 @@ def choose_knobs(args: Namespace, config: TwoTowerConfig) -> dict:
 def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, output: Output,
            seconds: dict[str, float]):
     """Write after every row."""
-    start, tower = perf_counter(), model.context_tower
+    start, longest = perf_counter(), max(len(row.ids) for row in batch) - (args.mode == "mock_ar")
 
-    def on_prefill(*_):
-        hook.remove()
-        if tower.device.type == "cuda":
-            torch.cuda.synchronize(tower.device)
-        seconds["prefill"] += perf_counter() - start
+    def on_prefill(_, inputs, hidden):
+        if inputs[2].end >= longest:                        # of a `Pass`: its last piece
+            hook.remove()
+            hidden[0, 0, 0].item()                          # waits for a GPU
+            seconds["prefill"] += perf_counter() - start
 
-    hook = tower.register_forward_hook(on_prefill)          # of a batch's first pass
+    hook = model.context_tower.register_forward_hook(on_prefill)
     templates = [row.given[0] if row.given else None for row in batch]
     more = {"template": templates} if any(templates) else {}
     output.batch, output.waiting = batch, list(batch)
@@ -653,8 +711,9 @@ def run(args: Namespace) -> int:
     towers = "both" if args.mode in DENOISING else "context"
     directory = fetch(args.checkpoint, towers, args.plan)
     tokenizer = load_tokenizer(directory) if prompts else None
-    model, files = TwoTower.skeleton(directory, towers=towers,
-                                     dtype=args.dtype and getattr(torch, args.dtype))
+    model, files = TwoTower.skeleton(
+        directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
+        layout="any" if towers == "context" else "released")
     knobs = choose_knobs(args, model.config)
     settings = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),
@@ -671,8 +730,8 @@ def run(args: Namespace) -> int:
     if args.plan:
         return 0
     model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
-    output = Output(args, tokenizer, model.config.eos_token_id, knobs.get("mask_token_id"),
-                    len(prompts) > 1, keep)
+    eos = eos_ids(model.config.eos_token_id, model.config.vocab_size)
+    output = Output(args, tokenizer, eos, knobs.get("mask_token_id"), len(prompts) > 1, keep)
     start, columns = perf_counter(), (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress("loading", *columns, console=Console(stderr=True), transient=True,
                   disable=not sys.stderr.isatty()) as bar:
@@ -692,17 +751,15 @@ def run(args: Namespace) -> int:
 def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str, float]) -> str:
     """What was done, how fast and with which settings, in a line."""
     rows = [row for row in rows if row.ended]               # all, unless interrupted
-    tokens, nfe, passes = (sum(counts) for counts in (
-        (len(row.tokens) for row in rows), (row.nfe for row in rows),
-        (row.context_passes for row in rows)))
+    tokens = sum(len(row.tokens) for row in rows)
+    nfe, passes = (sum(getattr(row, name) for row in rows) for name in ("nfe", "context_passes"))
     places = dict.fromkeys(places)
     peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
              for place in places if place.startswith("cuda")]
     with contextlib.suppress(ImportError):                  # on Windows
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"host {readable(peak)}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # in bytes on macOS
+        peaks.append(f"host {readable(peak * (1 if sys.platform == 'darwin' else 1024))}")
     return ", ".join([
         f"{settings['mode']} on {' and '.join(places)}",
         f"{len(rows)} prompt{'s' * (len(rows) != 1)}", f"{tokens} tokens",
@@ -723,7 +780,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except BrokenPipeError:                                 # the reader of our output has gone
         return 0
-    except (ValueError, OSError, RuntimeError) as error:    # a RuntimeError is out of memory
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:   # or out of memory
         print("sample.py:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

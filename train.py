@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from bench import answer
 from corpus import TASKS, Data, prepare, task_prompts
-from twotower import Router, TwoTower, TwoTowerConfig, write
+from sample import load_tokenizer
+from twotower import Router, SafetensorError, TwoTower, TwoTowerConfig, write
 
 # under torchrun: this process, its place on this machine, and how many there are
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
@@ -246,7 +246,7 @@ class Trainer:
             saved = {"made_with": self.made_with, "model": self.model.state_dict(),
                      "optimizer": self.optimizer.state_dict(), "step": self.step,
                      "seconds": self.seconds, "log": self.log}
-            write(self.path, lambda partial: torch.save(saved, partial))
+            write({self.path: lambda partial: torch.save(saved, partial)})
 
     def losses(self, tokens: Tensor, targets: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
         """The losses to average, at every position of this process's share of the sequences."""
@@ -353,7 +353,7 @@ def compare_recipes(args: argparse.Namespace) -> list[dict]:
     if json.dumps(asdict(context.config)) not in saved["made_with"]:
         raise ValueError(f"{args.out / 'phase1.pt'} is of another model")
     context.load_state_dict(saved["model"])
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    tokenizer = load_tokenizer(args.out)
     data, rows = Data(tokenizer, base.every_file, args.seed), []
     kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in TASKS}
     for name in args.recipes or RECIPES:
@@ -439,7 +439,7 @@ def run(args: argparse.Namespace):
         prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file)
     if WORLD > 1:
         dist.barrier()
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    tokenizer = load_tokenizer(args.out)
     data, model = Data(tokenizer, first.every_file, args.seed), None
     for recipe in (first, second):
         model = build(recipe, fields, model).to(args.device)
@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         fail(error)
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; the same command goes on from the last checkpoint",
