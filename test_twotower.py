@@ -2189,8 +2189,8 @@ def test_bench_kernels_compiles_and_counts():
 
 @needs_kernels
 @pytest.mark.parametrize("mode, new, knobs", [
-    ("generate_ar", 3, {}), ("generate_speculative", 4, dict(draft_length=4)),
-    ("generate_mask_diffusion", 8, dict(block_size=8, steps_per_block=3))])
+    ("generate_ar", 2, {}), ("generate_speculative", 3, dict(draft_length=3)),
+    ("generate_mask_diffusion", 8, dict(block_size=8, steps_per_block=2))])
 def test_the_miniature_writes_the_same_with_kernels(mode, new, knobs):
     torch_model, tokenizer = miniature()
     model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton")
