@@ -466,7 +466,8 @@ def time_transformers(model: TwoTower, seconds_of) -> float:
 # bytes of shared memory a program may take on an A100, an H100 or H200, an RTX 50
 CARDS = {80: 166912, 90: 232448, 120: 101376}
 # FLOPs of a launch by its arguments; what is not here has none worth counting
-FLOPS = {"_grouped_product_kernel": lambda v: 2 * v["out_ptr"].numel() * v["inputs"],
+FLOPS = {"_grouped_product_kernel": lambda v: (
+             2 * v["T"] * (v["A"] + v["SHARED"]) * v["outputs"] * v["inputs"]),
          "_scan_kernel": lambda v: 5 * v["y_ptr"].numel() * v["N"],
          "_attention_kernel": lambda v: 4 * v["q_ptr"].numel() * v["S"],
          "_scores_kernel": lambda v: 2 * v["scores_ptr"].numel() * v["D"]}
