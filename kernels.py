@@ -657,9 +657,11 @@ def _conv_kernel(
         x_ptr,              # (B, L, channels)
         weight_ptr,         # (channels, W)
         bias_ptr,           # (channels,), if HAS_BIAS
+        counts_ptr,         # (B,) int64: tokens of each row before its padding, if HAS_COUNTS
         out_ptr,            # (B, L, channels)
-        x_row, x_token, L, channels, W: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+        x_row, x_token, L, channels, W: tl.constexpr, HAS_BIAS: tl.constexpr,
+        HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, BLOCK_L: tl.constexpr,
+        BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     c = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -679,18 +681,20 @@ def _conv_kernel(
     if UPDATE and tl.program_id(1) == 0:        # the only program that has read this history
         place = tl.arange(0, BLOCK_W)[:, None]
         kept = (place < W - 1) & (c < channels)[None, :]
-        newest = load_inputs(x_ptr, history_ptr, L - (W - 1) + place, W, x_token, channels, c, kept)
+        at = (tl.load(counts_ptr + row) if HAS_COUNTS else L) - (W - 1) + place
+        newest = load_inputs(x_ptr, history_ptr, at, W, x_token, channels, c, kept)
         tl.debug_barrier()                      # all of its threads have
         tl.store(history_ptr + place * channels + c[None, :], newest, kept)
 
 
 @launcher
 def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                  update: bool = False) -> Tensor:
+                  update: bool = False, counts: Tensor | None = None) -> Tensor:
     """As twotower.causal_conv1d: history (B, W-1, channels), x (B, L, channels) -> x's shape."""
     (B, L, channels), W = x.shape, weight.shape[-1]
     check(x.device, history=(history, (B, W - 1, channels), [x.dtype]), x=(x, x.shape, FLOATS),
-          weight=(weight, (channels, 1, W), FLOATS), bias=(bias, (channels,), FLOATS))
+          weight=(weight, (channels, 1, W), FLOATS), bias=(bias, (channels,), FLOATS),
+          counts=(counts, (B,), LONG))
     if not history.is_contiguous():
         raise ValueError("history must be contiguous, as it is updated in place")
     x, weight = dense(x), weight.contiguous()           # x is a slice of what in_proj made
@@ -699,9 +703,9 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     BLOCK_W, BLOCK_C = triton.next_power_of_2(max(1, W - 1)), 128
     BLOCK_L = min(max(16, BLOCK_W), triton.next_power_of_2(L))      # the first alone reads history
     _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
-        history, x, weight, bias, out, *x.stride()[:2], L, channels, W=W,
-        HAS_BIAS=bias is not weight, UPDATE=update and W > 1, BLOCK_L=BLOCK_L, BLOCK_W=BLOCK_W,
-        BLOCK_C=BLOCK_C)
+        history, x, weight, bias, x if counts is None else counts, out, *x.stride()[:2], L,
+        channels, W=W, HAS_BIAS=bias is not weight, HAS_COUNTS=counts is not None,
+        UPDATE=update and W > 1, BLOCK_L=BLOCK_L, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
     return out
 
 

@@ -2026,10 +2026,13 @@ def kernel_cases(dtype: torch.dtype):
             (randn(b, L, H, P), dt, randn(b, L, G, N) / N**0.5, randn(b, L, G, N),
              randn(H, dtype=f32), randn(H, dtype=f32) / 2, rand(H),
              randn(b, H, P, N, dtype=f32) / N**0.5), limit)
-    for b, L, W, bias in ((2, 1, 4, 1), (1, 2, 4, 0), (1, 15, 4, 1), (3, 40, 3, 1), (2, 5, 1, 1)):
+    for b, L, W, bias, counts in ((2, 1, 4, 1, 0), (1, 2, 4, 0, 0), (1, 15, 4, 1, 0),
+                                  (3, 40, 3, 1, (2, 40, 17)), (2, 5, 1, 1, 0),
+                                  (2, 9, 4, 1, (1, 5))):
+        counts = torch.tensor(counts, device=DEVICE) if counts else None
         yield Case(f"causal_conv1d, {b} x {L} tokens, width {W}, {bias} bias",
-                   lambda ops, history, x, taps, *bias: (
-                       ops.causal_conv1d(history, x, taps, *bias or [None], True),
+                   lambda ops, history, x, taps, *bias, counts=counts: (
+                       ops.causal_conv1d(history, x, taps, *bias or [None], True, counts),
                        history if history.shape[1] else None),
                    (randn(b, W - 1, 130), randn(b, L, 200)[..., 7:137], randn(130, 1, W),
                     *[randn(130)] * bias), limit)

@@ -205,16 +205,17 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
 
 def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                  update: bool = False) -> Tensor:
+                  update: bool = False, counts: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU, in float32.
 
     Args: history (b, W-1, channels), the inputs before x (b, L, channels), replaced by the newest
-        if update; weight (channels, 1, W), bias (channels) or None.
+        if update, of each row's first counts (b) tokens; weight (channels, 1, W), bias (channels).
     Returns: (b, L, channels) in x's dtype; token l reads itself and the W-1 before it.
     """
     inputs, L = torch.cat([history, x], dim=1), x.shape[1]                # (b, W-1+L, channels)
     if update:
-        history.copy_(inputs[:, L:])
+        kept = window(inputs, counts, history.shape[1]) if counts is not None else inputs[:, L:]
+        history.copy_(kept)
     x, taps = wide(inputs), wide(weight[:, 0])                                  # (channels, W)
     W = taps.shape[1]
     if L == 1:
@@ -660,11 +661,10 @@ class Mamba2(Module):
         c, (b, L, _) = self.config, x.shape
         groups = c.n_groups * c.ssm_state_size
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
-        in_place, inputs = at.keep == "end" and at.counts is None, xBC
-        if not (in_place or at.keep == "none"):
+        if at.keep in ("inputs", "blocks"):
             inputs = torch.cat([state.conv_state, xBC], dim=1)            # (b, W-1+L, conv_dim)
         xBC = self.ops.causal_conv1d(state.conv_state, xBC, self.conv1d.weight, self.conv1d.bias,
-                                     update=in_place)
+                                     at.keep == "end", at.counts)
         xBC = xBC.to(x.dtype)           # other only under autocast, which must not round the scan
         x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
         x = x.view(b, L, c.mamba_num_heads, c.mamba_head_dim)             # (b, L, H, P)
@@ -672,9 +672,7 @@ class Mamba2(Module):
         y, before = self.ops.ssd(
             x, dt, B, C, self.dt_bias, self.A_log, self.D, state.ssm_state, c.time_step_limit,
             at.counts, at.block_size or c.chunk_size, at.keep)
-        if at.keep == "end" and not in_place:
-            state.conv_state.copy_(window(inputs, at.counts, c.conv_kernel - 1))
-        elif at.keep == "inputs":
+        if at.keep == "inputs":
             rates = ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit)
             state.inputs = inputs, x, *rates, B
         elif at.keep == "blocks":                                         # n blocks: b*n rows
