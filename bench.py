@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from corpus import FROM_SOURCE, KNOWN, library, library_prompts, task_prompts, texts_with_holes
-from sample import load_tokenizer
+from rows import load_tokenizer
 from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
                       kernels)
 

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
 import plan
 from bench import answer
 from corpus import Data, Reading, Text, also_ar, prepare, readings, task_prompts
-from sample import load_tokenizer
+from rows import load_tokenizer
 from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
 from twotower import (CHECKPOINT_FILE, Router, SafetensorError, TwoTower, TwoTowerConfig,

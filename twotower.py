@@ -1202,7 +1202,8 @@ class TwoTower(Module):
                         denoiser_device=None, dtype: torch.dtype | None = None,
                         towers: str = "both", backend: str = "torch",
                         layout: str = "released") -> TwoTower:
-        """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
+        """Load a checkpoint directory, config.json and safetensors, one file or indexed shards, or
+        what `fetch` gets for the name of one on the Hugging Face Hub.
 
         Names and shapes are checked against the headers before any tensor is read; each tensor then
         goes straight to its tower's device, so that the host holds one at a time.
@@ -1213,10 +1214,12 @@ class TwoTower(Module):
             layout: "backbone" does what `from_backbone` does.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
-        model, files = cls.skeleton(directory, dtype=dtype, towers=towers, layout=layout)
-        model.use(backend)              # refuses what cannot be had before a tensor is read
         first = torch.get_default_device() if context_device is None else context_device
         second = first if denoiser_device is None else denoiser_device
+        first, second = check_device(first), check_device(second)
+        model, files = cls.skeleton(fetch(directory, towers, layout), dtype=dtype,
+                                    towers=towers, layout=layout)
+        model.use(backend)              # refuses what cannot be had before a tensor is read
         return model.fill(files, first, second).use(backend)
 
     @classmethod
@@ -1703,6 +1706,13 @@ def check_positive(value: int, name: str):
             f"{name} is {value!r}, but it must be a positive integer")
 
 
+def check_device(place) -> str:
+    try:
+        return str(torch.zeros(1, device=place).device)
+    except (RuntimeError, AssertionError) as error:     # of a build without CUDA
+        raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
+
+
 def check_t(t, *shapes: tuple[int, ...]) -> Tensor | None:
     """t as a floating tensor of one of the shapes; one number becomes the first."""
     if t is None:
@@ -1789,6 +1799,27 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     require(isinstance(value, dict), f"{path} must hold a JSON object")
     return value
+
+
+def shard_names(directory: Path, towers: str, layout: str = "any") -> list[str]:
+    """The safetensors files that are needed of a checkpoint, by its index."""
+    names = {"": "model.safetensors"} if not (directory / INDEX).exists() else read_json(
+        directory / INDEX).get("weight_map") or {}
+    skip = unread(names, towers, layout, directory)
+    return sorted({file for key, file in names.items() if not key.startswith(skip)})
+
+
+def fetch(name, towers: str = "both", layout: str = "any", revision: str | None = None,
+          weights: bool = True) -> Path:
+    """The directory of a checkpoint: `name`, or what the Hub has under OWNER/NAME, of which no more
+    is downloaded than is needed. Raises: what the package huggingface_hub does."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or Path(name).parent.is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    files = ["config.json", "tokenizer.json", INDEX]
+    directory = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+    return directory if not weights else Path(snapshot_download(
+        str(name), revision=revision, allow_patterns=shard_names(directory, towers, layout)))
 
 
 def check_file(path: Path, cause: str = ""):
