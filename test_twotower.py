@@ -4364,7 +4364,8 @@ def test_readme():
         assert (HERE / link).exists(), link
     for program, flags in re.findall(r"python (\w+\.py)(.*)", text):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", flags):
-            names = f'"{flag}"', f"{flag[2:]}: "        # as a flag, or a parameter that makes one
+            # as a flag, which may have other names beside, or a parameter that makes one
+            names = f'"{flag}"', f'"{flag} ', f"{flag[2:]}: "
             source = (HERE / program).read_text(encoding="utf-8")
             assert any(name in source for name in names), (program, flag)
 
