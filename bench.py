@@ -9,6 +9,9 @@
     python bench.py templates   the miniature filling gaps, with and without what follows them
     python bench.py batch       the miniature's tokens/s by number of prompts decoded together, and
                                 how far a row of a batch is from the same row alone, by rounding
+    python bench.py kernels     what the compiler makes of every launch of kernels.py in the
+                                full-size model, and launches, bytes and FLOPs by pass and kind of
+                                layer; needs no GPU
     python bench.py gpu         the full-size model with random weights, made on the GPU: time,
                                 bytes and share of the roof of every pass; speed-up over AR
 
@@ -31,20 +34,28 @@ import platform
 import random
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 from tokenizers import Tokenizer
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (register_module_forward_hook,
+                                     register_module_forward_pre_hook)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
-from sample import load_tokenizer
-from twotower import Context, KVCache, MambaState, Pass, Router, TwoTower, TwoTowerConfig, kernels
+from corpus import FROM_SOURCE, KNOWN, library, library_prompts, task_prompts, texts_with_holes
+from rows import load_tokenizer
+from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
+                      kernels)
 
 HERE = Path(__file__).resolve().parent
 MINIATURE = str(HERE / "miniature")
@@ -275,7 +286,7 @@ def bench_gpu() -> dict:
         return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
 
     print(torch.cuda.get_device_name())
-    bandwidth, rate, _ = kernels().ceilings(seconds_of)
+    bandwidth, rate = roof(seconds_of)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = TwoTower(TwoTowerConfig()).eval().use("triton")
@@ -286,6 +297,7 @@ def bench_gpu() -> dict:
     result["prefill"] = [{"tokens": prompt.numel(), "ms": 1e3 * s, "per_second": prompt.numel() / s}
                          for prompt, s in zip(prompts, seconds)]
     show("prefill", result["prefill"])
+    result["launches"] = time_launches(model, seconds_of, bandwidth, rate)
     measure = functools.partial(table_of_passes, model, length=2048, seconds_of=seconds_of,
                                 bandwidth=bandwidth, rate=rate)
     result["random"], result["random_speed_up"] = measure(batches=(1, 4, 16, 64))
@@ -297,6 +309,16 @@ def bench_gpu() -> dict:
     result["transformers_ms"] = 1e3 * time_transformers(model, seconds_of)
     print(f"\nAR token after 2,048 by transformers' NemotronH: {result['transformers_ms']:.1f} ms")
     return result
+
+
+def roof(seconds_of) -> tuple[float, float]:
+    """What this GPU reaches: bytes a second in a copy, FLOPs a second in bfloat16 products."""
+    large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    square = torch.randn(8192, 8192, device="cuda").bfloat16()
+    bandwidth = 2 * large.numel() / seconds_of(large.clone)
+    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
+    print(f"copying {bandwidth / 1e9:.0f} GB/s, products {rate / 1e12:.0f} TFLOP/s: the roof")
+    return bandwidth, rate
 
 
 def concentrate_routing(model: TwoTower, experts: int):
@@ -319,7 +341,7 @@ def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
     context.lengths = lengths = context.lengths + length
     if graphs:
         context.passes = kernels().Passes(model, context, Pass.behind)
-        context.passes.recording = recording
+        context.passes.recording &= recording
     token, block = (torch.randint(4, model.config.vocab_size, (rows, n), device=context.device)
                     for n in (1, BLOCK))
     t = torch.full((rows,), 0.5, device=context.device)
@@ -439,11 +461,199 @@ def time_transformers(model: TwoTower, seconds_of) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
+# bench.py kernels
+
+# bytes of shared memory a program may take on an A100, an H100 or H200, an RTX 50
+CARDS = {80: 166912, 90: 232448, 120: 101376}
+# FLOPs of a launch by its arguments; what is not here has none worth counting
+FLOPS = {"_grouped_product_kernel": lambda v: (
+             2 * v["T"] * (v["A"] + v["SHARED"]) * v["outputs"] * v["inputs"]),
+         "_scan_kernel": lambda v: 5 * v["y_ptr"].numel() * v["N"],
+         "_attention_kernel": lambda v: 4 * v["q_ptr"].numel() * v["S"],
+         "_scores_kernel": lambda v: 2 * v["scores_ptr"].numel() * v["D"]}
+
+
+class Launch(NamedTuple):
+    kind: str                   # of the layer, "" outside of layers
+    name: str
+    bytes: float                # of the tensors it is given and makes, each once
+    flops: float
+    kernel: object = None       # of kernels.py: the JITFunction, its arguments and options by name
+    values: dict | None = None
+    again: Callable | None = None       # the same launch
+
+
+class Launches(TorchDispatchMode):
+    """While it lasts it collects what is launched, or on meta tensors would be.
+
+    experts: of each MoE layer how many are hit, whose weights are read."""
+
+    def __init__(self, config: TwoTowerConfig, experts: float):
+        super().__init__()
+        self.share, self.kind, self.found = experts / config.n_routed_experts, "", []
+
+    def __enter__(self):
+        from triton import JITFunction
+        run = JITFunction.run
+
+        def enter(module, _, kind=""):
+            if isinstance(module, Layer):
+                self.kind = kind or module.kind
+
+        self.hooks = contextlib.ExitStack()
+        self.hooks.enter_context(register_module_forward_pre_hook(enter))
+        self.hooks.enter_context(register_module_forward_hook(
+            lambda module, args, out: enter(module, args, " ")))
+        self.hooks.enter_context(mock.patch.object(
+            JITFunction, "run", lambda kernel, *args, **options: self.launch(
+                kernel, dict(zip(kernel.arg_names, args)) | options,
+                functools.partial(run, kernel, *args, **options))))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.hooks.close()
+        return super().__exit__(*error)
+
+    def launch(self, kernel, values: dict, again: Callable):
+        tensors, name = {id(v): v for v in values.values() if isinstance(v, torch.Tensor)}, (
+            kernel.fn.__name__)
+        moved = sum(v.nbytes for v in tensors.values())
+        if name == "_grouped_product_kernel":
+            moved -= values["w_ptr"].nbytes * (1 - self.share)
+        if name == "_scan_kernel" and values["UPDATE"]:         # read and written
+            moved += values["state_ptr"].nbytes
+        self.found.append(Launch(self.kind.strip(), name, moved,
+                                 FLOPS.get(name, lambda v: 0)(values), kernel, values, again))
+        if not any(v.is_meta for v in tensors.values()):
+            again()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op.is_view or "empty" in str(op) or "_unsafe_view" in str(op):
+            return out
+        given = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        if not any(x.is_meta for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            return out                                              # of the host
+        if "embedding" in str(op) or "index" in str(op):            # rows of a table or cache
+            given = sorted(given, key=torch.Tensor.numel)[:2]
+        count = flop_registry.get(op.overloadpacket, lambda *_, **__: 0)
+        self.found.append(Launch(self.kind.strip(), str(op), sum({id(x): x.nbytes for x in given}
+                                 .values()), count(*args, **(kwargs or {}), out_val=out)))
+        return out
+
+
+def variant(launch: Launch) -> tuple:
+    """What Triton compiles for a launch: types, constants, alignment, options, and the tile."""
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.values[parameter.name]
+        if parameter.is_constexpr or type(value) is int and value == 1:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        # as at a launch: tensors begin at multiples of 16 bytes, and some numbers are multiples
+        if isinstance(value, torch.Tensor) or type(value) is int and value % 16 == 0:
+            aligned[i,] = [["tt.divisibility", 16]]
+    return signature, constants, aligned, {
+        name: launch.values[name] for name in ("num_warps", "num_stages") if name in launch.values}
+
+
+def compiled(kernel, card: int, signature: dict, constants: dict, aligned: dict,
+             options: dict) -> dict:
+    """What the compiler makes of it for a card of compute capability card / 10."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    code = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                          target=GPUTarget("cuda", card, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(code.asm["ptx"])
+        arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
+        tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+        said = subprocess.run([tool.path, "-v", f"-arch={arch}", ptx, "-o", folder + "/cubin"],
+                              capture_output=True, text=True).stderr
+    tile = [f"{name.lower()} {value}" for name, value in constants.items()
+            if name.startswith(("BLOCK", "CHUNK", "SLOTS", "FEW"))]
+    return {"kernel": kernel.fn.__name__, "card": card,
+            "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+            "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+            "shared": code.metadata.shared, "tile": " ".join(tile)}
+
+
+@torch.no_grad()
+def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 float32") -> dict:
+    """Counts and compiles the launches of passes and a prefill of the full-size model."""
+    config, counts, table = TwoTowerConfig(), [], []
+    for dtype in dtypes.split():
+        torch.set_default_dtype(getattr(torch, dtype))
+        with torch.device("meta"):
+            model = TwoTower(config).eval().use("triton")
+        torch.set_default_dtype(torch.float32)
+        found = []
+        for batch in (1, 4, 64):
+            for name, run in passes_over(model, batch, 2048, graphs=True).items():
+                tokens = batch * PASSES[name]["tokens"]
+                idle = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+                with Launches(config, config.n_routed_experts * (1 - idle)) as launches:
+                    run()
+                found += launches.found
+                if dtype == "bfloat16":
+                    counts += table_of_launches(batch, name, launches.found)
+        with Launches(config, 0) as launches:
+            model.prefill(torch.randint(4, config.vocab_size, (1, 4096)))
+        variants = {str((one.name, variant(one))): one for one in found + launches.found
+                    if one.kernel is not None}
+        table += [{"dtype": dtype} | compiled(one.kernel, card, *variant(one))
+                  for card in map(int, cards.split()) for one in variants.values()]
+    show("launches by pass and kind of layer", counts)
+    show("by the compiler", table)
+    for row in table:
+        if row["shared"] > CARDS[row["card"]]:
+            raise ValueError(f"{row['kernel']} needs {row['shared']} bytes of shared memory, more "
+                             f"than a card {row['card']} has")
+    return {"launches": counts, "compiled": table}
+
+
+def time_launches(model: TwoTower, seconds_of, bandwidth: float, rate: float) -> list[dict]:
+    """The kernels of passes at batch 1 after 2,048 tokens, each many times within a CUDA graph, as
+    the launch of a graph takes longer than many of them. What fits the cache is then read from it,
+    which in a pass it may not be."""
+    rows, many = [], 50
+    for name, run in passes_over(model, 1, 2048, graphs=True, recording=False).items():
+        with Launches(model.config, experts_hit(run)) as launches:
+            run()
+        kinds = {(one.name, str(variant(one)[1])): one for one in launches.found if one.kernel}
+        for (kernel, _), one in kinds.items():
+            graph, *_ = kernels().record(lambda _: [one.again() for _ in range(many)],
+                                         [torch.zeros(1, device=model.context_tower.device)])
+            seconds = seconds_of(graph.replay) / many
+            rows.append({"pass": name, "kernel": kernel, "microseconds": 1e6 * seconds,
+                         "gigabytes_a_second": one.bytes / seconds / 1e9, "share_of_roof":
+                         Cost(one.bytes, one.flops).seconds(bandwidth, rate) / seconds})
+    show("kernels of passes at batch 1", rows)
+    return rows
+
+
+def table_of_launches(batch: int, name: str, found: list[Launch]) -> list[dict]:
+    rows = []
+    for kind in ("M", "*", "E", "", "all"):
+        own = [one for one in found if kind in (one.kind, "all")]
+        rows.append({"batch": batch, "pass": name, "layers": kind or "other",
+                     "launches": len(own), "megabytes": sum(one.bytes for one in own) / 1e6,
+                     "gigaflops": sum(one.flops for one in own) / 1e9})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
 # bench.py miniature
 
 MODES = {"ar": ("ar", {}), "mock-AR": ("mock_ar", {})}
 MODES |= {f"gamma {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
-          for gamma in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
+          for gamma in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
 MODES |= {f"block {size}": ("mask_diffusion", {"block_size": size, "steps_per_block": size})
           for size in (8, 32, 64)}             # at gamma 0.8; "gamma 0.8" itself has block 16
 MODES |= {"speculative": ("speculative", {})}
@@ -504,7 +714,7 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
     """Accuracy of every mode in batches; then speed at batch 1, all modes taking turns item by
     item."""
     model, tokenizer = load(checkpoint)
-    kinds = {task: task_prompts(tokenizer, task, items) for task in TASKS}
+    kinds = {task: task_prompts(tokenizer, task, items) for task in KNOWN}
     kinds["library"] = library_prompts(tokenizer, items)
     quality = {(name, kind): answer(model, tokenizer, prompts, name)
                for name in MODES for kind, prompts in kinds.items()}
@@ -514,7 +724,8 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
                 score = answer(model, tokenizer, [prompts[max(i, 0)]], name)
                 speed[name, kind].update(score if i >= 0 else {})
-    tables = {"rows": list(TASKS), "library": ["library"]}
+    tables = {"rows": list(KNOWN), "source": [task for task in KNOWN if task in FROM_SOURCE],
+              "library": ["library"]}
     for table, of in tables.items():
         tables[table] = rows = []
         for name in MODES:
@@ -593,7 +804,7 @@ def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
     of held-out source, where the model is less sure, counted in float32 and in bfloat16.
     """
     model, tokenizer = load(checkpoint)
-    by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
+    by_task = [task_prompts(tokenizer, task, 7) for task in KNOWN]
     prompts = [prompt for items in zip(*by_task) for prompt, _, _ in items][:32]
     modes, sizes, written, rows = ("ar", "mask_diffusion"), (1, 2, 4, 8, 16, 32), {}, []
 
@@ -667,7 +878,8 @@ def main(argv: list[str] | None = None):
     parser, measures = Parser(description=__doc__, allow_abbrev=False, formatter_class=(
         argparse.RawDescriptionHelpFormatter), usage="python bench.py MEASUREMENT [flags]"), {
         measure.__name__.removeprefix("bench_"): measure for measure in (
-            bench_cpu, bench_miniature, bench_samples, bench_templates, bench_batch, bench_gpu)}
+            bench_cpu, bench_miniature, bench_samples, bench_templates, bench_batch, bench_kernels,
+            bench_gpu)}
     commands = parser.add_subparsers(dest="what", required=True, prog="python bench.py",
                                      metavar="|".join(measures))
     for name, measure in measures.items():

@@ -63,9 +63,9 @@ def activations(c: TwoTowerConfig, size: int, rows: int, L: int) -> int:
     """Bytes alive at the peak of a pass of rows x L tokens: x, its norm, and what a layer of those
     that take most computes. size: bytes of a number."""
     T, chunk, conv, d = rows * L, min(L, c.chunk_size), c.conv_dim, c.d_inner
-    # Mamba-2: out of in_proj, in and out of the convolution, y; and in float32 in and out of the
+    # Mamba-2: out of in_proj and of the convolution, y; and in float32 in and out of the
     # convolution, or a chunk's inputs and weights twice, or two states
-    mamba = size * T * (2 * d + 3 * conv) + 4 * rows * max(
+    mamba = size * T * (2 * d + 2 * conv) + 4 * rows * max(
         2 * L * conv, chunk * (conv + 2 * c.mamba_num_heads * chunk),
         2 * d * (c.ssm_state_size + chunk))
     # MoE: the outputs of all experts in float32, before and after their weights; MLP: twice h

@@ -136,8 +136,8 @@ FLAGS = {"what to write": [
          "of all weights but the router's: bfloat16, float16, float32; default the checkpoint's"),
     Flag("--backend", choice("NAME", "auto", "torch", "triton"), MODES, "torch; triton: "
          "kernels.py; auto: that on GPUs, where triton is there", "torch"),
-    Flag("--graphs", SWITCH, (*MASKS, "ar"), "record the passes that repeat as CUDA graphs", False,
-         ("--backend triton", lambda args: args.backend == "triton")),
+    Flag("--graphs", SWITCH, (*MASKS, *DRAFTS, "ar"), "record the passes that repeat as CUDA "
+         "graphs", False, ("--backend triton", lambda args: args.backend == "triton")),
 ], "what comes out": [
     Flag("--watch", SWITCH, MASKS, "show the block being denoised on a terminal, fresh tokens bold",
          False, bars="--json --output"),

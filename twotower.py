@@ -178,21 +178,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def modulate_then_norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                       eps: float) -> Tensor:
-    """Before the denoiser's Mamba and attention layers."""
-    return rms_norm(modulate(x, shift, scale), weight, eps)
-
-
-def norm_then_modulate(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                       eps: float) -> Tensor:
-    """Before the denoiser's MoE and MLP layers."""
+def norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None,
+         scale: Tensor | None = None, first: bool = True) -> Tensor:
+    """`rms_norm`; in the denoiser modulated before it (`first`: Mamba and attention layers), or
+    after it (MoE and MLP layers)."""
+    if shift is None:
+        return rms_norm(x, weight, eps)
+    if first:
+        return rms_norm(modulate(x, shift, scale), weight, eps)
     return modulate(rms_norm(x, weight, eps), shift, scale)
 
 
-def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    """x + gate * h, for x and h (B, L, D), gate (B, 1, D)."""
-    return torch.addcmul(x, gate, h)
+def add_gated(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
+    """x + gate * h, for x and h (B, L, D), gate (B, 1, D) or None, which is 1."""
+    return x + h if gate is None else torch.addcmul(x, gate, h)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -205,16 +204,20 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     return (v * weight).to(y.dtype)
 
 
-def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                  update: bool = False, counts: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU, in float32.
 
-    Args: inputs (b, W-1+L, channels), the L new ones behind the W-1 before them;
-        weight (channels, 1, W), bias (channels) or None.
-    Returns: (b, L, channels) in the inputs' dtype; token l, which is inputs[:, l+W-1], reads itself
-        and the W-1 before it.
+    Args: history (b, W-1, channels), the inputs before x (b, L, channels), replaced by the newest
+        if update, of each row's first counts (b) tokens; weight (channels, 1, W), bias (channels).
+    Returns: (b, L, channels) in x's dtype; token l reads itself and the W-1 before it.
     """
+    inputs, L = torch.cat([history, x], dim=1), x.shape[1]                # (b, W-1+L, channels)
+    if update:
+        kept = window(inputs, counts, history.shape[1]) if counts is not None else inputs[:, L:]
+        history.copy_(kept)
     x, taps = wide(inputs), wide(weight[:, 0])                                  # (channels, W)
-    W, L = taps.shape[1], inputs.shape[1] - taps.shape[1] + 1
+    W = taps.shape[1]
     if L == 1:
         out = (x.mT * taps).sum(-1)[:, None]
     else:
@@ -316,6 +319,21 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     return y, torch.stack(before, dim=1) if keep == "blocks" else state if keep == "end" else None
 
 
+def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+        state: Tensor, limit: tuple[float, float], counts: Tensor | None, chunk_size: int,
+        keep: str) -> tuple[Tensor, Tensor | None]:
+    """All of it: `ssd_rates`, then `ssd_step` for one token, `ssd_scan` for more; keep "end"
+    updates the state in place. Returns y, and the states before each chunk if keep is "blocks"."""
+    dt, A = ssd_rates(dt, dt_bias, A_log, limit, counts)
+    if x.shape[1] == 1 and keep in ("end", "none"):
+        y, _ = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state, in_place=keep == "end")
+        return y[:, None], None
+    y, after = ssd_scan(x, dt, A, B, C, D, state, chunk_size, keep)
+    if keep == "end":
+        state.copy_(after)
+    return y, after if keep == "blocks" else None
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
               is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Grouped-query attention, softmax(q k / sqrt(K)) v; query head h reads KV head h // (H/G).
@@ -368,8 +386,9 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tu
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
-                up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
-    """Sum over each token's experts of weight * down(relu(up(x))^2).
+                up_bias: Tensor | None = None, down_bias: Tensor | None = None,
+                shared: MLP | None = None) -> Tensor:
+    """Sum over each token's experts of weight * down(relu(up(x))^2), plus the shared expert's.
 
     Args:
         x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
@@ -396,7 +415,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     h = product(h, down)
     h = wide(h if down_bias is None else h + down_bias[experts])
     h = h * topk_weights.flatten()[order, None].to(h.dtype)
-    return torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
+    out = torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
+    return out if shared is None else out + shared(x)
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
@@ -405,6 +425,12 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
     logits, labels = logits[targets.to(logits.device)], labels[targets].to(logits.device)
     losses = F.cross_entropy(logits, labels, reduction="none")
     return losses if reduction == "none" else losses.sum() / max(1, len(losses))
+
+
+def of_blocks(x: Tensor, blocks: Tensor, n: int) -> Tensor:
+    """x (B, n * size) -> (B, k * size): of each row's n blocks those in blocks (B, k) int64."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x.reshape(len(x), n, -1)[rows, blocks.to(x.device)].flatten(1)
 
 
 def most_likely(logits: Tensor, mask_token_id: int | None = None) -> tuple[Tensor, Tensor]:
@@ -448,6 +474,7 @@ class Pass(NamedTuple):
 
     slots: Tensor                       # (B, L) int64: where new keys and values are cached. In
                                         # training x is (B*n, Q) and L is n*Q: n blocks share a row
+    rows: Tensor                        # (B, 1) int64: 0, 1, ..
     end: int                            # slots in use then, in the longest row
     # what a query sees, one of three as for `attention`; none of them: every slot in use
     last_seen: Tensor | None = None
@@ -461,8 +488,10 @@ class Pass(NamedTuple):
     def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, keep: str = "none") -> Pass:
         """L tokens behind rows of `lengths` (B,) tokens, which only the contents of tensors depend
         on, so that a pass can be recorded."""
-        slots = lengths[:, None] + torch.arange(L, device=lengths.device)
-        return cls(slots, end, slots if causal else slots[:, -1:].repeat(1, L), keep=keep)
+        B, count = len(lengths), torch.arange(max(len(lengths), L), device=lengths.device)
+        slots = lengths[:, None] + count[:L]
+        last_seen = slots if causal else slots[:, -1:].expand(B, L)
+        return cls(slots, count[:B, None], end, last_seen, keep=keep)
 
 
 @dataclass
@@ -482,8 +511,9 @@ class MambaState:
         counts, self.inputs = counts.to(dt.device), None
         kept = torch.arange(dt.shape[1], device=dt.device) < counts[:, None]
         with torch.autocast(x.device.type, enabled=False):          # as in ssd_scan
-            self.ssm_state = ssd_state(wide(x), dt * kept[..., None], A, wide(B), self.ssm_state)
-        self.conv_state = window(xBC, counts, self.conv_state.shape[1])
+            self.ssm_state.copy_(
+                ssd_state(wide(x), dt * kept[..., None], A, wide(B), self.ssm_state))
+        self.conv_state.copy_(window(xBC, counts, self.conv_state.shape[1]))
 
 
 def window(x: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -542,12 +572,12 @@ class Context:
         """Keep only these rows, in this order."""
         if rows == list(range(len(self.lengths))):
             return
-        self.states, self._replica = (states and [state and state.map(lambda x: x[rows])
+        kept = rows if self.passes is None else self.passes.select(rows)        # of the states
+        self.states, self._replica = (states and [state and state.map(lambda x: x[kept])
                                                   for state in states]
                                       for states in (self.states, self._replica))
         self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
-        self.passes = self.passes and self.passes.anew(self)
 
     def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
                   **fields) -> Pass:
@@ -565,7 +595,9 @@ class Context:
     def settle(self, counts: Tensor):
         """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs. No
         layer runs again: keys and values past a row's length are scratch anyway."""
-        for state in self.states:
+        if self.passes is not None:
+            self.passes.settle(self, counts)
+        for state in self.states if self.passes is None else ():
             if isinstance(state, MambaState):
                 state.settle(counts)
         self.lengths, self.logits = self.lengths + counts, None
@@ -596,9 +628,8 @@ class Context:
 # Layers and towers; attribute names are the checkpoint's
 
 # what layers call as self.ops: the functions above, or those of kernels.py (see `TwoTower.use`)
-OPERATIONS = ("rms_norm", "modulate_then_norm", "norm_then_modulate", "add_gated",
-              "gated_rms_norm", "causal_conv1d", "ssd_rates", "ssd_scan", "ssd_step", "attention",
-              "route", "moe_experts", "most_likely")
+OPERATIONS = ("norm", "add_gated", "causal_conv1d", "ssd", "gated_rms_norm", "attention", "route",
+              "moe_experts")
 
 
 class Module(nn.Module):
@@ -626,9 +657,11 @@ class Mamba2(Module):
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
         """The state before the first token: zeros."""
-        c, zeros = self.config, self.in_proj.weight.new_zeros
-        ssm = zeros(rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
-        return MambaState(zeros(rows, c.conv_kernel - 1, c.conv_dim), wide(ssm))
+        c, weight = self.config, self.in_proj.weight        # whose new_zeros FSDP would shard
+        conv, ssm = (torch.zeros(rows, *shape, dtype=weight.dtype, device=weight.device)
+                     for shape in ((c.conv_kernel - 1, c.conv_dim),
+                                   (c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)))
+        return MambaState(conv, wide(ssm))
 
     def forward(self, x: Tensor, state: MambaState, at: Pass) -> Tensor:
         """x (b, L, D) -> (b, L, D). at.keep: "end" updates the state in place, "blocks" replaces
@@ -636,28 +669,23 @@ class Mamba2(Module):
         c, (b, L, _) = self.config, x.shape
         groups = c.n_groups * c.ssm_state_size
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
-        inputs = torch.cat([state.conv_state, xBC], dim=1)                # (b, W-1+L, conv_dim)
-        xBC = self.ops.causal_conv1d(inputs, self.conv1d.weight, self.conv1d.bias)
+        if at.keep in ("inputs", "blocks"):
+            inputs = torch.cat([state.conv_state, xBC], dim=1)            # (b, W-1+L, conv_dim)
+        xBC = self.ops.causal_conv1d(state.conv_state, xBC, self.conv1d.weight, self.conv1d.bias,
+                                     at.keep == "end", at.counts)
         xBC = xBC.to(x.dtype)           # other only under autocast, which must not round the scan
         x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
         x = x.view(b, L, c.mamba_num_heads, c.mamba_head_dim)             # (b, L, H, P)
         B, C = (v.view(b, L, c.n_groups, c.ssm_state_size) for v in (B, C))         # (b, L, G, N)
-        dt, A = self.ops.ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit, at.counts)
-        if L == 1 and at.keep in ("end", "none"):
-            y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D,
-                                       state.ssm_state, in_place=at.keep == "end")
-        else:
-            y, ssm = self.ops.ssd_scan(x, dt, A, B, C, self.D, state.ssm_state,
-                                       at.block_size or c.chunk_size, at.keep)
-        if at.keep == "end":
-            state.conv_state.copy_(inputs[:, L:] if at.counts is None else
-                                   window(inputs, at.counts, c.conv_kernel - 1))
-            state.ssm_state.copy_(ssm)                  # nothing to do after a step in place
-        elif at.keep == "inputs":
-            state.inputs = inputs, x, dt, A, B
+        y, before = self.ops.ssd(
+            x, dt, B, C, self.dt_bias, self.A_log, self.D, state.ssm_state, c.time_step_limit,
+            at.counts, at.block_size or c.chunk_size, at.keep)
+        if at.keep == "inputs":
+            rates = ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit)
+            state.inputs = inputs, x, *rates, B
         elif at.keep == "blocks":                                         # n blocks: b*n rows
-            state.ssm_state = ssm.flatten(0, 1)
-            before = inputs.unfold(1, c.conv_kernel - 1, at.block_size)[:, :ssm.shape[1]]
+            state.ssm_state, n = before.flatten(0, 1), before.shape[1]
+            before = inputs.unfold(1, c.conv_kernel - 1, at.block_size)[:, :n]
             state.conv_state = rearrange(before, "b n channels w -> (b n) w channels")
         y = self.ops.gated_rms_norm(y.reshape(z.shape), z, self.norm.weight, c.n_groups,
                                     c.layer_norm_epsilon)
@@ -679,15 +707,16 @@ class Attention(Module):
     def empty_state(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens a row."""
         shape = (rows, self.config.num_key_value_heads, capacity, self.config.head_dim)
-        return KVCache(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape))
+        return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                         for weight in (self.k_proj.weight, self.v_proj.weight)))
 
     def forward(self, x: Tensor, cache: KVCache, at: Pass) -> Tensor:
         """x (B, L, D) -> (B, L, D): queries of the new tokens over the slots that `at` lets them
         see, their own among them. In training x is (B*n, Q, D): n blocks share a row's cache."""
-        rows, K = torch.arange(len(at.slots), device=x.device)[:, None], self.config.head_dim
+        K = self.config.head_dim
         q, k, v = (projection(x).view(*at.slots.shape, -1, K)             # (B, L or n*Q, H or G, K)
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = cache.write(rows, at.slots, k, v, at.end)
+        k, v = cache.write(at.rows, at.slots, k, v, at.end)
         out = self.ops.attention(q.transpose(1, 2), k, v, at.last_seen, at.is_causal, at.mask)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
@@ -750,9 +779,9 @@ class MoE(Module):
     def forward(self, x: Tensor, *_) -> Tensor:
         tokens, up, down = x.flatten(0, -2), self.experts["up_proj"], self.experts["down_proj"]
         topk_ids, topk_weights = self.gate(tokens)                               # (T, A) each
-        routed = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
-                                      up.bias, down.bias)
-        return routed.view(x.shape) + self.shared_experts(x)
+        out = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight, up.bias,
+                                   down.bias, self.shared_experts)
+        return out.unflatten(0, x.shape[:-1])
 
 
 class Layer(Module):
@@ -767,14 +796,8 @@ class Layer(Module):
     def forward(self, x: Tensor, state: KVCache | MambaState | None, at: Pass,
                 modulation: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
         """x (B, L, D) -> (B, L, D). modulation: shift, scale and gate (B, 1, D), or None."""
-        weight = self.norm.weight
-        if modulation is None:
-            return x + self.mixer(self.ops.rms_norm(x, weight, self.eps), state, at)
-        shift, scale, gate = modulation
-        if self.kind in "M*":
-            h = self.ops.modulate_then_norm(x, shift, scale, weight, self.eps)
-        else:
-            h = self.ops.norm_then_modulate(x, shift, scale, weight, self.eps)
+        shift, scale, gate = modulation or (None, None, None)
+        h = self.ops.norm(x, self.norm.weight, self.eps, shift, scale, first=self.kind in "M*")
         return self.ops.add_gated(x, gate, self.mixer(h, state, at))
 
 
@@ -800,7 +823,7 @@ class Tower(Module):
             x = wide(x)
         for i, layer in enumerate(self.layers):
             x = layer(x, states[i], at, modulations and modulations[i])
-        return self.ops.rms_norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
+        return self.ops.norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
 
 
 class TimestepEmbedder(nn.Module):
@@ -815,7 +838,8 @@ class TimestepEmbedder(nn.Module):
     def features(t: Tensor) -> Tensor:
         """(B,) -> (B, 256) float32. Frequencies and angles must be float32: at 1000 t more digits
         give another phase."""
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
+        places = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * places / 128)
         angles = (t * 1000)[:, None].float() * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -913,7 +937,7 @@ class TwoTower(Module):
         """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None, the
         hidden states; keep, block_size: of a `Pass`; `Context.settle` ends what "inputs" begins."""
         if context.passes is not None:
-            return context.passes.extend(context, tokens, logits)
+            return context.passes.extend(context, tokens, logits, keep)
         L = tokens.shape[1]
         at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep,
                                block_size=block_size)
@@ -1001,7 +1025,7 @@ class TwoTower(Module):
     # -- training -----------------------------------------------------------------------------
 
     def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor | float | None,
-                         block_size: int) -> Tensor:
+                         block_size: int, blocks: Tensor | None = None) -> Tensor:
         """Denoiser logits of every noisy block given the clean blocks before it, in one pass.
 
         Block b attends to clean tokens before it and to all of itself; its Mamba layers start from
@@ -1009,8 +1033,9 @@ class TwoTower(Module):
         the denoiser's parameters only. The denoiser takes each block as a row.
 
         Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
-            (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR.
-        Returns: (B, M, V) float32. Source: arXiv 2606.26493, training.
+            (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR;
+            blocks (B, k) int64, distinct: those of each row to denoise, None for all.
+        Returns: (B, M or k * block_size, V) float32. Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
         clean = check_ids(clean, "clean", self.config)
@@ -1020,16 +1045,24 @@ class TwoTower(Module):
                 f"clean has {M} tokens a row, no multiple of block_size {block_size}")
         n = M // block_size
         t = check_t(t, (B,), (B, n))
+        blocks = (torch.arange(n).expand(B, n) if blocks is None else blocks).to(device)
+        require(blocks.dim() == 2 and len(blocks) == B and 0 <= blocks.min() <= blocks.max() < n,
+                f"blocks must be ({B}, k) numbers from 0 to {n - 1}")
+        noisy, L = of_blocks(noisy.to(device), blocks, n), blocks.shape[1] * block_size
         if t is not None:
-            t = t.reshape(B, -1).expand(B, n).flatten()
-        context = Context(self.context_tower, B, 2 * M)     # noisy keys go behind the clean ones
+            t = of_blocks(t.to(device).reshape(B, -1).expand(B, n), blocks, n).flatten()
+        context = Context(self.context_tower, B, M + L)     # noisy keys go behind the clean ones
         with torch.no_grad():
             self._extend(context, clean, None, keep="blocks", block_size=block_size)
-        block = torch.arange(M, device=device) // block_size
-        mask = torch.cat([block < block[:, None], block == block[:, None]], dim=1)   # (M, 2M)
-        at = context.next_pass(M, device, causal=False, mask=mask[None, None])
-        logits = self._denoise(rearrange(noisy, "b (n q) -> (b n) q", n=n), context, t, at)
-        return rearrange(logits, "(b n) q v -> b (n q) v", n=n)
+        for i, state in enumerate(context.states):
+            if isinstance(state, MambaState):
+                context.states[i] = state.map(lambda x: of_blocks(
+                    x.reshape(B, -1), blocks, n).view(-1, *x.shape[1:]))
+        own = blocks.repeat_interleave(block_size, dim=1)[..., None]                 # (B, L, 1)
+        seen = torch.arange(M, device=device) // block_size < own, own == own.mT
+        at = context.next_pass(L, device, causal=False, mask=torch.cat(seen, dim=2)[:, None])
+        logits = self._denoise(noisy.view(-1, block_size), context, t, at)
+        return rearrange(logits, "(b k) q v -> b (k q) v", b=B)
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
                        generator: torch.Generator | None = None, *, masked: Tensor | None = None,
@@ -1145,7 +1178,7 @@ class TwoTower(Module):
         check_positive(draft_length, "draft_length")
         run = Decoding(self, prompts, max_new_tokens, temperature, draft_length, steps_per_block,
                        mask_token_id, confidence_threshold, **options)
-        going = run.append(run.next_token(run.prefill(run.prompts), report=False))
+        going = run.append(run.next_token(run.prefill(run.prompts, repeats=True), report=False))
         run.block_index, place = 0, torch.arange(draft_length)
         eos = torch.tensor(run.eos_token_ids, dtype=torch.long)
         while going:
@@ -1286,8 +1319,8 @@ class TwoTower(Module):
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
         gradients), "auto" the latter on GPUs where they can be had; `backend` then says which.
 
-        graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
-        graphs, for the rows at hand: worth it where rows end together. Needs "triton".
+        graphs: all ways of decoding but mock-AR record the passes that repeat as CUDA graphs, and
+        anew when the rows have halved. Needs "triton".
         Raises: ValueError if they cannot be had.
         """
         require(backend in ("auto", "torch", "triton"),
@@ -1483,7 +1516,7 @@ class Decoding:
 
         def choose(logits: Tensor, seeds: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
             if greedy or self.temperature == 0:
-                return self.model.ops.most_likely(logits, mask_token_id)
+                return most_likely(logits, mask_token_id)
             shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
                                   self.top_p)
             u = noise(seeds.to(shaped.device), places[:, None].to(shaped.device), step, V)
