@@ -2448,8 +2448,8 @@ def test_sample_stops(mode, tmp_path):
     assert result["text"] == tokenizer().decode(new[:end])
 
 
-def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()) -> sample_rows.Row:
-    """A row that has got its new tokens piece by piece, as blocks end."""
+def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()):
+    """A `Row` that has got its new tokens piece by piece, as blocks end."""
     row = sample_rows.Row(0, "", prompt)
     for i, new in enumerate(pieces):
         row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
