@@ -2973,7 +2973,7 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
       for args, other in (
           *((f"{args} --prompt-file two.jsonl", "--mode score") for args in (
               "--stop x", "--trace t", "--watch", "--denoiser-device cpu")),
-          *(("--interactive", flag) for flag in ("--json", "--output o", "--num-samples 2")),
+          *(("--interactive", flag) for flag in ("--json", "--output o")),
           ("--graphs --backend triton Hi", "--mode mock_ar"), ("--watch Hi", "--mode mock_ar"),
           ("--json Hi", "--output o"), ("--watch Hi", "--json"),
           ("--watch Hi", "--output o"), ("--trace t Hi --output o", "--resume"))],
