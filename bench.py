@@ -875,11 +875,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None):
-    parser, measures = Parser(description=__doc__.splitlines()[0], allow_abbrev=False), {
+    parser, measures = Parser(description=__doc__, allow_abbrev=False, formatter_class=(
+        argparse.RawDescriptionHelpFormatter), usage="python bench.py MEASUREMENT [flags]"), {
         measure.__name__.removeprefix("bench_"): measure for measure in (
             bench_cpu, bench_miniature, bench_samples, bench_templates, bench_batch, bench_kernels,
             bench_gpu)}
-    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(measures))
+    commands = parser.add_subparsers(dest="what", required=True, prog="python bench.py",
+                                     metavar="|".join(measures))
     for name, measure in measures.items():
         command = commands.add_parser(name, description=measure.__doc__, allow_abbrev=False)
         command.add_argument("--threads", type=count, default=torch.get_num_threads())

@@ -55,7 +55,7 @@ import corpus
 import official
 import placement
 import plan
-import rows
+import rows as sample_rows
 import sharding
 import train
 import twotower
@@ -2448,9 +2448,9 @@ def test_sample_stops(mode, tmp_path):
     assert result["text"] == tokenizer().decode(new[:end])
 
 
-def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()) -> rows.Row:
-    """A row that has got its new tokens piece by piece, as blocks end."""
-    row = rows.Row(0, "", prompt)
+def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()):
+    """A `Row` that has got its new tokens piece by piece, as blocks end."""
+    row = sample_rows.Row(0, "", prompt)
     for i, new in enumerate(pieces):
         row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
     return row
@@ -2814,7 +2814,8 @@ def test_interactive(tmp_path):
                 ("Hello", answer("Hello", "mask_diffusion", 9)), ("/mode ar", ""),
                 ("/nothing", "/nothing is none of /prompt, "), ("/max 12", ""), ("/tokens 13", ""),
                 ("/top-p 7", "--top-p is 7.0, but it must be a number in (0, 1]\n"),
-                ("\x1b[A5", "--top-p is 75.0, but"), ("two\\\nlines", answer("two\nlines", "ar", 13)),
+                ("\x1b[A5", "--top-p is 75.0, but"),
+                ("two\\\nlines", answer("two\nlines", "ar", 13)),
                 ("/template ___", "--template does nothing with --mode ar\n"), ("/max", ""),
                 ("/mode", ""), ("Hello", answer("Hello", "mask_diffusion", 9)), ("/max 4000", "")):
             write(line + "\n")
@@ -2964,15 +2965,15 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
         ("--revision main", "--checkpoint OWNER/NAME"),
         ("--graphs", "--backend triton"), ("--resume", "--output"),
         ("--resume --output o --temperature 1", "--output, and with --temperature the --seed"))],
-    *[(f"--template '{text}' Hi", f"the template of the prompt has {message}") for text, message in (
-        ("two__", "'__', but a hole is ___ (three or more) or {{3}}"), ("{{ 3 }}", "'{{ 3 }}', but"),
-        ("{{-1}}", "'{{-1}}', but"), ("{{0}}", "'{{0}}', but"), ("no hole", "no hole, ___ or {{3}}"),
+    *[(f"--template '{text}' Hi", f"template of the prompt has {message}") for text, message in (
+        ("two__", "'__', but a hole is ___ (three or more) or {{3}}"), ("no hole", "no hole, ___"),
+        ("{{ 3 }}", "'{{ 3 }}', but"), ("{{-1}}", "'{{-1}}', but"), ("{{0}}", "'{{0}}', but"),
         (r"\_\_\_", "no hole"), ("", "no hole"))],
     *[(f"{args} {other}", f"{args.split()[0]} does nothing with {other.removesuffix(' o')}")
       for args, other in (
           *((f"{args} --prompt-file two.jsonl", "--mode score") for args in (
               "--stop x", "--trace t", "--watch", "--denoiser-device cpu")),
-          *(("--interactive", flag) for flag in ("--json", "--output o", "--num-samples 2")),
+          *(("--interactive", flag) for flag in ("--json", "--output o")),
           ("--graphs --backend triton Hi", "--mode mock_ar"), ("--watch Hi", "--mode mock_ar"),
           ("--json Hi", "--output o"), ("--watch Hi", "--json"),
           ("--watch Hi", "--output o"), ("--trace t Hi --output o", "--resume"))],
@@ -3165,9 +3166,9 @@ def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
 
 def test_dtype():
     """Half the bytes of float32, and text in bfloat16; an answer that is sure stays as it is."""
-    wide, narrow = (json.loads(sample("--plan", "--json", *flags).stdout)["devices"]["cpu"]["weights"]
-                    for flags in (("--context-device", "cpu"),
-                                  ("--context-device", "cpu", "--dtype", "bfloat16")))
+    flags = ["--plan", "--json", "--context-device", "cpu", "--dtype"]
+    wide, narrow = (json.loads(sample(*flags, dtype).stdout)["devices"]["cpu"]["weights"]
+                    for dtype in ("float32", "bfloat16"))
     assert 0.49 < narrow / wide < 0.52
     run = sample("--verbose", "--dtype", "bfloat16", "--max-new-tokens", 16, LETTER)
     assert run.returncode == 0 and ", dtype bfloat16, " in run.stderr
@@ -3179,7 +3180,7 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
     args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, batch_size=4)
     free = {"cpu": 0, "cuda:0": 0}
-    monkeypatch.setattr(placement, "TOKENS_PER_PASS", 1)      # or activations outweigh these weights
+    monkeypatch.setattr(placement, "TOKENS_PER_PASS", 1)  # or activations outweigh weights
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place], 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free) - 1)
     monkeypatch.setattr(placement.psutil, "virtual_memory",
