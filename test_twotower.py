@@ -2745,6 +2745,7 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     (train, "--recipes --out nowhere", "nowhere"),
     (bench, "miniature --checkpoint nowhere", "nowhere"),
     (bench, "samples --mode prose", "--mode prose"),
+    (bench, "miniature --tasks sort,prose", "only bill,sort"),
     (bench, "cpu --items 5", "unrecognized arguments: --items"),
     (bench, "batch --rounds 0", "0 must be an integer of 1 or more")])
 def test_train_and_bench_refuse_in_one_line(program, args, message, capsys):
@@ -2755,8 +2756,8 @@ def test_bench_miniature_runs(capsys, monkeypatch):
     """Few tasks and modes: the counts add up, speculative decoding is right where AR is."""
     monkeypatch.setattr(bench, "MODES", {name: bench.MODES[name] for name in (
         "ar", "mock-AR", "gamma 0.8", "speculative")})
-    monkeypatch.setattr(bench, "KNOWN", ("sort", "rename"))
-    bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1"])
+    bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1", "--tasks",
+                "sort,rename"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for rows in (result["rows"], result["source"], result["library"]):
         ar, mock, fast, speculative = rows
