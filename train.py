@@ -63,7 +63,7 @@ class Recipe:
     unaligned: float                # share of the task rows whose answers begin anywhere in a block
     library_weight: float = 1.0     # of the loss of a library row: its gradient is the largest
     unprompted: float = 0.0         # share that have no prompts
-    mock_ar: int = 0                # every so many steps a sequence is also learned as by AR
+    mock_ar: int = 0                # every so many steps a third of the rows is also mock-AR's
     denoised: float = 1.0           # share of a row's blocks to denoise, those with masks first
     stages: tuple = ()              # (step, other values from there on); one that gives a peak
                                     # starts the learning rate again
@@ -104,25 +104,18 @@ class Recipe:
         return now.peak * min(1.0, (step - first + 1) / self.warm_up, decay)
 
 
-# what is hard comes more often
+# what is hard comes more often; numbers of rows that two or three processes can share
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=18500, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
-           stages=(
-        (4000, dict(peak=1.5e-3)),
-        (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
-                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
-        (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
-            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))),
-        (12000, dict(peak=1.2e-3, decay=0.9, library_every=11)),
-        (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
-        (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
-        (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
-    Recipe(2, steps=8800, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
-           unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=5, row=320,
-           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", *SOURCE,
-                                             "sort"),
-           stages=((0, dict(block_size=32)), (1000, dict(block_size=16)))))
+    Recipe(1, steps=25000, decay=0.3, library_every=4, unaligned=0.5, rows=6, turns=WORDS, stages=(
+        (5000, dict(peak=1.5e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
+                    library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
+                                               *SOURCE * 2, "sort"))),)),
+    Recipe(2, steps=24000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
+           unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=6, row=320,
+           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
+                                             *SOURCE, "sort"),
+           stages=((0, dict(block_size=32)), (3000, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -299,16 +292,26 @@ class Trainer:
                 weights = weights / per_token(t, tokens.shape[1])
             found.append(loss * read(weights[share])[read(masked[share])].to(loss.device))
         if recipe.phase == 2 and recipe.mock_ar and seed % recipe.mock_ar == 0:
-            x, wanted = tokens[share][:1], F.pad(targets[share][:1, 1:], (0, 1))
+            wanted = F.pad(targets[:, 1:], (0, 1))                  # position l predicts l + 1
             blocks = choose_blocks(wanted, 1, recipe.denoised / 2, generator)
-            read = functools.partial(of_blocks, blocks=blocks, n=x.shape[1])
-            logits = self.model.diffusion_logits(x, x, None, 1, blocks)     # l predicts l + 1
-            loss = masked_cross_entropy(logits, read(x.roll(-1, 1)), read(wanted), "none")
-            found.append(loss * read(weights[share][:1])[read(wanted)].to(loss.device))
+            turn = seed // recipe.mock_ar % 3
+            rows = [r for r in range(share.start, share.stop) if r % 3 == turn]
+            found.append(self.mock_ar_loss(*(x[rows] for x in (tokens, wanted, weights, blocks))))
         if recipe.phase == 1 or recipe.tied:
             loss = self.model.ar_loss(tokens[share], targets[share], reduction="none")
             found.append(loss * weights[share, 1:][targets[share, 1:]].to(loss.device))
         return found
+
+    def mock_ar_loss(self, tokens: Tensor, wanted: Tensor, weights: Tensor,
+                     blocks: Tensor) -> Tensor:
+        """Next-token losses of the denoiser where wanted (B, M) bool, at the positions `blocks`
+        (B, k) alone; of no rows none."""
+        if not len(tokens):
+            return torch.zeros(0, device=self.device)
+        read = functools.partial(of_blocks, blocks=blocks, n=tokens.shape[1])
+        logits, wanted = self.model.diffusion_logits(tokens, tokens, None, 1, blocks), read(wanted)
+        loss = masked_cross_entropy(logits, read(tokens.roll(-1, 1)), wanted, "none")
+        return loss * read(weights)[wanted].to(loss.device)
 
     def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
         """The loss of a step, a scalar of which every process has its summand."""
@@ -326,7 +329,8 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out losses by source; of phase 2 with the published noise, to compare recipes."""
         valid = {kind: statistics.mean(float(all_reduce(self.loss(step, True, kind)))
-                                       for step in range(2)) for kind in ("library", *self.recipe.tasks())}
+                                       for step in range(2))
+                 for kind in ("library", *self.recipe.tasks())}
         self.balance.reset()
         return valid
 
