@@ -2569,6 +2569,29 @@ def test_what_is_not_denoised_changes_nothing():
     assert len(mock) == 24 and torch.isclose(mock[:, None], right, 1e-4).any(1).all()
 
 
+def test_joint_training_reaches_the_context_tower():
+    """While it is on, both losses reach all of the context tower; then it stays as it is. The
+    denoiser's loss is the same."""
+    trainer = short_trainer(2, stages=((0, dict(joint=True)), (2, dict(joint=False))), mock_ar=0)
+    apart, batch = short_trainer(2), trainer.data.batch(trainer.recipe, 0)
+    (diffusion, ar), (same,) = (one.losses(*batch, one.recipe.at(0), seed=1)
+                                for one in (trainer, apart))
+    assert torch.equal(diffusion, same)
+    for loss, layers in (diffusion, "M*"), (ar, "M*E"):
+        loss.sum().backward()
+        assert all(layer.mixer.k_proj.weight.grad.any() if layer.kind == "*" else
+                   next(layer.mixer.parameters()).grad.any()
+                   for layer in trainer.model.context_tower.layers if layer.kind in layers)
+        trainer.optimizer.zero_grad()
+    tower, states = trainer.model.context_tower, []
+    for _ in range(4):
+        trainer.train_step()
+        states.append({name: tensor.clone() for name, tensor in tower.state_dict().items()})
+    equal = [all(torch.equal(old[name], new[name]) for name in old)
+             for old, new in zip(states, states[1:])]
+    assert equal == [False, True, True]
+
+
 def test_noise_follows_the_recipe():
     targets = torch.rand(400, 4, 16, generator=seeded(1)) < 0.7
     noise = lambda targets, **choices: train.add_noise(

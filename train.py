@@ -81,6 +81,7 @@ class Recipe:
     full_masks: float = 0.5         # share of the blocks or sequences with t = 1
     slope: float = 0.0              # of the mask probability along a block
     weight: str = "mean"            # or "1/t"
+    joint: bool = False             # phase 2 also trains the context tower, by both losses
     tied: bool = False              # one tower in both roles, also trained with AR loss
     timeless: bool = False          # t is 0 whatever it is
 
@@ -115,7 +116,8 @@ PHASES = (
            unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=6, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
-           stages=((0, dict(block_size=32)), (3000, dict(block_size=16)))))
+           stages=((0, dict(block_size=32, joint=True)), (3000, dict(block_size=16)),
+                   (12000, dict(peak=1e-3, joint=False)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -129,7 +131,8 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 library_weight=1.0, mock_ar=0, denoised=1.0, tied=False, timeless=False)
+                 library_weight=1.0, mock_ar=0, denoised=1.0, joint=False, tied=False,
+                 timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -242,9 +245,9 @@ class Trainer:
         self.device, self.autocast = model.context_tower.device, autocast
         self.balance = Balance(model.context_tower if recipe.phase == 1 else model.denoiser_tower,
                                recipe.balance)
-        if recipe.phase == 2 and not recipe.tied:
-            model.context_tower.requires_grad_(False)
-            model.context_lm_head.requires_grad_(False)
+        self.frozen = [model.context_tower, model.context_lm_head] * (
+            recipe.phase == 2 and not recipe.tied)
+        self.freeze(not any(changes.get("joint") for _, changes in recipe.stages))
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters, groups = [p for _, p in trained], {0.1: [], 0.0: []}
         for name, p in trained:
@@ -257,6 +260,10 @@ class Trainer:
         self.step, self.seconds, self.log = 0, 0.0, []
         if path is not None and path.exists():
             self.load()
+
+    def freeze(self, frozen: bool):
+        for module in self.frozen:
+            module.requires_grad_(not frozen)
 
     def load(self):
         saved = read_checkpoint(self.path, self.device)
@@ -286,7 +293,8 @@ class Trainer:
             Q = recipe.block_size
             blocks = choose_blocks(masked, Q, recipe.denoised, generator)[share]
             read = functools.partial(of_blocks, blocks=blocks, n=tokens.shape[1] // Q)
-            logits = self.model.diffusion_logits(tokens[share], noisy[share], t[share], Q, blocks)
+            logits = self.model.diffusion_logits(tokens[share], noisy[share], t[share], Q, blocks,
+                                                 through_context=recipe.joint)
             loss = masked_cross_entropy(logits, read(tokens[share]), read(masked[share]), "none")
             if recipe.weight == "1/t":
                 weights = weights / per_token(t, tokens.shape[1])
@@ -297,7 +305,7 @@ class Trainer:
             turn = seed // recipe.mock_ar % 3
             rows = [r for r in range(share.start, share.stop) if r % 3 == turn]
             found.append(self.mock_ar_loss(*(x[rows] for x in (tokens, wanted, weights, blocks))))
-        if recipe.phase == 1 or recipe.tied:
+        if recipe.phase == 1 or recipe.tied or recipe.joint:
             loss = self.model.ar_loss(tokens[share], targets[share], reduction="none")
             found.append(loss * weights[share, 1:][targets[share, 1:]].to(loss.device))
         return found
@@ -338,10 +346,11 @@ class Trainer:
         """Returns the loss, and the imbalance of the experts."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
+        self.freeze(not self.recipe.at(self.step).joint)
         loss = self.loss(self.step)
         loss.backward()
         if WORLD > 1:
-            grads = [p.grad for p in self.parameters]
+            grads = [p.grad for p in self.parameters if p.grad is not None]
             total = all_reduce(torch.nn.utils.parameters_to_vector(grads))
             torch.nn.utils.vector_to_parameters(total, grads)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
