@@ -108,16 +108,16 @@ class Recipe:
 # what is hard comes more often; numbers of rows that two or three processes can share
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=25000, decay=0.3, library_every=4, unaligned=0.5, rows=6, turns=WORDS, stages=(
+    Recipe(1, steps=19000, decay=0.3, library_every=4, unaligned=0.5, rows=6, turns=WORDS, stages=(
         (5000, dict(peak=1.5e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
                     library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
                                                *SOURCE * 2, "sort"))),)),
-    Recipe(2, steps=24000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
+    Recipe(2, steps=18000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
            unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=6, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
            stages=((0, dict(block_size=32, joint=True)), (3000, dict(block_size=16)),
-                   (12000, dict(peak=1e-3, joint=False)))))
+                   (10000, dict(peak=1e-3, joint=False)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
