@@ -7,7 +7,11 @@
                                 on held-out items, passes, tokens/s, likelihood
     python bench.py samples     what the miniature writes after held-out source
     python bench.py templates   the miniature filling gaps, with and without what follows them
-    python bench.py batch       the miniature's tokens/s by number of prompts decoded together
+    python bench.py batch       the miniature's tokens/s by number of prompts decoded together, and
+                                how far a row of a batch is from the same row alone, by rounding
+    python bench.py kernels     what the compiler makes of every launch of kernels.py in the
+                                full-size model, and launches, bytes and FLOPs by pass and kind of
+                                layer; needs no GPU
     python bench.py gpu         the full-size model with random weights, made on the GPU: time,
                                 bytes and share of the roof of every pass; speed-up over AR
 
@@ -30,19 +34,29 @@ import platform
 import random
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 from tokenizers import Tokenizer
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (register_module_forward_hook,
+                                     register_module_forward_pre_hook)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from corpus import FROM_SOURCE, KNOWN, TASKS, library, library_prompts, task_prompts, texts_with_holes
-from twotower import Context, KVCache, MambaState, Pass, Router, TwoTower, TwoTowerConfig, kernels
+from corpus import (FROM_SOURCE, KNOWN, TASKS, library, library_prompts, task_prompts,
+                    texts_with_holes)
+from rows import load_tokenizer
+from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
+                      kernels)
 
 HERE = Path(__file__).resolve().parent
 MINIATURE = str(HERE / "miniature")
@@ -273,7 +287,7 @@ def bench_gpu() -> dict:
         return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
 
     print(torch.cuda.get_device_name())
-    bandwidth, rate, _ = kernels().ceilings(seconds_of)
+    bandwidth, rate = roof(seconds_of)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = TwoTower(TwoTowerConfig()).eval().use("triton")
@@ -284,6 +298,7 @@ def bench_gpu() -> dict:
     result["prefill"] = [{"tokens": prompt.numel(), "ms": 1e3 * s, "per_second": prompt.numel() / s}
                          for prompt, s in zip(prompts, seconds)]
     show("prefill", result["prefill"])
+    result["launches"] = time_launches(model, seconds_of, bandwidth, rate)
     measure = functools.partial(table_of_passes, model, length=2048, seconds_of=seconds_of,
                                 bandwidth=bandwidth, rate=rate)
     result["random"], result["random_speed_up"] = measure(batches=(1, 4, 16, 64))
@@ -295,6 +310,16 @@ def bench_gpu() -> dict:
     result["transformers_ms"] = 1e3 * time_transformers(model, seconds_of)
     print(f"\nAR token after 2,048 by transformers' NemotronH: {result['transformers_ms']:.1f} ms")
     return result
+
+
+def roof(seconds_of) -> tuple[float, float]:
+    """What this GPU reaches: bytes a second in a copy, FLOPs a second in bfloat16 products."""
+    large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    square = torch.randn(8192, 8192, device="cuda").bfloat16()
+    bandwidth = 2 * large.numel() / seconds_of(large.clone)
+    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
+    print(f"copying {bandwidth / 1e9:.0f} GB/s, products {rate / 1e12:.0f} TFLOP/s: the roof")
+    return bandwidth, rate
 
 
 def concentrate_routing(model: TwoTower, experts: int):
@@ -317,7 +342,7 @@ def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
     context.lengths = lengths = context.lengths + length
     if graphs:
         context.passes = kernels().Passes(model, context, Pass.behind)
-        context.passes.recording = recording
+        context.passes.recording &= recording
     token, block = (torch.randint(4, model.config.vocab_size, (rows, n), device=context.device)
                     for n in (1, BLOCK))
     t = torch.full((rows,), 0.5, device=context.device)
@@ -437,6 +462,194 @@ def time_transformers(model: TwoTower, seconds_of) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
+# bench.py kernels
+
+# bytes of shared memory a program may take on an A100, an H100 or H200, an RTX 50
+CARDS = {80: 166912, 90: 232448, 120: 101376}
+# FLOPs of a launch by its arguments; what is not here has none worth counting
+FLOPS = {"_grouped_product_kernel": lambda v: (
+             2 * v["T"] * (v["A"] + v["SHARED"]) * v["outputs"] * v["inputs"]),
+         "_scan_kernel": lambda v: 5 * v["y_ptr"].numel() * v["N"],
+         "_attention_kernel": lambda v: 4 * v["q_ptr"].numel() * v["S"],
+         "_scores_kernel": lambda v: 2 * v["scores_ptr"].numel() * v["D"]}
+
+
+class Launch(NamedTuple):
+    kind: str                   # of the layer, "" outside of layers
+    name: str
+    bytes: float                # of the tensors it is given and makes, each once
+    flops: float
+    kernel: object = None       # of kernels.py: the JITFunction, its arguments and options by name
+    values: dict | None = None
+    again: Callable | None = None       # the same launch
+
+
+class Launches(TorchDispatchMode):
+    """While it lasts it collects what is launched, or on meta tensors would be.
+
+    experts: of each MoE layer how many are hit, whose weights are read."""
+
+    def __init__(self, config: TwoTowerConfig, experts: float):
+        super().__init__()
+        self.share, self.kind, self.found = experts / config.n_routed_experts, "", []
+
+    def __enter__(self):
+        from triton import JITFunction
+        run = JITFunction.run
+
+        def enter(module, _, kind=""):
+            if isinstance(module, Layer):
+                self.kind = kind or module.kind
+
+        self.hooks = contextlib.ExitStack()
+        self.hooks.enter_context(register_module_forward_pre_hook(enter))
+        self.hooks.enter_context(register_module_forward_hook(
+            lambda module, args, out: enter(module, args, " ")))
+        self.hooks.enter_context(mock.patch.object(
+            JITFunction, "run", lambda kernel, *args, **options: self.launch(
+                kernel, dict(zip(kernel.arg_names, args)) | options,
+                functools.partial(run, kernel, *args, **options))))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.hooks.close()
+        return super().__exit__(*error)
+
+    def launch(self, kernel, values: dict, again: Callable):
+        tensors, name = {id(v): v for v in values.values() if isinstance(v, torch.Tensor)}, (
+            kernel.fn.__name__)
+        moved = sum(v.nbytes for v in tensors.values())
+        if name == "_grouped_product_kernel":
+            moved -= values["w_ptr"].nbytes * (1 - self.share)
+        if name == "_scan_kernel" and values["UPDATE"]:         # read and written
+            moved += values["state_ptr"].nbytes
+        self.found.append(Launch(self.kind.strip(), name, moved,
+                                 FLOPS.get(name, lambda v: 0)(values), kernel, values, again))
+        if not any(v.is_meta for v in tensors.values()):
+            again()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op.is_view or "empty" in str(op) or "_unsafe_view" in str(op):
+            return out
+        given = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        if not any(x.is_meta for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            return out                                              # of the host
+        if "embedding" in str(op) or "index" in str(op):            # rows of a table or cache
+            given = sorted(given, key=torch.Tensor.numel)[:2]
+        count = flop_registry.get(op.overloadpacket, lambda *_, **__: 0)
+        self.found.append(Launch(self.kind.strip(), str(op), sum({id(x): x.nbytes for x in given}
+                                 .values()), count(*args, **(kwargs or {}), out_val=out)))
+        return out
+
+
+def variant(launch: Launch) -> tuple:
+    """What Triton compiles for a launch: types, constants, alignment, options, and the tile."""
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.values[parameter.name]
+        if parameter.is_constexpr or type(value) is int and value == 1:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        # as at a launch: tensors begin at multiples of 16 bytes, and some numbers are multiples
+        if isinstance(value, torch.Tensor) or type(value) is int and value % 16 == 0:
+            aligned[i,] = [["tt.divisibility", 16]]
+    return signature, constants, aligned, {
+        name: launch.values[name] for name in ("num_warps", "num_stages") if name in launch.values}
+
+
+def compiled(kernel, card: int, signature: dict, constants: dict, aligned: dict,
+             options: dict) -> dict:
+    """What the compiler makes of it for a card of compute capability card / 10."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    code = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                          target=GPUTarget("cuda", card, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(code.asm["ptx"])
+        arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
+        tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+        said = subprocess.run([tool.path, "-v", f"-arch={arch}", ptx, "-o", folder + "/cubin"],
+                              capture_output=True, text=True).stderr
+    tile = [f"{name.lower()} {value}" for name, value in constants.items()
+            if name.startswith(("BLOCK", "CHUNK", "SLOTS", "FEW"))]
+    return {"kernel": kernel.fn.__name__, "card": card,
+            "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+            "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+            "shared": code.metadata.shared, "tile": " ".join(tile)}
+
+
+@torch.no_grad()
+def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 float32") -> dict:
+    """Counts and compiles the launches of passes and a prefill of the full-size model."""
+    config, counts, table = TwoTowerConfig(), [], []
+    for dtype in dtypes.split():
+        torch.set_default_dtype(getattr(torch, dtype))
+        with torch.device("meta"):
+            model = TwoTower(config).eval().use("triton")
+        torch.set_default_dtype(torch.float32)
+        found = []
+        for batch in (1, 4, 64):
+            for name, run in passes_over(model, batch, 2048, graphs=True).items():
+                tokens = batch * PASSES[name]["tokens"]
+                idle = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+                with Launches(config, config.n_routed_experts * (1 - idle)) as launches:
+                    run()
+                found += launches.found
+                if dtype == "bfloat16":
+                    counts += table_of_launches(batch, name, launches.found)
+        with Launches(config, 0) as launches:
+            model.prefill(torch.randint(4, config.vocab_size, (1, 4096)))
+        variants = {str((one.name, variant(one))): one for one in found + launches.found
+                    if one.kernel is not None}
+        table += [{"dtype": dtype} | compiled(one.kernel, card, *variant(one))
+                  for card in map(int, cards.split()) for one in variants.values()]
+    show("launches by pass and kind of layer", counts)
+    show("by the compiler", table)
+    for row in table:
+        if row["shared"] > CARDS[row["card"]]:
+            raise ValueError(f"{row['kernel']} needs {row['shared']} bytes of shared memory, more "
+                             f"than a card {row['card']} has")
+    return {"launches": counts, "compiled": table}
+
+
+def time_launches(model: TwoTower, seconds_of, bandwidth: float, rate: float) -> list[dict]:
+    """The kernels of passes at batch 1 after 2,048 tokens, each many times within a CUDA graph, as
+    the launch of a graph takes longer than many of them. What fits the cache is then read from it,
+    which in a pass it may not be."""
+    rows, many = [], 50
+    for name, run in passes_over(model, 1, 2048, graphs=True, recording=False).items():
+        with Launches(model.config, experts_hit(run)) as launches:
+            run()
+        kinds = {(one.name, str(variant(one)[1])): one for one in launches.found if one.kernel}
+        for (kernel, _), one in kinds.items():
+            graph, *_ = kernels().record(lambda _: [one.again() for _ in range(many)],
+                                         [torch.zeros(1, device=model.context_tower.device)])
+            seconds = seconds_of(graph.replay) / many
+            rows.append({"pass": name, "kernel": kernel, "microseconds": 1e6 * seconds,
+                         "gigabytes_a_second": one.bytes / seconds / 1e9, "share_of_roof":
+                         Cost(one.bytes, one.flops).seconds(bandwidth, rate) / seconds})
+    show("kernels of passes at batch 1", rows)
+    return rows
+
+
+def table_of_launches(batch: int, name: str, found: list[Launch]) -> list[dict]:
+    rows = []
+    for kind in ("M", "*", "E", "", "all"):
+        own = [one for one in found if kind in (one.kind, "all")]
+        rows.append({"batch": batch, "pass": name, "layers": kind or "other",
+                     "launches": len(own), "megabytes": sum(one.bytes for one in own) / 1e6,
+                     "gigaflops": sum(one.flops for one in own) / 1e9})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
 # bench.py miniature
 
 MODES = {"ar": ("ar", {}), "mock-AR": ("mock_ar", {})}
@@ -462,9 +675,9 @@ def altered(model: TwoTower, name: str) -> contextlib.ExitStack:
     return hooks
 
 
-def load(checkpoint: str) -> tuple[TwoTower, Tokenizer]:
-    return (TwoTower.from_pretrained(checkpoint, dtype=torch.float32).eval(),
-            Tokenizer.from_file(str(Path(checkpoint) / "tokenizer.json")))
+def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[TwoTower, Tokenizer]:
+    return (TwoTower.from_pretrained(checkpoint, dtype=dtype).eval(),
+            load_tokenizer(Path(checkpoint)))
 
 
 @torch.inference_mode()
@@ -575,14 +788,13 @@ def bench_templates(checkpoint: str = MINIATURE, items: int = 500) -> dict:
     """A hole in a block of held-out text, filled in with the rest of the block given as a template,
     against the same with what follows the hole masked as well."""
     model, tokenizer = load(checkpoint)
-    mask, rows = model.config.mask_token_id, []
+    rows = []
     for kind, pairs in texts_with_holes(tokenizer, items).items():
         prompts, blocks = zip(*((prompt, text[:16]) for prompt, text in pairs))
         row, hole = {"text": kind}, slice(1, 2) if kind == "json, no prompt" else slice(6, 10)
         for name, end in (("after_masked", 16), ("after_given", hole.stop)):
-            templates = [block.clone() for block in blocks]
-            for template in templates:
-                template[hole.start:end] = mask
+            templates = [[None if hole.start <= i < end else token
+                          for i, token in enumerate(block.tolist())] for block in blocks]
             result = model.generate_mask_diffusion(prompts, template=templates)
             right = torch.stack([new[hole] == block[hole]
                                  for new, block in zip(result.tokens, blocks)]).float()
@@ -595,7 +807,8 @@ def bench_templates(checkpoint: str = MINIATURE, items: int = 500) -> dict:
 def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
     """32 held-out prompts of all tasks, decoded in batches of 1 to 32 in turns.
 
-    Every row must be what it is alone; no speed is reported otherwise.
+    Every row must be what it is alone; no speed is reported otherwise. Then the same of 96 pieces
+    of held-out source, where the model is less sure, counted in float32 and in bfloat16.
     """
     model, tokenizer = load(checkpoint)
     by_task = [task_prompts(tokenizer, task, 7) for task in KNOWN]
@@ -619,7 +832,34 @@ def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
             row[f"{mode}_over_batch_1"] = row[mode] / (rows or [row])[0][mode]
         rows.append(row | {"diffusion_over_ar": row["mask_diffusion"] / row["ar"]})
     show("tokens a second", rows)
-    return {"prompts": len(prompts), "rows": rows}
+    unsure = [prompt for prompt, _, _ in library_prompts(tokenizer, 96)]
+    apart = [rows_apart(load(checkpoint, dtype)[0], mode, unsure)
+             for dtype in (torch.float32, torch.bfloat16) for mode in modes]
+    show("rows of batches of 16 unlike the same rows alone", apart)
+    return {"prompts": len(prompts), "rows": rows, "apart": apart}
+
+
+@torch.inference_mode()
+def rows_apart(model: TwoTower, mode: str, prompts: list, batch: int = 16) -> dict:
+    """How many rows of batches have other texts of 32 tokens than alone, and other logits after the
+    prompt, of one context pass or of one denoiser pass over a block of masks."""
+    def decode(size: int) -> tuple[torch.Tensor, list]:
+        logits, texts = [], []
+        for i in range(0, len(prompts), size):
+            context = model.prefill(prompts[i:i + size])
+            block = torch.full((len(context.lengths), 16), model.config.mask_token_id)
+            logits.append(context.logits[:, None] if mode == "ar" else
+                          model.denoise(block, context, 1.0))
+            result = getattr(model, f"generate_{mode}")(prompts[i:i + size], 32)
+            texts += [new.tolist() for new in result.tokens]
+        return torch.cat(logits), texts
+
+    (alone, texts), (beside, others) = decode(1), decode(batch)
+    apart = (alone - beside).abs().flatten(1).amax(-1)
+    return {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "mode": mode,
+            "rows": len(prompts), "texts": sum(a != b for a, b in zip(texts, others)),
+            "logits": int((apart > 0).sum()), "by_at_most": float(apart.max()),
+            "largest_logit": float(alone.abs().max())}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,7 +884,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None):
     parser, measures = Parser(description=__doc__.splitlines()[0], allow_abbrev=False), {
         measure.__name__.removeprefix("bench_"): measure for measure in (
-            bench_cpu, bench_miniature, bench_samples, bench_templates, bench_batch, bench_gpu)}
+            bench_cpu, bench_miniature, bench_samples, bench_templates, bench_batch, bench_kernels,
+            bench_gpu)}
     commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(measures))
     for name, measure in measures.items():
         command = commands.add_parser(name, description=measure.__doc__, allow_abbrev=False)

@@ -1,9 +1,9 @@
-"""What the miniature reads: tasks whose answers can be checked exactly, five made from words
-(bills, sorting, records to JSON, letters, classes) and two on real source (a variable renamed, a
-line edited); the standard library of the running Python; and a byte-level BPE tokenizer, by which
-any text round-trips.
-
-One prompt in 16, by its CRC, and one library file in 16, by the CRC of its name, are held out.
+"""What is learned from: text of one's own (`Text`), or what the miniature reads. That is tasks
+whose answers can be checked exactly, five made from words (bills, sorting, records to JSON,
+letters, classes) and two on real source (a variable renamed, a line edited); the standard library
+of the running Python; and a byte-level BPE tokenizer, by which any text round-trips. Of the
+miniature's, one prompt in 16, by its CRC, and one library file in 16, by the CRC of its name, are
+held out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import keyword
+import math
 import platform
 import random
 import re
@@ -22,6 +23,7 @@ import sysconfig
 import textwrap
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from twotower import write
+from twotower import of_blocks, write
 
 # ---------------------------------------------------------------------------------------------
 # Tasks and library
@@ -261,7 +263,7 @@ def prepare(path: Path, vocab_size: int, every_file: int):
         items = [prompt + answer for task in FROM_WORDS
                  for prompt, answer in itertools.islice(task_items(task, "tokenizer"), 20000)]
         tokenizer = train_tokenizer(texts[::4] + items, vocab_size)
-        write(path, lambda partial: tokenizer.save(str(partial)))
+        write({path: lambda partial: partial.write_text(tokenizer.to_str(True), "utf-8")})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,6 +342,10 @@ class Data:
                 [token for file in files for token in [*file.ids, self.eos]])
         self.digest = digest.hexdigest()
 
+    def kinds(self, recipe) -> tuple[str, ...]:
+        """Of held-out rows that are measured apart."""
+        return "library", *recipe.tasks()
+
     def library_row(self, rng: random.Random, row: int, held_out: bool):
         stream = self.streams[held_out]
         start = rng.randrange(len(stream) - row)
@@ -365,11 +371,11 @@ class Data:
         return (torch.tensor((tokens + [self.eos] * left)[:recipe.row]),
                 torch.tensor((targets + [False] * left)[:recipe.row]))
 
-    def batch(self, recipe, step: int, held_out: bool = False,
-              only: str | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, recipe, step: int, held_out: bool = False, only: str | None = None,
+              mine: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """tokens (rows, M) int64 and targets (rows, M) bool; the same for the same step.
 
-        only: a task, or "library", for all rows.
+        only: one of `kinds`, for all rows. mine: the rows wanted.
         """
         rng = random.Random(f"{self.seed} {recipe.phase} {step} {held_out}")
         words = [kind for kind in recipe.turns if kind in FROM_WORDS]
@@ -388,4 +394,231 @@ class Data:
                                              for i, other in enumerate(others)]
                 drawn.append(self.task_row(recipe, rng, items, held_out))
         tokens, targets = zip(*drawn)
-        return torch.stack(tokens), torch.stack(targets)
+        return torch.stack(tokens)[mine], torch.stack(targets)[mine]
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows of one's own text
+
+
+PIECE = 2**16                       # bytes: a text file is read as documents of about this size
+
+
+def documents(path: Path):
+    """(first byte, last byte + 1, CRC) of each document of a file: a line of JSONL, or a piece of
+    text that ends with a line. Raises: ValueError naming the line that is no such thing."""
+    start = end = crc = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and path.suffix == ".jsonl":
+                    parse_line(line)
+                line.decode()
+            except ValueError as error:
+                what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                raise ValueError(f"{path} line {number}: {what}") from None
+            end, crc = end + len(line), zlib.crc32(line, crc)
+            if path.suffix == ".jsonl" or end - start >= PIECE:
+                if line.strip():
+                    yield start, end, crc
+                start, crc = end, 0
+    if end > start:
+        yield start, end, crc
+
+
+def parse_line(line: bytes) -> tuple[str, str]:
+    """A prompt, empty for plain text, and what is to be learned."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    for names in (("text",), ("prompt", "answer")):
+        if isinstance(found, dict) and all(isinstance(found.get(name), str) for name in names):
+            return found.get("prompt", "") if len(names) > 1 else "", found[names[-1]]
+    raise ValueError('not an object with "text", or with "prompt" and "answer"')
+
+
+class Text:
+    """Rows of M tokens packed from documents of one's own files, each closed by an end token, and
+    which of them are targets: all of a text, of a prompt and its answer the answer.
+
+    Row r of every step reads on where it was, through the documents that are its own in an epoch: a
+    permutation by seed and epoch, dealt out in turn. So a process tokenises its rows alone, and
+    where a row stands, `cursor` (rows, 3) int64 (epoch, document, token), is a function of the step
+    however many processes there are. The next step's rows are made while this one's are used.
+
+    valid: the files held out; without them one document in 32, by its CRC, or else that of the
+    least CRC. Raises: ValueError for what cannot be read, or holds nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos: int, files: list[Path], valid: list[Path],
+                 seed: int):
+        self.tokenizer, self.eos, self.seed, self.paths = tokenizer, eos, seed, [*files, *valid]
+        digest, found = hashlib.sha256(tokenizer.to_str().encode()), []
+        for number, path in enumerate(self.paths):
+            own = [(number, *place) for place in documents(path)]
+            if not own:
+                raise ValueError(f"{path} holds no text")
+            found += own
+        places = torch.tensor(found)                            # (documents, 4)
+        self.digest = (digest.update(places.numpy().tobytes()), digest.hexdigest())[1]
+        held = places[:, 0] >= len(files)
+        if not valid:
+            held = places[:, 3] % 32 == 0
+            held[places[:, 3].argmin()] = True
+            if held.all():
+                raise ValueError(f"{files[0]} is a single document; give --valid another")
+        self.places = {side: places[held == side, :3] for side in (False, True)}
+        self.step, self.cursor, self.coming = 0, None, {}
+        self.worker = ThreadPoolExecutor(1)                     # tokenizers work without the GIL
+
+    def kinds(self, recipe) -> tuple[str, ...]:
+        return ("text",)
+
+    @functools.lru_cache(maxsize=8)
+    def order(self, epoch: int, held_out: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
+        return torch.randperm(len(self.places[held_out]), generator=generator)
+
+    @functools.lru_cache(maxsize=256)
+    def document(self, number: int, held_out: bool) -> tuple[list[int], int]:
+        """Its ids, and how many of them are its prompt's."""
+        file, start, end = self.places[held_out][number].tolist()
+        with open(self.paths[file], "rb") as source:
+            source.seek(start)
+            content = source.read(end - start)
+        if self.paths[file].suffix != ".jsonl":
+            return [*self.tokenizer.encode(content.decode()).ids, self.eos], 0
+        prompt, text = parse_line(content)
+        before = self.tokenizer.encode(prompt).ids if prompt else []
+        after = self.tokenizer.encode(text, add_special_tokens=not prompt).ids
+        return [*before, *after, self.eos], len(before)
+
+    def row(self, r: int, rows: int, M: int, at: list[int], held_out: bool):
+        """The next M tokens of row r, which are targets, and where it then stands."""
+        (epoch, place, offset), tokens, targets = at, [], []
+        while len(tokens) < M:
+            order = self.order(epoch, held_out)
+            index = (r - epoch) % rows + place * rows           # each epoch deals to another first
+            if index >= len(order):
+                epoch, place = epoch + 1, 0
+                continue
+            ids, prompt = self.document(int(order[index]), held_out)
+            new = ids[offset:offset + M - len(tokens)]
+            tokens += new
+            targets += [token >= prompt for token in range(offset, offset + len(new))]
+            offset += len(new)
+            if offset == len(ids):
+                place, offset = place + 1, 0
+        return tokens, targets, [epoch, place, offset]
+
+    def read(self, rows: int, M: int, mine: slice, cursor: Tensor, held_out: bool):
+        drawn, cursor = [], cursor.clone()
+        for r in range(rows)[mine]:
+            *row, at = self.row(r, rows, M, cursor[r].tolist(), held_out)
+            drawn.append(row)
+            cursor[r] = torch.tensor(at)
+        tokens, targets = zip(*drawn)
+        return torch.tensor(tokens), torch.tensor(targets), cursor
+
+    def batch(self, recipe, step: int, held_out: bool = False, only: str | None = None,
+              mine: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """As of `Data`. Held-out rows begin at the same place whenever step is 0."""
+        start, read = torch.zeros(recipe.rows, 3, dtype=torch.long), (recipe.rows, recipe.row, mine)
+        if held_out:
+            for _ in range(step + 1):
+                tokens, targets, start = self.read(*read, start, True)
+            return tokens, targets
+        if self.cursor is None or self.step > step:
+            self.step, self.cursor, self.coming = 0, start, {}
+        while self.step <= step:                # all but once the next step is the one asked for
+            coming = self.coming.pop(self.step, None) or self.worker.submit(
+                self.read, *read, self.cursor, False)
+            tokens, targets, self.cursor = coming.result()
+            self.step += 1
+        self.coming = {self.step: self.worker.submit(self.read, *read, self.cursor, False)}
+        return tokens, targets
+
+
+# ---------------------------------------------------------------------------------------------
+# What of the rows is masked, and what is learned
+
+
+def draw_noise(recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which of a step's tokens to mask if they are targets, (B, M) bool, and t (B,) or, per block,
+    (B, n)."""
+    B, M, Q = recipe.rows, recipe.row, recipe.block_size
+    t = 0.001 + 0.999 * torch.rand((B, M // Q) if recipe.t_per == "block" else B,
+                                   generator=generator)
+    if recipe.full_masks:
+        t[torch.rand(t.shape, generator=generator) < recipe.full_masks] = 1.0
+    p = per_token(t, M)
+    if recipe.slope:        # later positions of a block are masked more often, for the same mean
+        p = p + recipe.slope * p * (1 - p) * torch.linspace(-1, 1, Q).repeat(M // Q)
+    return torch.rand(B, M, generator=generator) < p, t
+
+
+def choose_blocks(masked: Tensor, Q: int, share: float, draw: Tensor) -> Tensor:
+    """masked (B, M), draw (B, n) in [0, 1) -> (B, k) int64: a share of each row's blocks,
+    preferably those with masks."""
+    order = masked.view(len(masked), -1, Q).any(2) + draw
+    return order.topk(math.ceil(share * order.shape[1])).indices.sort().values
+
+
+def per_token(t: Tensor, M: int) -> Tensor:
+    """t (B,) or (B, n) -> (B, M)."""
+    t = t.view(len(t), -1)
+    return t.repeat_interleave(M // t.shape[1], dim=1)
+
+
+class Reading(NamedTuple):
+    """One way to read a step's sequences: what a tower is given, and what it is to predict."""
+
+    tokens: Tensor                  # (B, M) int64
+    labels: Tensor                  # (B, L) int64, L of the blocks that are denoised, or M - 1
+    wanted: Tensor                  # (B, L) bool: where a label is learned
+    noisy: Tensor | None = None     # (B, M); None: the context tower reads, as AR
+    t: Tensor | None = None         # (B,) or (B, n); None: no time conditioning, as mock-AR
+    block_size: int = 1
+    blocks: Tensor | None = None    # (B, k): those that are denoised
+    weight: Tensor | None = None    # (B, L), of its loss
+
+    def rows(self, rows: Tensor) -> Reading:
+        return Reading(*(part[rows] if isinstance(part, Tensor) else part for part in self))
+
+
+def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask: int,
+             mine: slice = slice(None)) -> dict[str, Reading]:
+    """How a step's sequences are read. tokens, targets (B, M): this process's rows of the step,
+    `mine`; everything is drawn for all rows, so that it does not depend on the processes."""
+    found, generator = {}, torch.Generator().manual_seed(seed * 10**6 + step)
+    weight = torch.ones(tokens.shape)
+    weight[targets.all(1)] = recipe.library_weight              # no other row with prompts is
+    if recipe.phase == 2:
+        Q, M = recipe.block_size, recipe.row
+        noise, t = draw_noise(recipe, generator)
+        masked, t = targets & noise[mine], t[mine]
+        draw = torch.rand(recipe.rows, M // Q, generator=generator)[mine]
+        blocks = choose_blocks(masked, Q, recipe.denoised, draw)
+        read = functools.partial(of_blocks, blocks=blocks, n=M // Q)
+        found["masked"] = Reading(
+            tokens, read(tokens), read(masked), tokens.masked_fill(masked, mask), t, Q, blocks,
+            read(weight / per_token(t, M) if recipe.weight == "1/t" else weight))
+        some = also_ar(recipe, step)
+        if some.any():
+            wanted = F.pad(targets[:, 1:], (0, 1)) & some[mine, None]       # token l predicts l + 1
+            draw = torch.rand(recipe.rows, M, generator=generator)[mine]
+            blocks = choose_blocks(wanted, 1, recipe.denoised / 2, draw)
+            read = functools.partial(of_blocks, blocks=blocks, n=M)
+            found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
+                                    blocks=blocks, weight=read(weight))
+    if recipe.phase == 1 or recipe.tied:
+        found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:], weight=weight[:, 1:])
+    return found
+
+
+def also_ar(recipe, step: int) -> Tensor:
+    """Which of a step's sequences (rows,) the denoiser also learns as an AR model: the share of
+    them, evenly over all steps."""
+    before = torch.arange(step * recipe.rows, (step + 1) * recipe.rows + 1) * recipe.mock_ar
+    return before.double().round(decimals=9).ceil().diff() > 0

@@ -1,15 +1,16 @@
 """Write text with a TwoTower checkpoint; without one, with the miniature beside this file.
 
     python sample.py                            a short demonstration, every denoiser pass shown
-    python sample.py "def main(args):"          continue a prompt; - reads it from standard input
+    python sample.py "sort 2 red pens, 1 blue cup, 3 gray keys, 5 pink rugs, 4 red maps"
+    python sample.py -i                         prompt after prompt; /mode ar and the like set flags
     python sample.py --checkpoint DIR --plan    what would go where, and how much memory it takes
     python sample.py --prompt-file prompts.jsonl --output results.jsonl --batch-size 32
     python sample.py --template "name:____ city:____" "..."      fill in what is left open
     python sample.py --mode score --prompt-file choices.jsonl   log-likelihoods of given texts
 
-Text goes to standard output; where things are placed and one line of facts go to standard error. A
-flag that is not given takes the default of twotower.py's function of that name; a flag that would
-do nothing is an error. Errors are one line and exit status 2, Ctrl-C is 130.
+Text goes to standard output, a line of facts to standard error. A flag that is not given takes the
+default of twotower.py's function of that name; one that would do nothing is an error. Errors are
+one line and exit status 2, Ctrl-C is 130.
 """
 
 import contextlib
@@ -17,75 +18,63 @@ import inspect
 import json
 import math
 import os
-import re
+import platform
+import shutil
 import signal
 import sys
+import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import groupby, product
+from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
 
-import psutil
+if __name__ == "__main__":          # before torch, which takes seconds: Ctrl-C is no traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    for name, mode in (("stdin", "r"), ("stdout", "r"), ("stderr", "w")):
+        if getattr(sys, name) is None:      # closed; else the next file would get its number
+            setattr(sys, name, open(os.devnull, mode))
+
 import torch
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+from rich.progress import (BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn,
+                           TimeRemainingColumn, TransferSpeedColumn)
 from rich.text import Text
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from twotower import (DENOISER_KEYS, INDEX, Context, Decoding, Step, TwoTower, TwoTowerConfig,
-                      Written, require)
+from placement import NEW_TOKENS, SCORED_AT_ONCE, asking, devices, in_words, look, plan, readable
+from rows import (COUNT, DENOISING, DRAFTS, MASKS, MODES, NATURAL, SCORE, TEXT,
+                  WRITING, Kind, Row, finished, load_tokenizer, make_rows, read_prompts, text_of)
+from twotower import (Context, Decoding, SafetensorError, Step, TwoTower, Written, eos_ids, fetch,
+                      require)
 
-MINIATURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "miniature")
+MINIATURE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "miniature")
 DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
-NEW_TOKENS = 128
 MASKED = "\u2591"                                   # a shaded box
-SCORED_AT_ONCE = inspect.signature(TwoTower.score).parameters["tokens_per_pass"].default
-HOLE = re.compile(r"(_{3,}|\{\{[0-9]+\}\})")        # in a template
 
 # ---------------------------------------------------------------------------------------- arguments
 
 
-class Kind(NamedTuple):
-    """What a value must be, in a prompt file or on the command line, as argparse is told."""
-
-    argparse: dict
-    rule: str = ""
-    holds: Callable[..., bool] = lambda value: True
-
-    def check(self, what: str, value):
-        require(self.holds(value), f"{what} is {value!r:.40}, but it must be {self.rule}")
-
-
-N, X = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
-COUNT = Kind(N, "an integer of 1 or more", lambda n: type(n) is int and 1 <= n < 2**31)
-NATURAL = Kind(N, "an integer in [0, 2**63)", lambda n: type(n) is int and 0 <= n < 2**63)
+X = {"type": float, "metavar": "X"}
 FINITE = Kind(X, "a number of 0 or more", lambda x: 0 <= x < math.inf)
 FRACTION = Kind(X, "a number in (0, 1]", lambda x: 0 < x <= 1)
-TEXT = Kind({"metavar": "TEXT"}, "text", lambda text: isinstance(text, str))
-TEXTS = Kind({}, "a list of texts", lambda texts: isinstance(texts, list) and texts
-             and all(isinstance(text, str) for text in texts))
 STOPS = Kind({"action": "append", "metavar": "TEXT"}, "some text", all)
 FILE, SWITCH = Kind({"type": Path, "metavar": "FILE"}), Kind({"action": "store_true"})
+NAME = Kind({"metavar": "NAME"})
 
-MASKS, DRAFTS, SCORE = ("mask_diffusion",), ("speculative",), ("score",)        # modes
-DENOISING = (*MASKS, *DRAFTS, "mock_ar")
-WRITING = (*DENOISING, "ar")
-MODES = (*WRITING, *SCORE)
 
-# what a line of a prompt file may hold
-LINE = {"text": (TEXT, MODES), "max_new_tokens": (COUNT, WRITING), "seed": (NATURAL, WRITING),
-        "template": (TEXT, MASKS), "continuation": (TEXT, SCORE), "choices": (TEXTS, SCORE)}
+def choice(name: str, *values: str) -> Kind:
+    return Kind({"choices": values, "metavar": name})
 
 
 class Flag(NamedTuple):
     """A row of the table of flags. One that would do nothing is refused."""
 
-    name: str
+    names: str                          # ours first, then those that other programs use
     kind: Kind
     modes: tuple[str, ...]              # in which it means something
     help: str
@@ -94,73 +83,129 @@ class Flag(NamedTuple):
     bars: str = ""                      # flags beside which it does nothing
 
     @property
+    def name(self) -> str:
+        return self.names.split()[0]
+
+    @property
     def dest(self) -> str:
         return self.name.lstrip("-").replace("-", "_")
 
 
 KNOBS = "decoding, as in twotower.py"
-DRAWN = ("--temperature above 0", lambda args: args.temperature)
 FLAGS = {"what to write": [
-    Flag("prompt", Kind({"nargs": "?"}), MODES, "text to continue, - for standard input; without "
-         "one a demonstration", bars="--prompt-file"),
-    Flag("--prompt-file", FILE, MODES, "the prompt, or with the suffix .jsonl many: objects with "
-         "text and, if wanted, max_new_tokens, seed, template; to score, continuation or choices"),
-    Flag("--template", TEXT, MASKS, "the new text, in which ___ is a hole of 3 tokens, {{2}} of "
-         "2; the tokens of words bring their own space",
-         needs=("a prompt beside --plan", lambda a: a.prompt or a.prompt_file or not a.plan)),
-    Flag("--max-new-tokens", COUNT, WRITING, f"default {NEW_TOKENS}, or the template's length"),
-    Flag("--stop", STOPS, WRITING, "end before this text; may be given again", [], bars="--plan"),
-    Flag("--mode", Kind({"choices": MODES}), MODES, "default mask_diffusion; speculative writes "
-         "what ar does, sooner; score: log-likelihoods of continuations", MASKS[0]),
-    Flag("--seed", NATURAL, WRITING, "of the first prompt, the next has the next; else random",
-         needs=DRAWN),
-    Flag("--batch-size", COUNT, MODES, "prompts decoded together; default 16", 16),
+    Flag("--prompt -p", TEXT, MODES, "text to continue, - for standard input; without any, what a "
+         "pipe brings, or a demonstration", bars="--prompt-file"),
+    Flag("--prompt-file", FILE, MODES, "the prompt, or as JSON lines many (.jsonl, .ndjson, or a "
+         "first line that is such an object; - reads standard input): objects with text and, if "
+         "wanted, max_new_tokens, seed, template; to score, continuation or choices"),
+    Flag("--interactive -i", SWITCH, WRITING, "ask for prompt after prompt", False,
+         bars="--prompt --prompt-file --output --json --num-samples --trace"),
+    Flag("--literal", SWITCH, MODES, "in prompts and templates, </s> is four letters, not that "
+         "special token", False),
+    Flag("--template", TEXT, MASKS, r"the new text: ___ is a hole of 3 tokens, {{2}} of 2; \_ and "
+         r"\{{ are none; tokens of words bring their own space"),
+    Flag("--max-new-tokens -n --max-tokens", COUNT, WRITING,
+         f"default {NEW_TOKENS}, or the template's length"),
+    Flag("--stop", STOPS, WRITING, "end before any such text or special token", []),
+    Flag("--mode", choice("MODE", *MODES), MODES, "mask_diffusion; speculative, what ar writes, "
+         "sooner; mock_ar, for weights trained for it; ar; score, how likely given texts are",
+         MASKS[0]),
+    Flag("--seed", NATURAL, WRITING, "of the first row, the next has the next; default random"),
+    Flag("--num-samples", COUNT, WRITING, "texts for each prompt", 1,
+         ("--temperature above 0", lambda args: args.temperature)),
+    Flag("--batch-size", COUNT, MODES, "rows decoded at once; alters rounding", 16, bars="--watch"),
 ], KNOBS: [
     Flag("--block-size", COUNT, MASKS, "tokens denoised together"),
-    Flag("--draft-length", COUNT, DRAFTS, "speculative: tokens verified together"),
+    Flag("--draft-length", COUNT, DRAFTS, "tokens verified together"),
     Flag("--steps-per-block", COUNT, MASKS + DRAFTS, "denoiser passes a block may take"),
     Flag("--confidence-threshold", FINITE, MASKS + DRAFTS, "gamma: commit above it"),
     Flag("--mask-token-id", NATURAL, MASKS + DRAFTS, "default: the config's"),
-    Flag("--temperature", FINITE, WRITING, "0 is greedy"),
-    Flag("--top-k", COUNT, WRITING, "draw among the k most likely tokens", needs=DRAWN),
-    Flag("--top-p", FRACTION, WRITING, "draw among the most likely tokens holding p", needs=DRAWN),
+    Flag("--temperature --temp", FINITE, WRITING, "0 is greedy"),
+    Flag("--top-k", NATURAL, WRITING, "draw among the k most likely tokens; 0: all"),
+    Flag("--top-p", FRACTION, WRITING, "draw among the most likely tokens holding p"),
 ], "the model": [
-    Flag("--checkpoint", TEXT, MODES, "a directory of config.json, tokenizer.json and safetensors, "
-         "or a name on the Hugging Face Hub; default miniature/", MINIATURE),
-    Flag("--context-device", TEXT, MODES, "default cuda:0, or cpu without a GPU"),
-    Flag("--denoiser-device", TEXT, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
-    Flag("--dtype", Kind({"choices": ("bfloat16", "float16", "float32")}), MODES,
-         "of all weights but the router's"),
-    Flag("--backend", Kind({"choices": ("auto", "torch", "triton")}), MODES, "triton: kernels.py; "
-         "auto: that on GPUs, where triton is there; default torch", "torch"),
-    Flag("--graphs", SWITCH, (*MASKS, "ar"), "record the passes that repeat as CUDA graphs", False,
-         ("--backend triton", lambda args: args.backend == "triton"), "--plan"),
-    Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and exit", False),
+    Flag("--checkpoint -m --model", NAME, MODES, "a directory of config.json, tokenizer.json and "
+         "safetensors, or OWNER/NAME on the Hugging Face Hub; default miniature/, for which a "
+         "prompt gets the newline at its end that its tasks need"),
+    Flag("--revision", NAME, MODES, "on the Hub; default main",
+         needs=("--checkpoint OWNER/NAME",
+         lambda args: args.checkpoint and not os.path.isdir(args.checkpoint))),
+    Flag("--context-device", NAME, MODES, "default cuda:0, or cpu without a GPU"),
+    Flag("--denoiser-device", NAME, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
+    Flag("--dtype", choice("DTYPE", "bfloat16", "float16", "float32"), MODES,
+         "of all weights but the router's: bfloat16, float16, float32; default the checkpoint's"),
+    Flag("--backend", choice("NAME", "auto", "torch", "triton"), MODES, "torch; triton: "
+         "kernels.py; auto: that on GPUs, where triton is there", "torch"),
+    Flag("--graphs", SWITCH, (*MASKS, *DRAFTS, "ar"), "record the passes that repeat as CUDA "
+         "graphs", False, ("--backend triton", lambda args: args.backend == "triton")),
 ], "what comes out": [
     Flag("--watch", SWITCH, MASKS, "show the block being denoised on a terminal, fresh tokens bold",
-         False, bars="--plan --json --output"),
-    Flag("--json", SWITCH, WRITING, "objects, not text", False, bars="--plan --output"),
-    Flag("--output", FILE, MODES, "for results as of --json, each when it is done", bars="--plan"),
-    Flag("--resume", SWITCH, MODES, "go on after the results that --output holds already", False,
+         False, bars="--json --output"),
+    Flag("--json", SWITCH, MODES, "objects, not text", False, bars="--output"),
+    Flag("--output", FILE, MODES, "for results as of --json, each when it is done"),
+    Flag("--resume", SWITCH, MODES, "go on after the results of --output, in other batches", False,
          ("--output, and with --temperature the --seed that the results hold",
-          lambda a: a.output and (not a.temperature or a.seed is not None)), "--plan"),
+          lambda a: a.output and (not a.temperature or a.seed is not None))),
+    Flag("--logprobs", NATURAL, WRITING, "of each new token, and the K likeliest, given all before "
+         "it under the context tower", needs=("--json or --output", lambda a: a.json or a.output)),
     Flag("--trace", FILE, WRITING, "for every step: tokens, confidences, t, commits; an object a "
-         "line", bars="--plan --resume"),
+         "line", bars="--resume"),
+    Flag("--quiet -q", SWITCH, MODES, "nothing on standard error but errors", False),
+    Flag("--verbose", SWITCH, MODES, "also devices, memory and settings", False, bars="--quiet"),
+], "instead": [
+    Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and whether it "
+         "fits", False),
+    Flag("--count", TEXT, MODES, "print how many tokens a text has"),
+    Flag("--version", Kind({"action": "version", "version": f"torch {torch.__version__}, Python "
+                            f"{platform.python_version()}"}), MODES, "print what this runs on"),
+    Flag("--help -h", Kind({"action": "help"}), MODES, "print this"),
 ]}
+ALL = [flag for flags in FLAGS.values() for flag in flags]
+
+
+def defaults(mode: str) -> dict:
+    """Of every option of the mode, twotower.py's."""
+    return {name: one.default for function in (
+        Decoding, getattr(TwoTower, f"generate_{mode}", TwoTower.score))
+        for name, one in inspect.signature(function).parameters.items()}
+
+
+def help_text() -> str:
+    width = min(shutil.get_terminal_size().columns, 110)
+    lines = ["usage: python sample.py [PROMPT] [flags]"]
+    for title, flags in FLAGS.items():
+        lines.append(f"\n{title}")
+        for flag in flags:
+            values = [flag.default] if title != KNOBS else dict.fromkeys(
+                str(defaults(mode).get(flag.dest)) for mode in flag.modes)
+            values = [value for value in values if value not in (None, "None", False, [])]
+            text = flag.help + "; default " * bool(values) + ", else ".join(map(str, values))
+            lines.append(textwrap.fill(text, width, subsequent_indent=" " * 30, initial_indent=(
+                f"  {', '.join(flag.names.split())} {flag.kind.argparse.get('metavar', '')}"
+            ).ljust(29) + " "))
+    return "\n".join(lines) + "\n"
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """Raises: ValueError for what means nothing together, and for files that are in the way."""
-    parser = ArgumentParser("sample.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser("sample.py", add_help=False, allow_abbrev=False)
     parser.error = lambda message: require(False, message)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            group.add_argument(flag.name, default=flag.default, help=flag.help,
-                               **flag.kind.argparse)
-    args = parser.parse_args(argv)
-    given = {flag.name: flag for flags in FLAGS.values() for flag in flags
-             if getattr(args, flag.dest) != flag.default}
+    parser.format_help = help_text
+    parser.set_defaults(demonstrate=False)
+    parser.add_argument("words", nargs="?")
+    for flag in ALL:
+        parser.add_argument(*flag.names.split(), default=flag.default, dest=flag.dest,
+                            **flag.kind.argparse)
+    args, unknown = parser.parse_known_args(argv)
+    names = [name for flag in ALL for name in flag.names.split()]
+    close = get_close_matches((unknown or [""])[0].split("=")[0], names, 1)
+    require(not unknown, f"unrecognized arguments: {' '.join(unknown)}"
+            + "".join(f"; did you mean {name}?" for name in close))
+    require(args.words is None or args.prompt is None, "PROMPT does nothing with --prompt")
+    args.prompt = args.words if args.prompt is None else args.prompt
+    if str(args.output) in ("-", "/dev/stdout"):
+        args.output, args.json = None, True
+    given = {flag.name: flag for flag in ALL if getattr(args, flag.dest) != flag.default}
     for name, flag in given.items():
         (needed, there), value = flag.needs, getattr(args, flag.dest)
         require(args.mode in flag.modes, f"{name} does nothing with --mode {args.mode}")
@@ -168,296 +213,52 @@ def parse(argv: list[str] | None) -> Namespace:
         for other in flag.bars.split():
             require(other not in given, f"{name} does nothing with {other}")
         flag.kind.check(name, value)
-    args.demonstrate = not given.keys() & {"prompt", "--prompt-file", "--plan"}
-    require(args.mode not in SCORE or args.plan or str(args.prompt_file).endswith(".jsonl"),
-            "--mode score needs --prompt-file with the suffix .jsonl")
-    require(args.mode in MASKS or not args.demonstrate,
-            f"--mode {args.mode} needs a prompt; the demonstration is of mask_diffusion")
+    args.top_k, args.batch_size = args.top_k or None, 1 if args.watch else args.batch_size
+    require(args.output or sys.stdout.writable(), "standard output is closed; give --output FILE")
     files = [path.resolve() for path in (args.output, args.trace, args.prompt_file) if path]
     require(len(set(files)) == len(files),
             "--prompt-file, --output and --trace must be different files")
     for path in filter(None, (args.output, args.trace)):
         require(path.parent.is_dir(), f"{path}: its directory does not exist")
+        require(path.is_file() or not path.exists(), f"{path} is not a file")
         require(args.resume or not path.exists() or path.stat().st_size == 0,
                 f"{path} exists; give another name" + ", or --resume" * (path == args.output))
     return args
 
 
-# ------------------------------------------------------------------------------------------ prompts
-
-
-def read_prompts(args: Namespace) -> list[dict]:
-    """Objects with the names of LINE, none of them checked against a tokenizer yet."""
-    if args.plan and args.prompt is None and args.prompt_file is None:
-        return []
-    text = DEFAULT_PROMPT if args.demonstrate else args.prompt
-    if args.prompt_file or text == "-":             # what is not UTF-8 is refused with its prompt
-        data = args.prompt_file.read_bytes() if args.prompt_file else sys.stdin.buffer.read()
-        text = data.decode(errors="surrogateescape")
-    if not args.prompt_file or args.prompt_file.suffix != ".jsonl":
-        return [{"text": text}]
-    prompts = [read_line(line, f"{args.prompt_file} line {n}", args.mode)
-               for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    require(prompts, f"{args.prompt_file} holds no prompt")
-    return prompts
-
-
-def read_line(line: str, where: str, mode: str) -> dict:
-    """An object of a prompt file; a continuation becomes the only one of its choices."""
-    try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    require(isinstance(given, dict) and "text" in given, f"{where} must be an object with text")
-    require(mode not in SCORE or ("continuation" in given) != ("choices" in given),
-            f"{where} must have either continuation or choices")
-    known = {name: kind for name, (kind, modes) in LINE.items() if mode in modes}
-    for name, value in given.items():
-        require(name in known, f"{where} has {name!r}; known with --mode {mode} are "
-                + ", ".join(known))
-        known[name].check(f"{where}: {name}", value)
-    return given | ({"choices": [given["continuation"]]} if "continuation" in given else {})
-
-
-@dataclass
-class Row:
-    """A prompt, and what has been written after it."""
-
-    index: int
-    prompt: str
-    ids: list[int]
-    given: list[list[int]]              # the template, if any; or the choices to be scored
-    max_new_tokens: int
-    settings: dict                      # all that the result depends on
-    log_likelihoods: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    ended: str = ""                     # why: eos, length, stop, interrupted or scored
-    nfe: int = 0
-    context_passes: int = 0
-    stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
-
-    def take(self, written: Written, tokenizer: Tokenizer, eos: int | None, stops: list[str]):
-        """Add new tokens, up to a stop string."""
-        self.nfe, self.context_passes = written.nfe, written.context_passes
-        for token in written.new:
-            self.tokens.append(token)
-            if token != eos:                        # the last one, or inside a template
-                self.text += self.stream.step(tokenizer, token) or ""
-                found = [self.text.index(stop) for stop in stops if stop in self.text]
-                if found:
-                    self.text, self.ended = self.text[:min(found)], "stop"
-                    return
-        if written.ended:
-            self.ended = "eos" if self.tokens[-1] == eos else "length"
-            whole = tokenizer.decode([token for token in self.tokens if token != eos])
-            if whole.startswith(self.text):         # with what the last bytes left unfinished
-                self.text = whole
-
-    def result(self) -> dict:
-        """What a line of results holds; "best" by likelihood, and by that per byte."""
-        made = {"text": self.text, "tokens": self.tokens, "ended": self.ended, "nfe": self.nfe,
-                "context_passes": self.context_passes}
-        if self.ended == "scored":
-            scores, counts = self.log_likelihoods, list(map(len, self.given))
-            per_token = [score / count for score, count in zip(scores, counts)]
-            per_byte = [score / len(text.encode())
-                        for score, text in zip(scores, self.settings["choices"])]
-            made = {"log_likelihoods": scores, "token_counts": counts,
-                    "perplexity_per_token": [math.exp(min(-mean, 700.0)) for mean in per_token],
-                    "perplexity_per_byte": [math.exp(min(-mean, 700.0)) for mean in per_byte],
-                    "best": scores.index(max(scores)),
-                    "best_per_byte": per_byte.index(max(per_byte))}
-        return {"index": self.index, "prompt": self.prompt, **made, "settings": self.settings}
-
-
-def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
-              config: TwoTowerConfig, settings: dict) -> list[Row]:
-    """settings: those that all rows share. Raises: ValueError for no token, or too many."""
-    longest = config.max_position_embeddings
-
-    def ids_of(text: str, what: str, whole: bool = False, holes: bool = False) -> list[int]:
-        """whole: a text of its own, before which the tokenizer may put a token."""
-        require(not re.search("[\ud800-\udfff]", text), f"{what} is not valid UTF-8")
-        ids = []
-        for i, part in enumerate(HOLE.split(text) if holes else [text]):
-            if i % 2:                               # texts and holes take turns
-                count = len(part) if part[0] == "_" else int(part[2:-2])
-                ids += [settings["mask_token_id"]] * min(count, longest)
-            else:
-                ids += tokenizer.encode(part, add_special_tokens=whole).ids
-        require(ids, f"{what} holds no token" + " and no hole" * holes)
-        require(max(ids) < config.vocab_size,
-                f"{what} has id {max(ids)}, but the model's vocab_size is {config.vocab_size}; "
-                "tokenizer.json is not this model's")
-        return ids
-
-    rows = []
-    for index, prompt in enumerate(prompts):
-        which = f"prompt {index}" if len(prompts) > 1 else "the prompt"
-        template, choices = prompt.get("template", args.template), prompt.get("choices", [])
-        ids = ids_of(prompt["text"], which, whole=True)
-        given = ([ids_of(text, f"a choice of {which}") for text in choices] or
-                 [ids_of(text, f"the template of {which}", holes=True)
-                  for text in [template] if text is not None])
-        most = max(map(len, given), default=0)
-        new = prompt.get("max_new_tokens", args.max_new_tokens) or most or NEW_TOKENS
-        require(most <= new, f"the template of {which} has {most} tokens, more than the {new} of "
-                "--max-new-tokens")
-        require(len(ids) + new <= longest, f"{which} has {len(ids)} tokens, which with {new} more "
-                f"is above max_position_embeddings {longest}; shorten it"
-                + " or lower --max-new-tokens" * (not choices))
-        seed = None if args.seed is None else prompt.get("seed", args.seed + index)
-        rows.append(Row(index, prompt["text"], ids, given, new, settings | (
-            {"choices": choices} if choices else
-            {"max_new_tokens": new, "seed": seed, "template": template})))
-    return rows
-
-
-# ---------------------------------------------------------------- the checkpoint, and where it goes
-
-
-def fetch(name: str, towers: str, plan: bool) -> Path:
-    """The directory of a checkpoint: `name` itself, or what the Hub has under that name."""
-    if os.path.isdir(name):
-        return Path(name)
-    require(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"--checkpoint {name} is not a directory"
-            + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
-    from huggingface_hub import snapshot_download
-    wanted, shards = ["config.json", "tokenizer.json", INDEX], {"": "model.safetensors"}
-    try:
-        path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
-        if (path / INDEX).exists():
-            shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        wanted += sorted({file for key, file in shards.items()      # only those that are needed
-                          if towers == "both" or not key.startswith(DENOISER_KEYS)})
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=plan))
-    except Exception as error:              # of any of the libraries that reach for the network
-        raise ValueError(
-            f"--checkpoint {name} is not a directory, and fetching it from the Hugging Face Hub "
-            f"{'is not done by --plan' if plan else 'failed'} ({type(error).__name__}); give a "
-            "directory that holds config.json, tokenizer.json and the safetensors files of "
-            f"https://huggingface.co/{name}, downloaded where there is a connection") from None
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:              # the package raises nothing more specific
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
-    tokenizer.no_truncation()               # nothing of a prompt is left out, nothing added
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def devices(args: Namespace) -> list[str]:
-    """The context tower's device, and the denoiser's in modes that have one."""
-    first = args.context_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    beside = torch.cuda.device_count() > 1 and first in ("cuda", "cuda:0")
-    second = args.denoiser_device or ("cuda:1" if beside else first)
-    places = [first, second] if args.mode in DENOISING else [first]
-    for i, place in enumerate(places):
-        try:
-            there = torch.zeros(1, device=place)
-            there.item()                            # fails on "meta" too
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
-        places[i] = str(there.device)
-    require(not args.graphs or len(set(places)) == 1, "--graphs needs both towers on one device; "
-            "give --context-device and --denoiser-device")
-    return places
-
-
-def memory(model: TwoTower, rows: int, length: int, width: int, places: list[str]) -> dict:
-    """Bytes by device and purpose, for rows of `length` tokens and passes of `width` tokens, their
-    sum and what is free. model is a skeleton, on the meta device: its states have no data.
-    """
-    what = {"key_cache": "KV cache", "value_cache": "KV cache", "ssm_state": "SSM states",
-            "conv_state": "conv states"}
-    held = dict.fromkeys(("weights", *what.values()), 0)
-    held["logits"] = rows * width * model.config.vocab_size * 4
-    for state in Context(model.context_tower, rows, length).states:
-        for name in what:
-            held[what[name]] += getattr(getattr(state, name, None), "nbytes", 0)
-    table = {place: dict(held) for place in places}                 # states: once on each
-    for name, tensor in model.state_dict().items():
-        for place in places[:1] if name.startswith("context_") else places[1:]:
-            table[place]["weights"] += tensor.nbytes
-    return {place: parts | {"together": sum(parts.values()), "free": (
-        torch.cuda.mem_get_info(place)[0] if place.startswith("cuda") else
-        psutil.virtual_memory().available)} for place, parts in table.items()}
-
-
-def readable(nbytes: int) -> str:
-    power = min(max(nbytes.bit_length() - 1, 10) // 10, 3)
-    return f"{nbytes / 2**(10 * power):.1f} {' KMG'[power]}iB"
-
-
-def plan(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, places: list[str]):
-    """Print what goes where, for a batch of the longest rows.
-
-    Raises: ValueError if it does not fit, naming what would.
-    """
-    usual = SCORED_AT_ONCE if args.mode in SCORE else args.max_new_tokens or NEW_TOKENS
-    prompt = max((len(row.ids) for row in rows), default=0)
-    new = max((row.max_new_tokens for row in rows), default=usual)
-    width = (min(prompt + new, SCORED_AT_ONCE) if args.mode in SCORE else
-             knobs.get("block_size", knobs.get("draft_length", 1)))
-    length, longest = prompt + -(-new // width) * width, model.config.max_position_embeddings
-    require(max(prompt + new, width) <= longest, f"{prompt} + {new} tokens and blocks of {width} "
-            f"are too many for max_position_embeddings {longest}; lower --max-new-tokens, "
-            "--block-size or --draft-length")
-    asked = sum(len(row.given) if args.mode in SCORE else 1 for row in rows)
-    batch = min(args.batch_size, asked or args.batch_size)
-
-    def full(rows: int, places: list[str]) -> list[str]:
-        return [place for place, parts in memory(model, rows, length, width, places).items()
-                if parts["together"] > parts["free"]]
-
-    towers = {place: " and ".join(f"{tower} tower" for tower, at in zip(
-        ("context", "denoiser"), places) if at == place) for place in places}
-    for place, parts in memory(model, batch, length, width, places).items():
-        print(f"{place}: {towers[place]}:", ", ".join(
-            f"{what} {readable(nbytes)}" for what, nbytes in parts.items()), file=sys.stderr)
-    if args.plan:
-        one = memory(model, 1, 1, width, places)[places[0]]
-        print(f"batch of {batch}, {length} tokens a row; a cached token takes {one['KV cache']} "
-              f"bytes, a row's SSM states {one['SSM states']} and conv states "
-              f"{one['conv states']}", file=sys.stderr)
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    flags = "--context-device", "--denoiser-device"
-    ways = [(" ".join(map(" ".join, zip(flags, at))), batch, at)
-            for at in product(gpus, repeat=len(places))]
-    ways += [(f"--batch-size {n}", n, places) for n in (batch // 2, batch // 4, 1) if n]
-    ways += [(f"--mode ar, the context tower alone on {place}", batch, [place])
-             for place in (places[0], *gpus, "cpu") if len(places) > 1]
-    ways += [("a device with more memory, or shorter texts", 0, [])]
-    for place in full(batch, places):
-        way = next(way for way, *what in ways if not full(*what))
-        raise ValueError(f"{towers[place]} on {place} would not fit; what would: {way}")
-
-
 # ----------------------------------------------------------------------------------- what comes out
+
+
+def bar(shown: bool, *columns) -> Progress:
+    """A progress bar on standard error, where that is a terminal."""
+    return Progress(BarColumn(), *columns, console=Console(stderr=True), transient=True,
+                    disable=not (shown and sys.stderr.isatty()))
 
 
 class Output:
     """Takes what a model reports, and writes the trace and, in the order of the input, results."""
 
-    def __init__(self, args: Namespace, tokenizer: Tokenizer, eos: int | None, mask_id: int | None,
-                 many: bool, keep: int):
-        """keep: bytes of --output that an earlier run has written."""
-        self.tokenizer, self.eos, self.mask_id, self.stops = tokenizer, eos, mask_id, args.stop
+    def __init__(self, args: Namespace, model: TwoTower, tokenizer: Tokenizer, mask_id: int | None,
+                 rows: list[Row], kept: tuple[int, int] = (0, 0)):
+        """kept: bytes of --output in all, and of the whole lines an earlier run has written."""
+        self.args, self.model, self.tokenizer, self.mask_id = args, model, tokenizer, mask_id
+        self.eos = eos_ids(model.config.eos_token_id, model.config.vocab_size)
+        self.many, terminal = len(rows) > 1, sys.stdout.isatty()
         self.form = ("json" if args.output or args.json or args.mode in SCORE else
-                     "in place" if args.watch and sys.stdout.isatty() else
-                     "steps" if args.demonstrate else "many" if many else "stream")
-        self.results, self.trace = (path and open(path, "ab", buffering=0)
-                                    for path in (args.output, args.trace))
+                     "in place" if args.watch and terminal else
+                     "steps" if args.demonstrate else "at end" if self.many else "stream")
+        self.results = args.output and only_writer(args.output, kept[0])
+        self.trace = args.trace and only_writer(args.trace, 0)
         if args.resume:
-            self.results.truncate(keep)             # half a line goes
+            self.results.truncate(kept[1])          # half a line goes
         self.live = Live(transient=True, auto_refresh=False)
+        self.bar = bar(self.many and not args.quiet and (bool(args.output) or not terminal),
+                       MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} tokens/s"),
+                       TimeRemainingColumn())
+        self.task = self.bar.add_task("", total=len(rows), rate=0)
         self.held_back = max(map(len, args.stop), default=1) - 1    # may turn out to be a stop
         self.batch, self.waiting, self.printed, self.interrupted = [], [], 0, False
+        self.start, self.prefill, self.first, self.tokens = perf_counter(), 0.0, None, 0
 
     def on_interrupt(self, *_):
         """Ctrl-C is noticed between passes, so that no output is half done; again, at once."""
@@ -467,6 +268,9 @@ class Output:
     def check(self):
         if self.interrupted:
             raise KeyboardInterrupt
+
+    def shown(self, row: Row) -> str:
+        return ("" if self.args.interactive else row.prompt) + row.text
 
     def on_step(self, step: Step):
         self.check()
@@ -487,26 +291,32 @@ class Output:
                 print(what + self.block(step, ids).plain.replace("\n", "\u21b5"), flush=True)
         elif self.form == "in place":               # the end of the text, as far as there is room
             self.live.start()                       # does nothing where it has been
-            row, (width, height) = self.batch[step.rows[0]], self.live.console.size
-            text = Text((row.prompt + row.text)[-width * height:])
+            width, height = self.live.console.size
+            text = Text(self.shown(self.batch[step.rows[0]])[-width * height:])
             lines = text.append(self.block(step, step.after)).wrap(self.live.console, width)
             self.live.update(Text("\n").join(lines[2 - height:]), refresh=True)
 
     def block(self, step: Step, ids: torch.Tensor) -> Text:
         """The first row's block (B, Q) before or after a step; tokens fresh in it stand out."""
-        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist())
-        for (masked, fresh), group in groupby(pairs, lambda p: (p[0] == self.mask_id, p[1])):
-            run = [token for token, _ in group]
-            text.append(MASKED * len(run) if masked else self.tokenizer.decode(run),
+        masked = step.masked[0] & (ids[0] == self.mask_id)
+        text, pairs = Text(), zip(ids[0].tolist(), step.committed[0].tolist(), masked.tolist())
+        before = self.batch[step.rows[0]].ids[-1:]
+        for (fresh, masked), group in groupby(pairs, lambda p: p[1:]):
+            run = [token for token, *_ in group]
+            text.append(MASKED * len(run) if masked else text_of(self.tokenizer, run, before),
                         "dim" if masked else "bold underline" if fresh else "")
         return text
 
     def on_tokens(self, written: Written) -> bool:
         self.check()
+        self.first = self.first or perf_counter() - self.start
+        self.tokens += len(written.new)
+        self.bar.update(self.task, rate=self.tokens / (perf_counter() - self.start))
         row = self.batch[written.row]
-        row.take(written, self.tokenizer, self.eos, self.stops)
+        row.take(written, self.tokenizer, self.eos, self.args.stop)
         if self.form == "stream" and not row.ended:
-            ready = row.prompt + row.text[:max(0, len(row.text) - self.held_back)]
+            ready = self.shown(row)
+            ready = ready[:max(len(ready) - self.held_back, len(ready) - len(row.text))]
             print(ready[self.printed:], end="", flush=True)
             self.printed = len(ready)
         while self.waiting and self.waiting[0].ended:
@@ -515,18 +325,36 @@ class Output:
 
     def end(self, row: Row):
         self.live.stop()                            # which wipes what it shows
+        self.bar.advance(self.task)
+        if self.args.logprobs is not None:
+            row.logprobs = logprobs(self.model, row, self.args.logprobs)
         if self.results:
             write_line(self.results, row.result())
         elif self.form == "json":
             print(json.dumps(row.result()), flush=True)
         else:
-            head = {"many": f"--- {row.index}\n", "steps": "\n"}.get(self.form, "")
-            print(head + (row.prompt + row.text)[self.printed:], flush=True)
+            head = f"--- {row.index}\n" * self.many + "\n" * (self.form == "steps")
+            print(head + self.shown(row)[self.printed:], flush=True)
 
     def close(self):
         self.live.stop()
+        self.bar.stop()
         for file in filter(None, (self.results, self.trace)):
             file.close()
+
+
+def only_writer(path: Path, size: int):
+    """A file to append to, unbuffered, of that size still. Raises: ValueError if another run has
+    it, or has written to it."""
+    file, other = open(path, "ab", buffering=0), f"{path} is being written by another run"
+    with contextlib.suppress(ImportError):          # on Windows
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(other) from None
+    require(os.fstat(file.fileno()).st_size == size, other)
+    return file
 
 
 def write_line(file, value: dict):
@@ -541,58 +369,36 @@ def write_line(file, value: dict):
                       "those of --output --resume goes on") from None
 
 
-def finished(path: Path, rows: list[Row]) -> tuple[int, int]:
-    """How many results an interrupted run left in the file, and their bytes.
-
-    Raises: ValueError if they are not results of these prompts and settings.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    *lines, rest = data.split(b"\n")
-    start, foreign = b'{"index": %d,' % len(lines), "{} line {} is not a result of sample.py"
-    require(rest[:len(start)] == start[:len(rest)], foreign.format(path, len(lines) + 1))
-    require(len(lines) <= len(rows),
-            f"{path} line {len(rows) + 1}: there are only {len(rows)} prompts")
-    for n, (line, row) in enumerate(zip(lines, rows), 1):
-        try:
-            result = json.loads(line)
-            made = {"prompt": result["prompt"]} | result["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(foreign.format(path, n)) from None
-        for name, wanted in ({"prompt": row.prompt} | row.settings).items():
-            require(made.get(name) == wanted, f"{path} line {n} was made with {name} "
-                    f"{made.get(name)!r:.60}, not {wanted!r:.60}; --resume needs the same")
-    return len(lines), len(data) - len(rest)
-
-
 # ----------------------------------------------------------------------------------------- decoding
 
 
-def choose_knobs(args: Namespace, config: TwoTowerConfig) -> dict:
-    """Every option of the mode: as given, or twotower.py's default."""
-    default = {name: one.default for function in (
-        Decoding, getattr(TwoTower, f"generate_{args.mode}", TwoTower.score))
-        for name, one in inspect.signature(function).parameters.items()}
-    default["mask_token_id"] = config.mask_token_id
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    knobs = {flag.dest: (default | given)[flag.dest]
-             for flag in FLAGS[KNOBS] if args.mode in flag.modes}
-    require(knobs.get("mask_token_id", 0) < config.vocab_size, f"--mask-token-id is "
-            f"{args.mask_token_id}, but it must be below vocab_size {config.vocab_size}")
-    return knobs
+@torch.no_grad()
+def logprobs(model: TwoTower, row: Row, best: int) -> list[dict]:
+    """Of each new token, and of the likeliest: log-probabilities given all before it under the
+    context tower, at temperature 1."""
+    ids, found = torch.tensor([row.ids + row.tokens]), []
+    context, first = Context(model.context_tower, 1, ids.shape[1]), len(row.ids) - 1
+    for start in range(0, ids.shape[1] - 1, 128):
+        piece = ids[:, start:min(start + 128, ids.shape[1] - 1)]
+        logs = model._extend(context, piece, "all")[0].log_softmax(-1)           # (L, V)
+        for i in range(max(first - start, 0), piece.shape[1]):
+            token, top = int(ids[0, start + i + 1]), logs[i].topk(min(best, logs.shape[1]))
+            found.append({"token": token, "logprob": float(logs[i, token]),
+                          "top": list(zip(top.indices.tolist(), top.values.tolist()))})
+    return found
 
 
-def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, output: Output,
-           seconds: dict[str, float]):
+def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, output: Output):
     """Write after every row."""
-    start, tower = perf_counter(), model.context_tower
+    start, longest = perf_counter(), max(len(row.ids) for row in batch) - (args.mode == "mock_ar")
 
-    def on_prefill(*_):
-        hook.remove()
-        if tower.device.type == "cuda":
-            torch.cuda.synchronize(tower.device)
-        seconds["prefill"] += perf_counter() - start
+    def on_prefill(_, inputs, hidden):
+        if inputs[2].end >= longest:                        # of a `Pass`: its last piece
+            hook.remove()
+            hidden[0, 0, 0].item()                          # waits for a GPU
+            output.prefill += perf_counter() - start
 
-    hook = tower.register_forward_hook(on_prefill)          # of a batch's first pass
+    hook = model.context_tower.register_forward_hook(on_prefill)
     templates = [row.given[0] if row.given else None for row in batch]
     more = {"template": templates} if any(templates) else {}
     output.batch, output.waiting = batch, list(batch)
@@ -604,6 +410,8 @@ def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, outp
             on_tokens=output.on_tokens, **knobs, **more)
     except ValueError as error:                     # its rows count from the batch's first
         raise ValueError(f"prompts from {batch[0].index}: {error}") from None
+    finally:
+        hook.remove()
 
 
 def score(model: TwoTower, batch: list[tuple[Row, list[int]]], output: Output):
@@ -619,12 +427,11 @@ def score(model: TwoTower, batch: list[tuple[Row, list[int]]], output: Output):
             output.end(row)
 
 
-def write(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, output: Output,
-          seconds: dict[str, float]) -> int:
+def write(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, output: Output) -> int:
     """Decode or score, `batch_size` at a time, up to the end or to Ctrl-C; the exit status."""
-    start, seconds["prefill"] = perf_counter(), 0.0
     asked = [(row, ids) for row in rows for ids in row.given] if args.mode in SCORE else rows
     before = signal.signal(signal.SIGINT, output.on_interrupt)
+    output.bar.start()
     try:
         for i in range(0, len(asked), args.batch_size):
             output.check()
@@ -632,7 +439,7 @@ def write(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, output
             if args.mode in SCORE:
                 score(model, batch, output)
             else:
-                decode(model, batch, args, knobs, output, seconds)
+                decode(model, batch, args, knobs, output)
         return 0
     except KeyboardInterrupt:
         for row in [] if output.results else output.waiting:        # there --resume writes them
@@ -642,88 +449,187 @@ def write(model: TwoTower, rows: list[Row], args: Namespace, knobs: dict, output
     finally:
         output.close()
         signal.signal(signal.SIGINT, before)
-        seconds["decode"] = perf_counter() - start - seconds["prefill"]
 
 
-def run(args: Namespace) -> int:
-    """Everything in its order; returns the exit status."""
+def prepare(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
+            model: TwoTower) -> tuple[list[Row], dict]:
+    """The rows, and every option of the mode: as given, or twotower.py's default."""
     if args.temperature and args.seed is None:
         args.seed = torch.Generator().seed() >> 1
-    places, prompts = devices(args), read_prompts(args)
-    towers = "both" if args.mode in DENOISING else "context"
-    directory = fetch(args.checkpoint, towers, args.plan)
-    tokenizer = load_tokenizer(directory) if prompts else None
-    model, files = TwoTower.skeleton(directory, towers=towers,
-                                     dtype=args.dtype and getattr(torch, args.dtype))
-    knobs = choose_knobs(args, model.config)
-    settings = {"checkpoint": args.checkpoint, "mode": args.mode, "stop": args.stop,
+    if tokenizer:
+        tokenizer.encode_special_tokens = args.literal
+    config, default = model.config, defaults(args.mode)
+    default["mask_token_id"] = config.mask_token_id
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    knobs = {flag.dest: (default | given)[flag.dest]
+             for flag in FLAGS[KNOBS] if args.mode in flag.modes}
+    require(knobs.get("mask_token_id", 0) < config.vocab_size, f"--mask-token-id is "
+            f"{args.mask_token_id}, but it must be below vocab_size {config.vocab_size}")
+    settings = {"checkpoint": args.checkpoint or MINIATURE, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),
                 "backend": args.backend} | knobs
-    rows = make_rows(prompts, args, tokenizer, model.config, settings)
-    require(not args.watch or min(len(rows), args.batch_size) < 2,
-            "--watch shows one row at a time; give --batch-size 1")
-    done, keep = finished(args.output, rows) if args.resume else (0, 0)
+    return make_rows(prompts, args, tokenizer, config, settings), knobs
+
+
+def run(args: Namespace, argv: list[str]) -> int:
+    """Everything in its order; returns the exit status."""
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} if args.quiet else {}
+    name, towers = args.checkpoint or MINIATURE, "both" if args.mode in DENOISING else "context"
+    if args.count is not None:
+        with asking(name):
+            directory = fetch(name, towers, revision=args.revision, weights=False)
+        tokenizer = load_tokenizer(directory)
+        tokenizer.encode_special_tokens = args.literal
+        print(len(tokenizer.encode(args.count).ids))
+        return 0
+    prompts = read_prompts(args, [flag.dest for flag in ALL])
+    prompts += [{"text": DEFAULT_PROMPT}] * args.demonstrate
+    places = devices(args, args.mode in DENOISING)
+    with TemporaryDirectory() as scratch:
+        directory, disk = look(name, towers, args.revision, Path(scratch))
+        require(directory.is_dir(), f"--checkpoint {name} is not a directory"
+                + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
+        tokenizer = (load_tokenizer(directory) if prompts or args.interactive
+                     else None)
+        model, files = TwoTower.skeleton(
+            directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
+            layout="any" if towers == "context" else "released")
+    rows, knobs = prepare(prompts, args, tokenizer, model)
+    done, kept = finished(args.output, rows) if args.resume else (0, (0, 0))
     if args.resume and done == len(rows):
         print(f"{args.output} is complete: {done} results", file=sys.stderr)
         return 0
     rows = rows[done:]
-    plan(model, rows, args, knobs, places)
+    table, problem = plan(model, rows, args, knobs, places)
+    if disk.get("to fetch", 0) > disk.get("free", 0):
+        problem = problem or "the disk has no room for it; HF_HOME may name another place"
+    if args.plan and args.json:
+        print(json.dumps({"devices": table, "disk": disk, "problem": problem}))
+    elif args.plan or args.verbose:
+        print("\n".join(in_words(table, disk)), file=None if args.plan else sys.stderr)
+    require(not problem, problem)
     if args.plan:
         return 0
     model.use(args.backend, args.graphs)    # what cannot be had is said before a tensor is read
-    output = Output(args, tokenizer, model.config.eos_token_id, knobs.get("mask_token_id"),
-                    len(prompts) > 1, keep)
-    start, columns = perf_counter(), (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress("loading", *columns, console=Console(stderr=True), transient=True,
-                  disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=sum(x.nbytes for x in model.state_dict().values()))
-        model.fill(files, places[0], places[-1], lambda nbytes: bar.advance(task, nbytes))
+    if disk:
+        with asking(name):
+            directory = fetch(name, towers, revision=args.revision)
+        files = {key: directory / path.name for key, path in files.items()}
+    start = perf_counter()
+    with bar(not args.quiet, DownloadColumn(), TransferSpeedColumn()) as loading:
+        task = loading.add_task("", total=sum(x.nbytes for x in model.state_dict().values()))
+        model.fill(files, places[0], places[-1], lambda nbytes: loading.advance(task, nbytes))
     model.use(args.backend, args.graphs)
-    seconds = {"load": perf_counter() - start}
-    status = write(model, rows, args, knobs, output, seconds)
-    settings |= {"backend": model.backend + " with graphs" * args.graphs, "seed": args.seed,
-                 "batch_size": args.batch_size,
-                 "max_new_tokens": None if args.mode in SCORE else max(
-                     row.max_new_tokens for row in rows)}
-    print(facts(rows, settings, places, seconds), file=sys.stderr)
+    if args.verbose:
+        print(f"loaded in {perf_counter() - start:.2f} s", file=sys.stderr)
+    return (talk(args, argv, model, tokenizer) if args.interactive else
+            answer(rows, args, knobs, model, tokenizer, kept))
+
+
+def answer(rows: list[Row], args: Namespace, knobs: dict, model: TwoTower, tokenizer: Tokenizer,
+           kept: tuple[int, int] = (0, 0)) -> int:
+    """Write after the rows, and say how fast that was."""
+    output = Output(args, model, tokenizer, knobs.get("mask_token_id"), rows, kept)
+    status = write(model, rows, args, knobs, output)
+    if not args.quiet:
+        print(facts(rows, output), file=sys.stderr)
+    if args.verbose:
+        print(details(rows, output), file=sys.stderr)
     return status
 
 
-def facts(rows: list[Row], settings: dict, places: list[str], seconds: dict[str, float]) -> str:
-    """What was done, how fast and with which settings, in a line."""
-    rows = [row for row in rows if row.ended]               # all, unless interrupted
-    tokens, nfe, passes = (sum(counts) for counts in (
-        (len(row.tokens) for row in rows), (row.nfe for row in rows),
-        (row.context_passes for row in rows)))
-    places = dict.fromkeys(places)
-    peaks = [f"{place} {readable(torch.cuda.max_memory_allocated(place))}"
-             for place in places if place.startswith("cuda")]
+def facts(rows: list[Row], output: Output) -> str:
+    """How fast it was, in a line."""
+    ended = [row for row in rows if row.ended]              # all, unless interrupted
+    tokens, seconds = sum(len(row.tokens) for row in ended), perf_counter() - output.start
+    nfe, passes = (sum(getattr(row, name) for row in ended) for name in ("nfe", "context_passes"))
+    parts = [f"{tokens / max(seconds - output.prefill, 1e-9):.1f} tokens/s",
+             f"{tokens / max(nfe or passes, 1):.2f} tokens a pass"]
+    if output.first:
+        parts.append(f"first token after {output.first:.2f} s")
+    if output.prefill:
+        read = sum(len(row.ids) for row in ended)
+        parts.append(f"prefill {read / output.prefill:.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def details(rows: list[Row], output: Output) -> str:
+    """What was done, in which memory and with which settings."""
+    ended = [row for row in rows if row.ended]
+    peaks = {f"cuda:{i}": nbytes for i in range(torch.cuda.device_count())
+             if (nbytes := torch.cuda.max_memory_allocated(i))}
     with contextlib.suppress(ImportError):                  # on Windows
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"host {readable(peak)}")
-    return ", ".join([
-        f"{settings['mode']} on {' and '.join(places)}",
-        f"{len(rows)} prompt{'s' * (len(rows) != 1)}", f"{tokens} tokens",
-        f"{nfe} denoiser passes", f"{passes} context passes",
-        f"{tokens / max(nfe or passes, 1):.2f} tokens per pass",
-        *(f"{name} {value:.2f} s" for name, value in seconds.items()),
-        f"{tokens / max(seconds['decode'], 1e-9):.1f} tokens/s",
-        f"peak memory {', '.join(peaks) or 'unknown'}",
-        *(f"{name} {value}" for name, value in settings.items()
-          if name not in ("mode", "checkpoint") and value not in (None, []))])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # in bytes on macOS
+        peaks["host"] = peak * (1 if sys.platform == "darwin" else 1024)
+    made = {"rows": len(ended), "tokens": sum(len(row.tokens) for row in ended),
+            "denoiser passes": sum(row.nfe for row in ended),
+            "context passes": sum(row.context_passes for row in ended),
+            "seconds": f"{perf_counter() - output.start:.2f}",
+            "prefill seconds": f"{output.prefill:.2f}"}
+    made |= {f"peak memory of {place}": readable(nbytes) for place, nbytes in peaks.items()}
+    made |= rows[0].settings | {"backend": output.model.backend + " graphs" * output.args.graphs,
+                                "seed": output.args.seed, "batch_size": output.args.batch_size}
+    return ", ".join(f"{name} {value}" for name, value in made.items()
+                     if name not in ("checkpoint", "choices") and value not in (None, []))
+
+
+# -------------------------------------------------------------------------------------- interactive
+
+
+def talk(args: Namespace, argv: list[str], model: TwoTower, tokenizer: Tokenizer) -> int:
+    """Prompt after prompt with one model, up to the end of the input."""
+    with contextlib.suppress(ImportError):          # history and editing
+        __import__("readline")
+    changed = {}
+    print("A prompt goes on after a \\ at the end of a line. /temperature 0.7, /mode ar or /watch "
+          "set a flag, /temperature takes it back. Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+            while line.endswith("\\"):
+                line = line[:-1] + "\n" + input("  ")
+            if line.startswith("/"):
+                new = setting(line[1:], changed)
+                args, changed = parse([*argv, *new.values()]), new
+            elif line:
+                now = Namespace(**vars(args))       # a seed drawn for it is this answer's
+                rows, knobs = prepare([{"text": line}], now, tokenizer, model)
+                answer(rows, now, knobs, model, tokenizer)
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+        except (ValueError, RuntimeError) as error:
+            print(*str(error).split(), file=sys.stderr)
+
+
+def setting(line: str, changed: dict[str, str]) -> dict[str, str]:
+    """The changed flags, as argparse reads them, after another one or, without a value, without."""
+    word, *value = line.split(maxsplit=1) or [""]
+    flags = [flag for title in list(FLAGS)[:2] for flag in FLAGS[title]] + [
+        flag for flag in ALL if flag.name in ("--watch", "--verbose", "--quiet")]
+    found = ([flag for flag in flags if "--" + word in flag.names.split()] or
+             [flag for flag in flags if word and word in flag.name])
+    require(len(found) == 1, f"/{word} is none of "
+            + ", ".join("/" + flag.dest.replace("_", "-") for flag in flags))
+    name, new = found[0].name, dict(changed)
+    if new.pop(name, None) is None or value:
+        new[name] = "=".join([name, *value])
+    return new
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status; what is wrong is said in a line."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        status = run(parse(argv))
+        status = run(parse(argv), argv)
         sys.stdout.flush()
         return status
     except BrokenPipeError:                                 # the reader of our output has gone
         return 0
-    except (ValueError, OSError, RuntimeError) as error:    # a RuntimeError is out of memory
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:   # or out of memory
         print("sample.py:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -732,6 +638,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # bars give the cursor back
     sys.stdout.reconfigure(errors="replace")                # "?" where a terminal lacks a letter
     status = main()
     try:

@@ -12,6 +12,7 @@ as rounding alone costs 2e-3.
 import argparse
 import ast
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -27,18 +28,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import venv
 import weakref
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported
@@ -46,6 +53,10 @@ if not torch.cuda.is_available():
 import bench
 import corpus
 import official
+import placement
+import plan
+import rows
+import sharding
 import train
 import twotower
 from twotower import (Context, Decoding, KVCache, MambaState, Pass, Router, TimestepEmbedder,
@@ -188,8 +199,7 @@ def test_the_defaults_are_the_released_model():
     assert round(count(tower, model.context_lm_head) / 1e9, 3) == 31.578
     moe = [layer.mixer for layer in tower.layers if layer.kind == "E"]
     assert round(count(*moe) / 1e9, 3) == 29.842
-    keys = [key for parts in twotower.checkpoint_tensors(model).values() for key, _ in parts]
-    assert len(keys) == len(set(keys)) == 12544
+    assert len(twotower.checkpoint_tensors(model)) == 12544
     caches, states = ([state for state in Context(tower, 1, 1).states if isinstance(state, kind)]
                       for kind in (KVCache, MambaState))
     assert sum(cache.key_cache.nbytes + cache.value_cache.nbytes for cache in caches) == 6144
@@ -211,10 +221,44 @@ def test_config_files(tmp_path):
     assert TwoTowerConfig(time_step_limit=None) == TwoTowerConfig(time_step_limit=[0.0, math.inf])
 
 
+def test_config_files_in_other_words(tmp_path):
+    """What transformers 5 writes and what the older members of the family lack; we write neither
+    Infinity nor any other word that is not JSON's, and read what we write."""
+    other = dict(TINY, time_step_limit=[0.05, {"__float__": "Infinity"}], eos_token_id=[2, 11],
+                 layers_block_type="linear_attention moe full_attention mlp mamba moe".split(),
+                 attention_head_dim=TINY["head_dim"], moe_latent_size=None, n_group=None)
+    for name in ("hybrid_override_pattern", "num_hidden_layers", "head_dim"):
+        del other[name]
+    read = TwoTowerConfig.from_dict(other)
+    assert read == TwoTowerConfig(**TINY, time_step_limit=(0.05, math.inf), eos_token_id=[2, 11])
+    assert TwoTowerConfig.from_dict(other | dict(layers_block_type=["attention"])
+                                    ).hybrid_override_pattern == "*"
+    refuses("hybrid_override_pattern is 'Mconv', but it must be M (Mamba-2)",
+            TwoTowerConfig.from_dict, other | dict(layers_block_type=["mamba", "conv"]))
+    moe = [name for name in TINY if "expert" in name or name.startswith(("moe", "norm", "routed"))]
+    dense = {name: value for name, value in TINY.items() if name not in moe}
+    assert len(moe) == 6
+    dense |= dict(hybrid_override_pattern="M-*-M-", mamba_head_dim=np.int64(80))
+    assert TwoTowerConfig.from_dict(dense).d_inner == 320
+    assert TwoTowerConfig.from_dict(dense | dict(eos_token_id=None)).eos_token_id is None
+
+    def strict(word):
+        raise AssertionError(f"{word} is not JSON")
+    for config in (read, TwoTowerConfig(), TwoTowerConfig.from_dict(dense)):
+        written = json.loads(json.dumps(config.to_dict()), parse_constant=strict)
+        assert TwoTowerConfig.from_dict(written) == config
+        assert ("time_step_limit" in written) == (config is read)
+    json.loads((MINIATURE / "config.json").read_text(), parse_constant=strict)
+    numbers = dict(hidden_size=np.int64(32), routed_scaling_factor=np.float32(2.5),
+                   time_step_limit=np.array([0.0, math.inf]), eos_token_id=np.array([2, 5]))
+    assert TwoTowerConfig(**TINY | numbers) == TwoTowerConfig(**TINY, eos_token_id=[2, 5])
+
+
 def test_config_rules_at_their_edges():
     """What is still possible, and what no longer is."""
     for fields in (dict(n_group=4, topk_group=4), dict(num_experts_per_tok=8), dict(chunk_size=1),
                    dict(eos_token_id=None, bos_token_id=0, pad_token_id=63),
+                   dict(eos_token_id=[0, 63], bos_token_id=64, pad_token_id=-1),
                    dict(time_step_min=0.1), dict(time_step_limit=(0.3, 0.3)),
                    dict(layer_norm_epsilon=1)):
         assert dataclasses.asdict(TwoTowerConfig(**TINY | fields)).items() >= fields.items()
@@ -231,8 +275,8 @@ def test_config_rules_at_their_edges():
             ("mlp_hidden_act", "only relu2 is supported", "gelu"),
             ("mamba_hidden_act", "only silu is supported", "gelu"),
             ("tie_word_embeddings", "only False is supported", True),
-            ("bos_token_id", "it must be an id below vocab_size 64", 64, -1, 2.0),
-            ("mask_token_id", "it must be an id", 64), ("mask_token_id", "decoding needs", None),
+            ("eos_token_id", "it must be ids in [0, 64)", 64, -1, 2.0, [2, 64], "2", True),
+            ("mask_token_id", "it must be an id in [0, 64)", 64, -1, None, 2.0, [3]),
             ("time_step_limit", "it must be [low, high]", (0.1,), (0, 1, 2), (-1, 1), (0, math.nan),
              (0, True), (0.3, 0.1), "none")):
         for bad in values:
@@ -307,8 +351,10 @@ def test_convolution_and_norms(dtype, limit):
         inputs, weight = randn(2, L + 3, 6), randn(6, 1, 4, seed=1)
         biases = [randn(6, seed=2)] if bias else []
         ref = sum([inputs[:, w:w + L] * weight[:, 0, w] for w in range(4)] + biases)
-        given = [v.to(dtype) for v in (inputs, weight, *biases)] + [None] * (not biases)
-        check(twotower.causal_conv1d(*given), ref / (1 + torch.exp(-ref)), limit)
+        given = [v.to(dtype, copy=True) for v in (inputs[:, :3], inputs[:, 3:], weight, *biases)]
+        out = twotower.causal_conv1d(*given, *[None] * (not biases), update=bias)
+        check(out, ref / (1 + torch.exp(-ref)), limit)
+        assert torch.equal(given[0], inputs[:, L:].to(dtype) if bias else inputs[:, :3].to(dtype))
     (x, z), w = randn(2, 2, 3, 5, 12), randn(12).abs() + 0.5
     v, gated = x * z / (1 + torch.exp(-z)), torch.empty_like(x)
     for g in (slice(0, 4), slice(4, 8), slice(8, 12)):
@@ -327,7 +373,7 @@ def test_bfloat16_is_rounded_once():
             for name, tensor in scan_inputs(40).items()}
     for function, *args in (
             (twotower.rms_norm, x, w, 1e-5), (twotower.gated_rms_norm, x, z, w, 3, 1e-5),
-            (twotower.causal_conv1d, inputs, taps, z[0]),
+            (twotower.causal_conv1d, inputs[:, :3], inputs, taps, z[0]),
             (twotower.ssd_scan, *scan.values(), 16),
             (twotower.ssd_step, *at_token(scan, 0).values())):
         out, exact = function(*args), function(*(
@@ -346,7 +392,8 @@ def test_autocast_leaves_the_scan_alone():
     x, dt, A, B, _, _, state = inputs.values()
 
     def run():
-        kept = MambaState(torch.zeros(2, 3, 1), state, (torch.zeros(2, 23, 1), x, dt, A, B))
+        kept = MambaState(torch.zeros(2, 3, 1), state.clone(),
+                          (torch.zeros(2, 23, 1), x, dt, A, B))
         kept.settle(torch.tensor([7, 20]))
         return *twotower.ssd_scan(**inputs, chunk_size=8), kept.ssm_state
     plain = run()
@@ -368,8 +415,9 @@ def test_ssd_rates():
     check(out, exact, 1e-6)
 
 
-def test_attention():
-    B, H, G, L, S, K = 2, 6, 2, 5, 9, 8
+@pytest.mark.parametrize("L", [1, 5, 260])          # 260: more queries than share a mask
+def test_attention(L):
+    B, H, G, S, K = 2, 6, 2, L + 4, 8
     q, (k, v) = randn(B, H, L, K), randn(2, B, G, S, K, seed=1)
     mask = torch.rand(1, 1, L, S, generator=seeded(0)) < 0.6
     mask[..., 0] = True
@@ -790,13 +838,13 @@ def test_neither_batch_nor_split_matters(lengths, split, odd):
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 15, 16, 17, 512])
 def test_score(tokens_per_pass):
-    """Log-probabilities one by one, of ragged rows around block, chunk and pass edges. A pass's
-    logits are made only if they are used, and are gone before the next pass makes its own."""
+    """Log-probabilities one by one, of ragged rows around block, chunk and pass edges. No logit is
+    made that is not used, and a row's are gone before the next row's are made."""
     model, made = random_model.__wrapped__(), []
 
     def making(module, args, out):
         assert not made or made[-1][0]() is None
-        made.append((weakref.ref(out), out.shape[1]))
+        made.append((weakref.ref(out), len(out)))
     texts = [(ids(total - new, seed=total), ids(new, seed=new)) for total, new in (
         (2, 1), (16, 1), (16, 15), (17, 16), (18, 1), (33, 16), (34, 33), (49, 20))]
     for some in (texts, texts[-1:]):
@@ -808,9 +856,8 @@ def test_score(tokens_per_pass):
             expected = p[len(prompt) - 1:-1].gather(1, continuation[:, None])[:, 0]
             assert error(scores.tokens[row], expected) < 1e-10
             assert error(scores.total[row], expected.sum()) < 1e-10
-    first = 28 // tokens_per_pass                       # of the second run: 29 + 20 tokens
-    assert len(made) == math.ceil(48 / tokens_per_pass) * 2 - first
-    assert max(width for _, width in made) == min(tokens_per_pass, 48)
+    assert sum(n for _, n in made) == sum(len(new) for _, new in texts + texts[-1:])
+    assert max(n for _, n in made) <= tokens_per_pass
     small = TwoTower(TwoTowerConfig(**TINY | dict(max_position_embeddings=49)))
     assert small.score(*zip(*some), tokens_per_pass).total.dtype == torch.float64
 
@@ -934,8 +981,10 @@ def test_golden_sampling():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.8, 3), (0.9, 4), (1.0, 4)):
         assert int(twotower.shape_logits(logits, 1.0, top_p=top_p).isfinite().sum()) == kept
-    shaped = twotower.shape_logits(randn(5, 40).float(), 1e-300)
-    assert shaped.isfinite().all() and shaped.argmax(-1).equal(randn(5, 40).argmax(-1))
+    logits, u = randn(5, 40).float(), torch.rand(5, 40, generator=seeded(0))
+    for knob in ((1e-300,), (1e-309,), (5e-324, 7), (5e-324, 7, 0.9)):      # the least one there is
+        shaped = twotower.shape_logits(logits, *knob)
+        assert twotower.gumbel_argmax(shaped, u).equal(logits.argmax(-1)), knob
 
 
 def test_noise_is_a_function_of_seed_position_step_and_token():
@@ -1104,6 +1153,9 @@ def test_length_eos_and_top(mode, monkeypatch):
     for n in (1, 7, 8, 9, 25):
         assert generate(n) == long[:n]
     assert generate(40, eos_token_id=long[11]) == long[:long.index(long[11]) + 1]
+    for eos in ([long[30], long[11]], np.array([long[30], 5, long[11]])):
+        end = 1 + min(i for i, token in enumerate(long) if token in list(eos))
+        assert generate(np.int64(40), eos_token_id=eos) == long[:end]
     assert MASK not in long or mode != "generate_mask_diffusion"
     hot = functools.partial(generate, 16, temperature=5.0, seed=0)
     assert hot(top_k=1) == hot(top_p=1e-6) == long[:16] != hot()
@@ -1166,6 +1218,10 @@ def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     return ids(n, seed=seed).masked_fill(holes, MASK)
 
 
+def as_template(ids: torch.Tensor) -> list[int | None]:
+    return [None if token == MASK else token for token in ids.tolist()]
+
+
 def test_templates_are_kept():
     """Fixed tokens from the first step on; blocks without holes cost nothing; each row as alone."""
     model, steps = random_model(), []
@@ -1173,7 +1229,7 @@ def test_templates_are_kept():
         ("random", 21), ("fixed", 8), ("alternating", 30), ("start", 3), ("end", 17),
         ("holes", 21))]
     generate = functools.partial(model.generate_mask_diffusion, block_size=8)
-    result = generate(prompts, template=templates, on_step=steps.append)
+    result = generate(prompts, template=[*map(as_template, templates)], on_step=steps.append)
     for row, (text, template) in enumerate(zip(result.tokens, templates, strict=True)):
         assert MASK not in text
         assert torch.equal(text.masked_fill(template == MASK, MASK), template)
@@ -1182,14 +1238,38 @@ def test_templates_are_kept():
             own = template[step.block_index * 8:][:8]
             shown = step.before[r, :len(own)]
             assert torch.equal(shown[own != MASK], own[own != MASK])
-            assert step.t[r] == (step.before[r] == MASK).float().mean()
+            assert step.masked[r].equal(step.before[r] == MASK)
+            assert step.t[r] == step.masked[r].float().mean()
         blocks = {step.block_index for step, r in seen if step.committed[r].any()}
         assert blocks == {b for b in range(4) if (template[b * 8:b * 8 + 8] == MASK).any()}
-        alone = generate([prompts[row]], template=template.tolist())
+        alone = generate([prompts[row]], template=[as_template(template)])
         assert alone.tokens[0].equal(text) and (alone.nfe[0], alone.context_passes[0]) == (
             result.nfe[row], result.context_passes[row])
     plain = generate([prompts[5]], 21).tokens[0]
     assert result.nfe[1] == 0 and torch.equal(text[:16], plain[:16])
+
+
+def test_a_hole_is_a_position_not_an_id():
+    """The mask token's id in a template is text: there from the first step on, written, counted as
+    no mask. Tensors and lists of ids alone have no holes and cost no pass."""
+    model, steps = random_model(), []
+    generate = functools.partial(model.generate_mask_diffusion, ids(2, 9), block_size=8)
+    given = [[MASK, None, 5, MASK, None, None, 6, 7, 8, MASK, None], [None] * 2 + [MASK] * 9]
+    result = generate(template=given, on_step=steps.append)
+    for text, template in zip(texts(result), given, strict=True):
+        assert len(text) == 11
+        for one, wanted in zip(text, template):
+            assert one == wanted or wanted is None and one != MASK
+    first = steps[0]
+    assert first.masked.tolist() == [[one is None for one in row[:8]] for row in given]
+    assert first.t.tolist() == [3 / 8, 2 / 8] and not (first.committed & ~first.masked).any()
+    for fixed in ([MASK, 5, MASK], torch.tensor([MASK, 5, MASK])):
+        for template in (fixed, [fixed] * 2):
+            result = generate(template=template)
+            assert texts(result) == [[MASK, 5, MASK]] * 2 and result.nfe.tolist() == [0, 0]
+    free = texts(generate(5))                               # rows without one, or with holes alone
+    assert texts(generate(5, template=[None, None])) == free
+    assert texts(generate(template=[[None] * 5, [None] * 5])) == free
 
 
 def test_two_thousand_templates_survive():
@@ -1201,7 +1281,7 @@ def test_two_thousand_templates_survive():
     lengths = [len(template) + 3 * (seed % 2) for seed, template in enumerate(templates)]
     result = model.generate_mask_diffusion(
         list(ids(2000, 2)), lengths, block_size=4, steps_per_block=2, eos_token_id=9,
-        template=templates, temperature=2.0, seed=0)
+        template=[*map(as_template, templates)], temperature=2.0, seed=0)
     for text, template, length in zip(result.tokens, templates, lengths, strict=True):
         kept = text[:len(template)]
         assert torch.equal(kept.masked_fill(template == MASK, MASK), template)
@@ -1340,14 +1420,15 @@ def test_bad_arguments():
             refuses(message, function, *args)
     for message, template, *more in (
             ("template 0 holds id 128", [5, 128]), ("template must be ids", 5),
-            ("or one sequence of them (or None) for each of 1 ", [[5, 7], [6]]),
+            ("(None is a hole), or such a sequence for each of 1 ", [[5, 7], [6]]),
+            ("template 0 must be token ids", [5, None, "x"]), ("must be ids", [None] * 2),
             ("template 0 has 3 tokens, more than the 2", [5, 3, 7], 2)):
         refuses(message, diffusion, *more, template=template)
     for message, template in ((f"template 1 {int64} (1 or more)", [[5], []]),
                               ("max_new_tokens is None, but it must be", [[5], None])):
         refuses(message, model.generate_mask_diffusion, [one[0]] * 2, template=template)
     refuses(f"5000 {too_many}", diffusion, 8, block_size=5000)
-    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, 4]),
+    for name, *values in (("temperature", -1, math.nan, math.inf), ("eos_token_id", 128, [2, -1]),
                           ("top_k", 0), ("top_p", 1.5, 0), ("seed", -1, [1.5], [1, 2]),
                           ("block_size", 0, 8.0), ("steps_per_block", 0), ("mask_token_id", 128),
                           ("confidence_threshold", math.nan)):
@@ -1409,6 +1490,104 @@ def test_save_and_load(tmp_path, odd):
     assert all((f"denoiser_tower.layers.{at}.bias" in index["weight_map"]) == odd for at in biases)
 
 
+class Killed(BaseException):
+    pass
+
+
+def fail_at(monkeypatch, n: int, error: type[BaseException]) -> list[str]:
+    """The n-th operation on files raises the error, a write when half done; if that is Killed all
+    later ones do, as nothing tidies up after a kill. Returns the names of those begun."""
+    begun = []
+
+    def patched(function, written: int | None = None):
+        def run(*args, **knobs):
+            begun.append(function.__name__)
+            if len(begun) < n or len(begun) > n and error is not Killed:
+                return function(*args, **knobs)
+            if len(begun) == n and written is not None:
+                function(*args, **knobs)
+                os.truncate(args[written], os.path.getsize(args[written]) // 2)
+            raise error("interrupted")
+        return run
+    for owner, name, *written in ((os, "replace"), (Path, "unlink"), (Path, "chmod"),
+                                  (Path, "mkdir"), (Path, "write_bytes", 0),
+                                  (twotower, "save_file", 1)):
+        monkeypatch.setattr(owner, name, patched(getattr(owner, name), *written))
+    return begun
+
+
+@pytest.mark.parametrize("error, size", [(OSError, 60_000), (Killed, 40_000)])
+def test_an_interrupted_save_leaves_the_old_checkpoint_the_new_or_none(tmp_path, error, size):
+    """At every single operation; with the tokenizer it was made with. Saving again mends it."""
+    fields, found = TINY | dict(hybrid_override_pattern="M-", num_hidden_layers=2), []
+    old, new = (TwoTower(TwoTowerConfig(**fields)) for _ in range(2))
+    for n in itertools.count(1):
+        directory = tmp_path / str(n)
+        old.save_pretrained(directory, 40_000, {"tokenizer.json": b"old"})
+        with pytest.MonkeyPatch.context() as patch:
+            begun = fail_at(patch, n, error)
+            with contextlib.suppress(OSError, Killed):
+                new.save_pretrained(directory, size, {"tokenizer.json": b"new"})
+        try:
+            loaded, tokenizer = TwoTower.from_pretrained(directory), directory / "tokenizer.json"
+            found.append(tokenizer.read_text())
+            assert same_tensors(loaded, {"old": old, "new": new}[found[-1]])
+            left = [path.name for path in directory.iterdir() if path.suffix == ".partial"]
+            assert not left or error is Killed
+        except ValueError as refusal:
+            assert "config.json is missing: saving was interrupted; save again" in str(refusal)
+            found.append("none")
+        new.save_pretrained(directory, 90_000, {"tokenizer.json": b"new"})
+        assert same_tensors(TwoTower.from_pretrained(directory), new)
+        names = set(json.loads((directory / twotower.INDEX).read_text())["weight_map"].values())
+        assert {path.name for path in directory.iterdir()} == {
+            *names, twotower.INDEX, "config.json", "tokenizer.json"}
+        if len(begun) < n:
+            break
+    assert [state for state, _ in itertools.groupby(found)] == ["old", "none", "new"]
+    assert found.count("old") > 5 and found.count("none") > 5 and len(names) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")    # of torch.compile itself
+def test_what_is_saved_loads_again(tmp_path):
+    """Under wrappers that add to names, with tensors that modules share or hold transposed; what
+    could not be loaded is refused, and nothing is touched."""
+    model, state = random_model.__wrapped__(False, torch.float32), torch.get_rng_state()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = lambda: TwoTower.from_pretrained(tmp_path).state_dict()
+    equal = lambda a, b: a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    layers = model.denoiser_tower.layers
+    layers[1].mixer.experts = torch.compile(layers[1].mixer.experts)        # each wraps, runs none
+    layers[3] = torch.nn.DataParallel(layers[3])
+    model.context_tower = torch.compile(model.context_tower)
+    head = model.lm_head.weight
+    head.data = head.T.contiguous().T
+    model.save_pretrained(tmp_path, 20_000)
+    assert equal(again(), plain) and torch.get_rng_state().equal(state)
+    model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
+    model.save_pretrained(tmp_path)
+    tied = {name: plain[name if name.startswith(("t_", "scale")) else "context_" + name.replace(
+        "denoiser_", "").removeprefix("context_")] for name in plain}
+    assert equal(again(), tied)
+    if hasattr(os, "getuid"):                               # not on Windows
+        assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for part, name, change, message in (
+            (model.t_block, "1", lambda linear: torch.nn.utils.parametrizations.weight_norm(linear),
+             "t_block.1.parametrizations.weight.original0 is torch.float32 [96, 1], expected noth"),
+            (model, "lm_head", lambda head: head.to(torch.float8_e5m2),
+             "lm_head.weight is torch.float8_e5m2 [64, 32], expected F64"),
+            (model, "lm_head", lambda head: torch.nn.Linear(32, 65, bias=False),
+             "lm_head.weight is torch.float32 [65, 32], expected F64 or F32 or F16 or BF16 [64,"),
+            (model, "t_embedder", lambda _: torch.nn.Identity(), "mlp.0.bias is missing")):
+        whole = getattr(part, name)
+        setattr(part, name, change(copy.deepcopy(whole)))
+        refuses(message, model.save_pretrained, tmp_path)
+        refuses("this model: tensor ", model.save_pretrained, tmp_path / "new")
+        setattr(part, name, whole)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     """Shards that hold only denoiser tensors may even be absent."""
     model = random_model(False, torch.float32)
@@ -1421,7 +1600,14 @@ def test_context_alone_needs_no_denoiser_tensor(tmp_path):
     assert all(name.startswith("context_") for name in loaded.state_dict())
     assert texts(loaded.generate_ar(ids(1, 9), 8)) == texts(model.generate_ar(ids(1, 9), 8))
     TwoTower.from_pretrained(GOLDEN / "cfg1", towers="context")     # all in one file
+    model.save_pretrained(tmp_path / "alone", towers="context")
+    assert same_tensors(TwoTower.from_pretrained(tmp_path / "alone", towers="context"), loaded)
     refuses("a context tower alone must not replace", loaded.save_pretrained, tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "model-00001-of-00009.safetensors.partial").write_text("of a killed save")
+    loaded.save_pretrained(tmp_path / "new")
+    again = TwoTower.from_pretrained(tmp_path / "new", towers="context")
+    assert same_tensors(again, loaded) and len([*(tmp_path / "new").iterdir()]) == 2
     refuses("only the context tower is loaded", loaded.generate_mask_diffusion, ids(1, 9), 8)
     refuses("is missing", TwoTower.from_pretrained, tmp_path)
 
@@ -1490,7 +1676,7 @@ def write_headers(directory: Path, fields: dict, shards: int) -> int:
     """A checkpoint of bfloat16 tensors (float32 routers) without data: the files are holes."""
     with torch.device("meta"):
         model = TwoTower(TwoTowerConfig(**fields))
-    parts = [pair for pairs in twotower.checkpoint_tensors(model).values() for pair in pairs]
+    parts = [(key, part) for key, _, part in twotower.checkpoint_tensors(model)]
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     weight_map = {key: names[i * shards // len(parts)] for i, (key, _) in enumerate(parts)}
     for name in names:
@@ -1554,6 +1740,8 @@ def edit_tensors(path: Path, change):
 cut = lambda name, keep: lambda d: (d / name).write_bytes((d / name).read_bytes()[:keep])
 gone = lambda name: lambda d: (d / name).unlink()
 text = lambda name, content: lambda d: (d / name).write_text(content)
+link = lambda name: lambda d: (gone(name)(d), (d / name).symlink_to(d / "blobs" / "0123abcd"))
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 20231824\n"
 config = lambda **changes: lambda d: edit_json(d / "config.json", lambda c: c.update(changes))
 index = lambda change: lambda d: edit_json(d / twotower.INDEX, lambda i: change(i["weight_map"]))
 weights = lambda change, name="model.safetensors": lambda d: edit_tensors(d / name, change)
@@ -1564,6 +1752,11 @@ FIRST, SHARD = "context_tower.embeddings.weight", "model-00002-of-00005.safetens
 # what is wrong -> (how to break a checkpoint, what the one line must say)
 BROKEN = {
     "config missing": (gone("config.json"), "config.json is missing"),
+    "config is a link": (link("config.json"), "config.json is a link to nothing: its download did"),
+    "weights are a link": (link("model.safetensors"), "model.safetensors is a link to nothing:"),
+    "weights are of Git LFS": (text("model.safetensors", LFS), "is a Git LFS pointer: the file it"),
+    "index is a link": (link(twotower.INDEX), "index.json is a link to nothing: its download did"),
+    "shard is of Git LFS": (text(SHARD, LFS), f"{SHARD} is a Git LFS pointer: the file itself was"),
     "config is broken JSON": (cut("config.json", 100), "config.json is not valid JSON"),
     "config is a list": (text("config.json", "[]"), "must hold a JSON object"),
     "config is impossible": (config(n_groups=0), "config.json: config: n_groups is 0, but it"),
@@ -1597,6 +1790,146 @@ def test_broken_checkpoint(what, tmp_path):
     refuses(message, TwoTower.from_pretrained, directory)
 
 
+# ------------------------------------------------------- backbones: single towers of the family
+
+# as the 8B, the 9B (heads of 80 channels, 5 query heads to a KV head) and the 30B, but small
+FAMILY = {
+    "8B": TINY | dict(hybrid_override_pattern="M-M-M-M*-M-", n_groups=1),
+    "9B": TINY | dict(hybrid_override_pattern="M-MM-M*-M-", mamba_head_dim=80, hidden_size=40,
+                      num_attention_heads=10),
+    "30B": TINY | dict(hybrid_override_pattern="MEM*EME")}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_backbones_come_from_transformers_and_go_back(kind, tmp_path):
+    """The same logits in both directions, and the same tensors, bit for bit: none is missing, none
+    too many. Their dt is clamped to time_step_min, ours is not."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    with bench.without_this_folder():
+        from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    fields = {name: value for name, value in FAMILY[kind].items()
+              if name != "num_hidden_layers" and (kind == "30B" or "expert" not in name)}
+    theirs = NemotronHForCausalLM(NemotronHConfig(**fields, time_step_min=1e-30)).eval()
+    for i, (name, tensor) in enumerate(theirs.state_dict().items()):
+        gain = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.3
+        tensor.copy_(randn(*tensor.shape, seed=i) * gain + ("norm" in name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, tokens = TwoTower.from_backbone(tmp_path / "theirs"), ids(2, 37)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        check(model.context_logits(tokens), logits, 3e-5)
+        model.save_pretrained(tmp_path / "ours", 30_000, towers="context", layout="backbone")
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
+                                                             output_loading_info=True)
+        assert type(again) is NemotronHForCausalLM
+        assert len(report) > 2 and not any(report.values()), report
+        assert torch.equal(again.eval()(tokens).logits, logits)
+    before, after = ({key: tensor for path in (tmp_path / whose).glob("*.safetensors")
+                      for key, tensor in load_file(path).items()} for whose in ("theirs", "ours"))
+    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
+    assert TwoTowerConfig.from_json(tmp_path / "ours" / "config.json") == model.config
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["n_shared_experts"] == 1
+    assert again.config.hybrid_override_pattern == fields["hybrid_override_pattern"]
+
+
+def backbones(directory: Path) -> TwoTower:
+    """Writes one with every option turned as shards, with its experts stacked, and as transformers
+    names them in memory; returns whose context tower it is."""
+    model = random_model(True, torch.float32)
+    model.save_pretrained(directory / "shards", 20_000, towers="context", layout="backbone")
+    bare = functools.partial(re.sub, r"(experts\.\w+)\.weight", r"\1")
+    for name, tower, spell in (("stacked", "backbone.", str), ("model", "model.", bare)):
+        (directory / name).mkdir()
+        shutil.copy(directory / "shards" / "config.json", directory / name)
+        save_file({tower + spell(key): tensor
+                   for key, tensor in model.context_tower.state_dict().items()}
+                  | {"lm_head.weight": model.context_lm_head.weight.data,
+                     "mtp.layers.0.norm.weight": torch.zeros(3)},
+                  directory / name / "model.safetensors")
+    return model
+
+
+def test_a_backbone_becomes_both_towers(tmp_path, monkeypatch):
+    """However it is spelled, each where it belongs; the time conditioning is as from scratch, or at
+    first does nothing."""
+    model, block, std = backbones(tmp_path), torch.full((1, 4), MASK), TINY["hidden_size"] ** -0.5
+    torch.manual_seed(0)
+    for spelling in ("shards", "stacked", "model"):
+        context = TwoTower.from_backbone(tmp_path / spelling, towers="context").state_dict()
+        loaded = TwoTower.from_backbone(tmp_path / spelling, dtype=torch.float64)
+        assert all(p.requires_grad for p in loaded.parameters())
+        for name, tensor in context.items():
+            assert tensor.equal(model.state_dict()[name])
+            other = name.replace("context_tower", "denoiser_tower").removeprefix("context_")
+            for whose in (name, other):
+                assert loaded.state_dict()[whose].equal(tensor.double())
+        assert all(name.startswith("context_") for name in context)
+        tables = torch.stack(list(loaded.scale_shift_tables))
+        for found, wanted in ((loaded.t_block[1].weight.std(), 0.02), (tables.std(), std),
+                              (loaded.t_embedder.mlp[0].weight.std(), 0.02)):
+            assert abs(found / wanted - 1) < 0.1            # of 576 or more: 3 standard errors
+        assert not loaded.t_block[1].bias.any() and tables.dtype == torch.float64
+    denoise = lambda model, t: model.denoise(block, model.prefill(ids(1, 5)), t)
+    copy = TwoTower.from_backbone(tmp_path / "shards", gate="copy")
+    assert denoise(copy, 0.3).equal(denoise(copy, None))
+    assert not denoise(loaded, 0.3).equal(denoise(loaded, None))
+    safe_open = twotower.safe_open                          # which knows no device "meta"
+    monkeypatch.setattr(twotower, "safe_open", lambda path, kind, **_: safe_open(path, kind))
+    placed = TwoTower.from_backbone(tmp_path / "model", denoiser_device="meta", gate="copy")
+    for name, tensor in placed.state_dict().items():
+        assert tensor.is_meta != name.startswith("context_")
+
+
+def test_what_is_no_backbone_or_no_more_than_one(tmp_path):
+    """The line says what it is and what to call; a mode that needs a denoiser how to train one."""
+    backbones(tmp_path)
+    shards, stacked = tmp_path / "shards", tmp_path / "stacked"
+    how = f"{shards} is a backbone, one tower (backbone.*): TwoTower.from_backbone loads it, a " \
+          f"denoiser is trained for it by python train.py --backbone {shards} --data FILE"
+    load = TwoTower.from_backbone
+    for towers in ("both", "context"):
+        refuses(how, TwoTower.from_pretrained, shards, towers=towers)
+        refuses("is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained", load,
+                GOLDEN / "cfg1", towers=towers)
+    refuses("gate is 'open', but it must be 'published' or 'copy'", load, shards, gate="open")
+    model = load(shards)
+    refuses("layout 'backbone' cannot hold towers 'both'", model.save_pretrained,
+            tmp_path / "new", layout="backbone")
+    refuses("a context tower alone must not replace", model.save_pretrained, shards,
+            towers="context", layout="backbone")
+    assert not (tmp_path / "new").exists()
+    for change, message in (
+            (dict(moe_latent_size=8), "moe_latent_size is 8, but experts of a latent size are not"),
+            (dict(tie_word_embeddings=True), "write lm_head.weight apart from the embeddings"),
+            (dict(n_routed_experts=4, n_group=1, topk_group=1), "experts.down_proj.bias is F32")):
+        before = (stacked / "config.json").read_bytes()
+        config(**change)(stacked)
+        refuses(message, load, stacked)
+        (stacked / "config.json").write_bytes(before)
+    for change, message in (
+            (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing"),
+            (lambda t: t.update({"lm_head.weight": torch.zeros(64, 32), "lm_head.bias": torch.zeros(
+                64)}), "tensor lm_head.bias is F32 [64], expected nothing")):
+        weights(change)(stacked)
+        refuses(message, load, stacked)
+
+
+def test_sample_writes_and_scores_with_a_backbone(tmp_path):
+    directory = tmp_path / "backbone"
+    miniature()[0].save_pretrained(directory, 10**6, towers="context", layout="backbone", files={
+        "tokenizer.json": (MINIATURE / "tokenizer.json").read_bytes()})
+    lines = prompts_file(tmp_path / "lines.jsonl", [{"text": "Hi", "continuation": " you"}])
+    for flags in (["--mode", "ar", "Hi", "--max-new-tokens", 8],
+                  ["--mode", "score", "--prompt-file", lines]):
+        run = sample(*flags, directory=directory)
+        assert run.returncode == 0 and run.stdout.replace(str(directory), str(MINIATURE)) == sample(
+            *flags).stdout
+    one_line(sample("Hi", directory=directory),
+             f"python train.py --backbone {directory} --data FILE")
+
+
 # ---------------------------------------------------------------------------------- the kernels
 
 try:
@@ -1614,26 +1947,158 @@ def needs_kernels(test):
 DEVICE = "cuda" if kernels and not kernels.INTERPRETED else "cpu"
 # Triton's interpreter multiplies bfloat16 wrongly: that is for GPUs
 KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-CASES = {f"{case.operation}, {case.what}, {str(dtype).removeprefix('torch.')}": case
-         for dtype in KERNEL_DTYPES
-         for case in (kernels.cases(dtype, DEVICE, full_size=False) if kernels else ())}
+
+
+class Case(NamedTuple):
+    """An operation as kernels.py has it, or twotower.py: run(either, *copies of the tensors)."""
+
+    what: str
+    run: Callable
+    tensors: tuple
+    limit: float                # of the relative rms error of every output
+
+    def __call__(self, ops) -> list[torch.Tensor]:
+        """kernels.py on the tensors, or twotower.py on them in float64."""
+        wider = ops is twotower
+        out = self.run(ops, *(x.double() if wider and x.is_floating_point() else x.clone()
+                              for x in self.tensors))
+        return [x for x in out if x is not None]
+
+
+def shared_expert(up: torch.Tensor, down: torch.Tensor) -> torch.nn.Module:
+    mlp = twotower.MLP(SimpleNamespace(hidden_size=up.shape[1], mlp_bias=False), len(up))
+    mlp.up_proj.weight, mlp.down_proj.weight = torch.nn.Parameter(up), torch.nn.Parameter(down)
+    return mlp.requires_grad_(False)
+
+
+def moe(ops, x, ids, weights, up, down, shared_up, shared_down, *biases):
+    shared = shared_expert(shared_up, shared_down) if len(shared_up) else None
+    out = ops.moe_experts(x, ids, weights, up, down, *biases or (None, None), shared)
+    return [out.sum(1) if out.dim() == 3 else out]      # slots, which kernels.py leaves unsummed
+
+
+def between(ops, first: bool, weight, x, h, *vectors):
+    """A sum and its norm, and the same once more, which shows what became of the first sum."""
+    gate, *modulation = vectors or [None]
+    for _ in range(2):
+        x = ops.add_gated(x, gate, h if ops is kernels or h.dim() == 3 else h.sum(2))
+        yield (h := ops.norm(x, weight, 1e-5, *modulation, first=first))
+
+
+def chosen(ops, *args):
+    ids, weights = ops.route(*args)                     # which experts, in whatever order
+    ids, order = ids.sort(-1)
+    return ids, weights.gather(-1, order)
+
+
+def kernel_cases(dtype: torch.dtype):
+    """Awkward and small inputs, whose results are about 1."""
+    generator, f32 = torch.Generator(DEVICE).manual_seed(0), torch.float32
+    limit = 1e-5 if dtype == f32 else 5e-3              # a 16-bit result is rounded once or twice
+
+    def randn(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator, device=DEVICE)
+
+    D, E, A, width = 600, 8, 3, 40
+    for T, shared, biases, same in (
+            (1, 0, 0, 0), (1, 80, 0, 0), (5, 0, 1, 0), (16, 80, 0, 0), (16, 56, 0, 1),
+            (17, 0, 0, 1), (57, 80, 0, 0), (57, 0, 1, 0), (260, 0, 0, 0), (260, 0, 0, 1)):
+        experts = rand(T, E).topk(A).indices
+        if same:
+            experts = torch.arange(A, device=DEVICE).expand(T, A)
+        yield Case(f"moe_experts, {T} tokens, {shared} wide" + ", biases" * biases
+                   + ", one expert" * same, moe,
+                   (randn(T, D), experts, rand(T, A), randn(E, width, D) / D**0.5,
+                    randn(E, D, width) / width, randn(shared, D) / D**0.5,
+                    randn(D, shared) / width) + (randn(E, width), randn(E, D)) * biases, limit)
+    H, G = 4, 2
+    for b, L, P, N, keep, bounds, counts in (
+            (2, 1, 32, 64, "end", (0.0, math.inf), None), (1, 1, 80, 24, "none", (0.1, 2.0), None),
+            (1, 15, 32, 64, "none", (0.0, math.inf), None), (9, 16, 32, 64, "end", (0.1, 2.0), 0),
+            (3, 17, 80, 64, "end", (0.0, math.inf), (17, 1, 4)),
+            (3, 129, 32, 24, "none", (0.0, math.inf), None),
+            (1, 70, 80, 64, "end", (0.0, math.inf), None),
+            (2, 40, 8, 8, "blocks", (0.0, math.inf), None)):
+        if counts is not None:
+            counts = torch.tensor(counts or [L] * b, device=DEVICE)
+        dt = (2 * randn(b, L, 3 * H) - 1)[..., -H:]         # a slice, as in_proj gives it
+        if L == 15:
+            dt = dt - 11                                # where 1 + exp(dt) has lost most of exp(dt)
+        yield Case(f"ssd, {b} x {L} tokens, P {P}, N {N}, {keep}, {bounds}" + ", padding" * (
+            counts is not None), lambda ops, *args, bounds=bounds, counts=counts, keep=keep: (
+                *ops.ssd(*args, bounds, counts, 16, keep), args[-1]),
+            (randn(b, L, H, P), dt, randn(b, L, G, N) / N**0.5, randn(b, L, G, N),
+             randn(H, dtype=f32), randn(H, dtype=f32) / 2, rand(H),
+             randn(b, H, P, N, dtype=f32) / N**0.5), limit)
+    for b, L, W, bias, counts in ((2, 1, 4, 1, 0), (1, 2, 4, 0, 0), (1, 15, 4, 1, 0),
+                                  (3, 40, 3, 1, (2, 40, 17)), (2, 5, 1, 1, 0),
+                                  (2, 9, 4, 1, (1, 5))):
+        counts = torch.tensor(counts, device=DEVICE) if counts else None
+        yield Case(f"causal_conv1d, {b} x {L} tokens, width {W}, {bias} bias",
+                   lambda ops, history, x, taps, *bias, counts=counts: (
+                       ops.causal_conv1d(history, x, taps, *bias or [None], True, counts),
+                       history if history.shape[1] else None),
+                   (randn(b, W - 1, 130), randn(b, L, 200)[..., 7:137], randn(130, 1, W),
+                    *[randn(130)] * bias), limit)
+    y, z = randn(2, 6, 120), randn(2, 6, 300)[..., 40:160]
+    yield Case("gated_rms_norm", lambda ops, *args: [ops.gated_rms_norm(*args, 3, 1e-5)],
+               (y, z, randn(120)), limit)
+    for b, L, slots, first, modulated in ((1, 1, 3, True, 0), (2, 6, 0, True, 1),
+                                          (2, 5, 8, False, 1)):
+        h = randn(b, L, slots, D, dtype=f32) / slots**0.5 if slots else randn(b, L, D)
+        x = randn(b, L, D, dtype=dtype if first else f32)           # as with residual_in_fp32
+        yield Case(f"norm, {b} x {L} tokens, {slots} slots, {modulated} modulated, {first}",
+                   lambda ops, *args, first=first: between(ops, first, *args),
+                   (randn(D), x, h, *[randn(b, 1, D) for _ in range(3)] * modulated), limit)
+    K = 24
+    for b, H, L, S, kind in (
+            (2, 4, 1, 70, "all"), (1, 10, 15, 600, "all"), (3, 4, 16, 90, "ragged"),
+            (2, 4, 17, 90, "one row's end"), (1, 4, 7, 300, "early"), (2, 4, 17, 90, "mask"),
+            (2, 4, 33, 33, "causal")):
+        q, (k, v) = randn(b, L, H, K).transpose(1, 2), randn(2, b, G, S + 5, K)[:, :, :, :S]
+        last, mask = (rand(b, L) * S).long(), rand(b, 1, L, S) < 0.5
+        knobs = {"ragged": (last,), "one row's end": (last[:1],), "causal": (None, True),
+                 "early": (last // 9,),                 # shares of which no query sees a key
+                 "mask": (None, False, mask | (torch.arange(S, device=DEVICE) == 3))}.get(kind, ())
+        yield Case(f"attention, {b} x {L} queries of {H} heads, {S} keys, {kind}",
+                   lambda ops, *args, knobs=knobs: [ops.attention(*args, *knobs)], (q, k, v), limit)
+    for T, E, groups, kept, normed in ((1, 8, 1, 1, True), (9, 8, 4, 2, True), (9, 9, 3, 2, True),
+                                       (67, 8, 1, 1, True), (9, 8, 4, 3, False)):
+        config = SimpleNamespace(num_experts_per_tok=A, n_group=groups, topk_group=kept,
+                                 norm_topk_prob=normed, routed_scaling_factor=1.3)
+        bias = randn(E, dtype=f32) / 10
+        if not normed:      # all but one choice below the 0 of the two experts in the dropped group
+            bias = torch.tensor([0.5, -2] + [-1.6] * 6, device=DEVICE)
+        yield Case(f"route, {T} tokens, {groups} groups of {E} experts, {kept} stay",
+                   lambda ops, *args, config=config: chosen(ops, *args, config),
+                   (randn(T, D), randn(E, D, dtype=f32) / D**0.5, bias), 1e-12)
+
+
+CASES = {f"{case.what}, {str(dtype).removeprefix('torch.')}": case
+         for dtype in KERNEL_DTYPES if kernels for case in kernel_cases(dtype)}
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
 def test_kernel(name):
     """Within the limit of float64 on the same inputs; zeros and a permuted answer would not be."""
     case = CASES[name]
-    assert case.error() <= case.limit
-    for right in case.reference():
+    for ours, right in zip(case(kernels), case(twotower), strict=True):
+        assert right.is_floating_point() or torch.equal(ours, right)
+        assert error(ours, right) <= case.limit
         rolled = [right.roll(1, dim) for dim in range(right.dim()) if right.shape[dim] > 1]
         for wrong in (torch.zeros_like(right), *rolled):
-            assert kernels.relative_rms(wrong, right) > 10 * case.limit
+            assert error(wrong, right) > 10 * case.limit
 
 
 @needs_kernels
 def test_every_operation_has_a_kernel():
-    assert {case.operation for case in CASES.values()} == set(twotower.OPERATIONS)
+    cases = {case.what.split(",")[0] for case in CASES.values()}
+    assert cases == {*twotower.OPERATIONS} - {"add_gated"}          # which is in the cases of norm
     for name in twotower.OPERATIONS:
         ours, theirs = (inspect.signature(getattr(m, name)) for m in (kernels, twotower))
         assert list(ours.parameters) == list(theirs.parameters)
@@ -1642,16 +2107,15 @@ def test_every_operation_has_a_kernel():
 @needs_kernels
 @torch.no_grad()
 def test_kernels_keep_what_is_not_finite():
-    """relu, clamp and argmax may not lose NaN, as maximum does on a GPU; ties go to the first."""
-    logits, ones = torch.zeros(4, 3000, device=DEVICE), torch.ones(1, 16, device=DEVICE)
-    logits[1, 2999], logits[2, 5], logits[3, [7, 2000]] = math.nan, math.inf, 1.0
-    chosen, confidence = kernels.most_likely(logits, 0)
-    assert chosen[[0, 3]].tolist() == [1, 7]
-    assert confidence.isfinite().tolist() == [True, False, False, True]
+    """relu and clamp may not lose NaN, as maximum does on a GPU."""
+    ones = torch.ones(1, 16, device=DEVICE)
     experts, weights = torch.tensor([[0, 1]], device=DEVICE), torch.ones(2, 16, 16, device=DEVICE)
     bad = torch.stack([weights[0], weights[1] * math.nan])
-    assert kernels.moe_experts(ones, experts, ones[:, :2], bad, weights).isnan().all()
-    assert kernels.ssd_rates(bad[1:], ones[0], ones[0], (0.0, 1.0))[0].isnan().all()
+    assert kernels.moe_experts(ones, experts, ones[:, :2], bad, weights).sum(1).isnan().all()
+    x, state = weights[:1, :, :, None], torch.ones(1, 16, 1, 16, device=DEVICE)
+    y, _ = kernels.ssd(x, weights[:1] * math.nan, x.mT[:, :, :1], x.mT[:, :, :1], *[ones[0]] * 3,
+                       state, (0.0, 1.0), None, 16, "none")
+    assert y.isnan().all()
     config = TwoTowerConfig(**TINY)
     chosen, of_nan = kernels.route(ones * math.nan, weights[0, :5], ones[0, :5], config)
     assert of_nan.isnan().all() and (chosen < 5).all()
@@ -1665,32 +2129,27 @@ def far(x: torch.Tensor) -> torch.Tensor:
 
 
 @needs_kernels
-@pytest.mark.parametrize("operation", ["causal_conv1d", "gated_rms_norm", "ssd_rates", "ssd_scan",
-                                       "ssd_step", "attention", "most_likely"])
+@pytest.mark.parametrize("operation", ["causal_conv1d", "gated_rms_norm", "ssd", "attention"])
 @torch.no_grad()
 def test_kernels_reach_beyond_32_bit_offsets(operation):
     """With the last row of an argument there, the answer is that of rows nearby to the last bit."""
     f32 = torch.float32
     rand = lambda *shape, dtype=torch.float16: randn(*shape, seed=sum(shape)).to(DEVICE, dtype)
-    x, B, C = rand(3, 20, 2, 16), rand(3, 20, 1, 16), rand(3, 20, 1, 16)
-    state, dt = rand(3, 2, 16, 16, dtype=f32), rand(3, 20, 2, dtype=f32).abs()
-    A, D = -rand(2, dtype=f32).abs(), rand(2)
+    B, C, weights = rand(3, 20, 1, 16), rand(3, 20, 1, 16), [rand(2) for _ in range(3)]
     args, strided = {
-        "causal_conv1d": ((rand(3, 8, 24), rand(24, 1, 4), None), [0]),
+        "causal_conv1d": ((rand(3, 3, 24), rand(3, 8, 24), rand(24, 1, 4), None), [1]),
         "gated_rms_norm": ((rand(3, 24), rand(3, 24), rand(24), 2, 1e-5), [1]),
-        "ssd_rates": ((dt.half(), D, D, (0.0, math.inf)), [0]),
-        "ssd_scan": ((x, dt, A, B, C, D, state, 16), [0, 1, 3, 4]),
-        "ssd_step": ((x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state), [0, 3, 4]),
-        "attention": ((rand(3, 2, 5, 16), rand(3, 1, 40, 16), rand(3, 1, 40, 16), None, False,
-                       rand(3, 1, 5, 40) > -1), [0, 1, 2, 5]),
-        "most_likely": ((rand(3, 300, dtype=f32), 3), [0])}[operation]
-    run = getattr(kernels, operation)
-    outputs = lambda result: [result] if isinstance(result, torch.Tensor) else result
-    near = outputs(run(*args))
+        "ssd": ((rand(3, 20, 2, 16), rand(3, 20, 2), B, C, *weights, rand(3, 2, 16, 16, dtype=f32),
+                 (0.0, math.inf), None, 16, "none"), [0, 1, 2, 3]),
+        "attention": ((rand(3, 2, 5, 16), rand(3, 1, 40, 16), rand(3, 1, 40, 16),
+                       5 * torch.arange(15, device=DEVICE).view(3, 5) % 40), [0, 1, 2, 3]),
+    }[operation]
+    outputs = lambda result: [result] if isinstance(result, torch.Tensor) else result[:1]
+    near = outputs(getattr(kernels, operation)(*args))
     for ours, right in zip(near, outputs(getattr(twotower, operation)(*args)), strict=True):
         check(ours, right, 5e-3)
     for i in strided:                       # one at a time: each takes 4 to 9 GB of addresses
-        there = outputs(run(*args[:i], far(args[i]), *args[i + 1:]))
+        there = outputs(getattr(kernels, operation)(*args[:i], far(args[i]), *args[i + 1:]))
         for ours, theirs in zip(there, near, strict=True):
             assert torch.equal(ours, theirs), i
 
@@ -1706,28 +2165,42 @@ def test_experts_beyond_32_bit_offsets():
     for w, all_ in zip(few, many):
         all_[-1] = w[1]
     near = twotower.moe_experts(x, last.clamp(max=1), weights, *few)
-    check(kernels.moe_experts(x, last, weights, *many), near, 5e-3)
+    check(kernels.moe_experts(x, last, weights, *many).sum(1), near, 5e-3)
 
 
 @needs_kernels
-def test_kernels_compile_for_an_h100():
+def test_bench_kernels_compiles_and_counts():
     """At the released sizes, without a GPU: what the compiler refuses, and what would not fit."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = run_python("kernels.py", "--compile", env=env)
+    run = run_python("bench.py", "kernels", "--cards", "90", "--dtypes", "bfloat16", env=env)
     assert run.returncode == 0, run.stderr
-    lines = [line.split() for line in run.stdout.splitlines()]
-    written = re.findall(r"@triton\.jit\ndef (\w+)", (HERE / "kernels.py").read_text())
-    assert {line[0] for line in lines} == set(written)
-    for name, registers, _, spilled, _, _, shared, *rest in lines:
-        assert int(registers) <= 255 and spilled == "0" and int(shared) <= 227 * 1024, name
+    result = json.loads(run.stdout.splitlines()[-1])
+    written = re.findall(r"@triton\.jit\ndef (_\w+)", (HERE / "kernels.py").read_text())
+    assert {row["kernel"] for row in result["compiled"]} == set(written)
+    for row in result["compiled"]:
+        assert row["registers"] <= 255 and row["spilled"] == 0, row
         # no fewer slots than threads, whose copies its histogram would count on a GPU
-        assert name != "_group_kernel" or int(rest[-1]) >= 128
+        assert row["kernel"] != "_group_kernel" or int(row["tile"].split()[-1]) >= 128
+    launches = {(row["batch"], row["pass"], row["layers"]): row for row in result["launches"]}
+    assert len(launches) == 3 * 3 * 5
+    for (batch, name, layers), row in launches.items():
+        parts = [launches[batch, name, kind] for kind in ("M", "*", "E", "other")]
+        for what in ("launches", "megabytes", "gigaflops") if layers == "all" else ():
+            assert sum(part[what] for part in parts) == pytest.approx(row[what])
+    # within what must move and be computed, and a third more: activations; keys and values of the
+    # whole capacity; padding of the vocabulary's row
+    for name, experts in ("AR token", 6), ("denoiser step", 128 * (1 - (1 - 6 / 128)**16)):
+        cost = bench.cost_of_pass(TwoTowerConfig(), experts, cached=2048, **bench.PASSES[name])
+        row = launches[1, name, "all"]
+        assert cost.bytes / 1e6 < row["megabytes"] < 1.34 * cost.bytes / 1e6
+        assert cost.flops / 1e9 < row["gigaflops"] < 1.34 * cost.flops / 1e9
+        assert row["launches"] <= 335
 
 
 @needs_kernels
 @pytest.mark.parametrize("mode, new, knobs", [
-    ("generate_ar", 3, {}), ("generate_speculative", 4, dict(draft_length=4)),
-    ("generate_mask_diffusion", 8, dict(block_size=8, steps_per_block=3))])
+    ("generate_ar", 2, {}), ("generate_speculative", 3, dict(draft_length=3)),
+    ("generate_mask_diffusion", 8, dict(block_size=8, steps_per_block=2))])
 def test_the_miniature_writes_the_same_with_kernels(mode, new, knobs):
     torch_model, tokenizer = miniature()
     model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton")
@@ -1748,16 +2221,58 @@ def test_golden_data_through_the_kernels():
 
 
 @needs_kernels
+def test_other_models_of_the_family_through_the_kernels():
+    """As NVIDIA-Nemotron-Nano-9B-v2 in small: Mamba heads of 80, 5 query heads for each KV head, no
+    experts. (The limit is that of the golden data.)"""
+    torch.manual_seed(0)
+    model = TwoTower(TwoTowerConfig(**TINY | dict(
+        hybrid_override_pattern="M-M-*-", mamba_head_dim=80, mamba_num_heads=3, n_groups=1,
+        num_attention_heads=10, initializer_range=0.2))).to(DEVICE).eval()
+    found = []
+    for backend in ("torch", "triton"):
+        context = model.use(backend).prefill([ids(19), ids(5)])
+        found.append([model.extend(context, ids(2, n, seed=n).to(DEVICE)) for n in (1, 9)] +
+                     [model.denoise(ids(2, 7).to(DEVICE), context, 0.7)])
+    for plain, ours in zip(*found):
+        check(ours, plain, 3e-5)
+
+
+class Recorded:
+    """As kernels.record, on a CPU: a replay reads the buffers and writes to the same outputs."""
+
+    def __init__(self, function, inputs, changed):
+        kept, self.run, self.inputs = [x.clone() for x in changed], function, inputs
+        for _ in range(2):                              # a trial, then what CUDA would capture
+            self.out = function(*inputs)
+            for x, old in zip(changed, kept):
+                x.copy_(old)
+
+    def __iter__(self):                                 # graph, buffers, output
+        return iter((self, self.inputs, self.out))
+
+    def replay(self):
+        for x, new in zip(tree_leaves(self.out), tree_leaves(self.run(*self.inputs)), strict=True):
+            assert x is None or x is new or x.data_ptr() != new.data_ptr() and x.copy_(new) is x
+
+
+@needs_kernels
+@pytest.mark.parametrize("recording", [False, True])
 @pytest.mark.parametrize("lengths", [(20,), (40, 20, 33)])
-def test_fixed_passes_decode_the_same(lengths, monkeypatch):
-    """What CUDA graphs record, run without recording; with rows that end, and caches that grow."""
+def test_fixed_passes_decode_the_same(lengths, recording, monkeypatch):
+    """What CUDA graphs record, run as it is and replayed from the same memory; with rows that end,
+    at first as padding, and caches that grow."""
     _, _, model = golden("cfg1")
     prompts, taken = [ids(n, seed=n) for n in (5, 17, 1)][:len(lengths)], []
     monkeypatch.setattr(twotower, "kernels", lambda: kernels)
-    for name in ("extend", "denoise"):
+    monkeypatch.setattr(kernels, "record", lambda *args: taken.append("record") or Recorded(*args))
+    new = kernels.Passes.__init__
+    monkeypatch.setattr(kernels.Passes, "__init__", lambda self, *args: (
+        new(self, *args), setattr(self, "recording", recording))[0])
+    for name in ("extend", "denoise", "settle"):
         monkeypatch.setattr(kernels.Passes, name, lambda *args, name=name, run=getattr(
             kernels.Passes, name): taken.append(name) or run(*args))
-    for generate in (model.generate_ar, model.generate_mask_diffusion):
+    for generate, kinds in ((model.generate_ar, 1), (model.generate_mask_diffusion, 2),
+                            (model.generate_speculative, 3)):
         plain = generate(prompts, lengths)
         assert not taken
         with monkeypatch.context() as patch:
@@ -1767,6 +2282,8 @@ def test_fixed_passes_decode_the_same(lengths, monkeypatch):
         assert fixed.context_passes.equal(plain.context_passes)
         assert taken.count("extend") == int(plain.context_passes.max()) - 1     # but the prefill
         assert taken.count("denoise") >= int(plain.nfe.max())
+        # of three rows the second that ends makes them be recorded anew, the first does not
+        assert recording == (0 < taken.count("record") <= kinds * (1 + len(lengths) // 3))
         taken.clear()
     context = model.prefill([ids(3)])
     context.passes = kernels.Passes(model, context, Pass.behind)
@@ -1780,7 +2297,7 @@ def test_fixed_passes_decode_the_same(lengths, monkeypatch):
 def test_sample_runs_kernels_and_fixed_passes():
     flags = ["--json", "--max-new-tokens", 8, "--block-size", 8, "class Point label:str\n"]
     plain, run = (run_python("sample.py", *more, *flags) for more in (
-        (), ("--backend", "triton", "--graphs")))
+        (), ("--backend", "triton", "--graphs", "--verbose")))
     assert run.returncode == 0 and ", backend triton with graphs, " in run.stderr, run.stderr
     assert json.loads(run.stdout)["tokens"] == json.loads(plain.stdout)["tokens"]
 
@@ -1792,7 +2309,7 @@ def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "twotower_kernels", raising=False)
     refuses("needs kernels.py beside twotower.py", model.use, "triton")
     assert model.backend == "torch"
-    run = run_python("-c", "import torch, kernels; x = torch.ones(4); kernels.rms_norm(x, x, 0)",
+    run = run_python("-c", "import torch, kernels; x = torch.ones(4); kernels.norm(x, x, 0)",
                      env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
     assert kernels is None or "ValueError: kernels.py needs a CUDA device, not cpu" in run.stderr
 
@@ -1801,31 +2318,28 @@ def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
 def test_kernels_refuse_what_they_cannot_do():
     ones = lambda *shape: torch.ones(shape, device=DEVICE)
     x, weight, q = ones(2, 4), ones(4), ones(1, 1, 2, 16)
-    B, step = ones(1, 1, 16), [ones(1, 2, 24), ones(1, 2), ones(2)]
     with torch.no_grad():
         for message, function, *args in (
-                ("weight has shape (3,), expected", "rms_norm", x, weight[:3], 1e-5),
-                ("x is torch.float64, expected", "rms_norm", x.double(), weight, 1e-5),
-                ("gate has shape (1, 2, 4), expected", "add_gated", ones(1, 6, 4), ones(1, 2, 4),
-                 ones(1, 6, 4)),
+                ("weight has shape (3,), expected", "norm", x, weight[:3], 1e-5),
+                ("x is torch.float64, expected", "norm", x.double(), weight, 1e-5),
+                ("gate has shape (1, 2, 4), expected", "norm", kernels.add_gated(
+                    ones(1, 6, 4), ones(1, 2, 4), ones(1, 6, 4)), weight, 1e-5),
                 ("one of last_seen, is_causal", "attention", q, q, q, ones(1, 2).long(), True),
-                ("P is 24, but the kernel needs a power of two from 16 up", "ssd_step",
-                 *step, B, B, ones(2), ones(1, 2, 24, 16))):
+                ("state must be contiguous", "ssd", ones(1, 1, 16, 4), ones(1, 1, 16), q[:, :, :1],
+                 q[:, :, :1], *[ones(16)] * 3, ones(1, 16, 16, 4).mT, (0.0, 1.0), None, 16, "end"),
+                ("y has shape (2, 12), expected (2, 8)", "gated_rms_norm", ones(2, 12), ones(2, 12),
+                 ones(12), 8, 1e-5)):
             refuses(message, getattr(kernels, function), *args)
     weight.requires_grad_()
-    refuses("rms_norm of kernels.py has no gradient", kernels.rms_norm, x, weight, 1e-5)
+    refuses("norm of kernels.py has no gradient", kernels.norm, x, weight, 1e-5)
 
 
 @needs_kernels
 @torch.no_grad()
-def test_kernels_read_strided_weights_and_scale_in_float64():
+def test_kernels_read_strided_weights():
     rand = lambda *shape: randn(*shape).float().to(DEVICE)
     x, weights = rand(2, 8), rand(8, 2)
-    check(kernels.rms_norm(x, weights[:, 1], 1e-5), twotower.rms_norm(x, weights[:, 1], 1e-5), 1e-6)
-    config = TwoTowerConfig(**TINY | dict(routed_scaling_factor=1.3))
-    args = rand(3, 8), rand(4, 8), rand(4), config
-    for ours, theirs in zip(kernels.route(*args), twotower.route(*args)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+    check(kernels.norm(x, weights[:, 1], 1e-5), twotower.rms_norm(x, weights[:, 1], 1e-5), 1e-6)
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -1854,7 +2368,7 @@ def start_sample(*args, directory: Path = MINIATURE, **options) -> subprocess.Po
     command = [sys.executable, HERE / "sample.py", "--checkpoint", directory, *args]
     env = options.pop("env", os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(list(map(str, command)), text=True, encoding="utf-8", env=env,
-                            stderr=subprocess.PIPE, **options)
+                            **{"stderr": subprocess.PIPE} | options)
 
 
 def one_line(run, message: str):
@@ -1886,27 +2400,33 @@ def written(mode: str, prompt: str, new: int, seed: int | None = None, **knobs) 
     ("mask_diffusion", dict(block_size=8, steps_per_block=6, confidence_threshold=0.5,
                             mask_token_id=4))])
 def test_sample_prints_what_the_model_writes(mode, knobs):
-    run = sample("--mode", mode, *"--max-new-tokens 21 --context-device cpu Hello".split(),
+    run = sample("--mode", mode, *"-n 21 --context-device cpu --verbose -p Hello".split(),
                  *["--denoiser-device", "cpu"] * (mode != "ar"), *flags_of(knobs))
     result = getattr(miniature()[0], f"generate_{mode}")(
         [tokenizer().encode("Hello").ids], 21, eos_token_id=2, **knobs)
     new, nfe, passes = result.tokens[0].tolist(), int(result.nfe), int(result.context_passes)
     assert run.stdout == "Hello" + tokenizer().decode(new) + "\n", run.stderr
-    placement, facts = run.stderr.splitlines()
-    assert placement.startswith("cpu: context tower" + " and denoiser tower" * (mode != "ar"))
-    assert facts.startswith(
-        f"{mode} on cpu, 1 prompt, {len(new)} tokens, {nfe} denoiser passes, {passes} context "
-        f"passes, {len(new) / (nfe or passes):.2f} tokens per pass, load ")
-    for fact in ("prefill ", "peak memory host ", "max_new_tokens 21", "temperature 0.0",
+    placed, loaded, speed, facts = run.stderr.splitlines()
+    assert placed.startswith("cpu: context tower" + " and denoiser tower" * (mode != "ar"))
+    tokens_a_second, a_pass, first, _ = map(float, re.fullmatch(
+        r"(.*) tokens/s, (.*) tokens a pass, first token after (.*) s, prefill (.*) tokens/s",
+        speed).groups())
+    assert a_pass == round(len(new) / (nfe or passes), 2)
+    assert facts.startswith(f"rows 1, tokens {len(new)}, denoiser passes {nfe}, context passes "
+                            f"{passes}, seconds ")
+    for fact in ("peak memory of host ", "max_new_tokens 21", "temperature 0.0",
                  *(f"{name} {value}" for name, value in knobs.items())):
         assert fact in facts
-    decode, speed = map(float, re.search(r"decode ([\d.]+) s, ([\d.]+) tokens/s", facts).groups())
-    assert (decode - 0.01) * (speed - 0.1) < len(new) < (decode + 0.01) * (speed + 0.1)  # rounded
+    whole, prefill = map(float, re.search(r"seconds ([\d.]+), prefill seconds ([\d.]+)",
+                                          facts).groups())
+    assert first <= whole + 0.01 and prefill <= whole       # rounded; the rate is measured before
+    assert (whole - prefill) * tokens_a_second > 0.9 * len(new) - 0.02 * tokens_a_second
 
 
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
-def test_sample_stops(mode):
-    """Before EOS, or the first stop string, of which nothing is shown while it comes."""
+def test_sample_stops(mode, tmp_path):
+    """Before EOS, any of several, or the first stop string, of which nothing is shown while it
+    comes."""
     new = written(mode, LETTER, 128)
     text = tokenizer().decode(new[:-1])
     assert new[-1] == 2 and len(new) % 16               # EOS, within a block
@@ -1921,6 +2441,66 @@ def test_sample_stops(mode):
         assert tokens == new[:len(tokens)] and (tokens == new) == (not stops)
         before = tokenizer().decode(tokens[:-1])        # no token but the last completes a stop
         assert not any(stop in before for stop in stops)
+    config(eos_token_id=[2, new[9]])(directory := copy_checkpoint(tmp_path, MINIATURE))
+    result, = results_of(sample(*flags, "--json", directory=directory).stdout)
+    end = new.index(new[9])
+    assert (result["tokens"], result["ended"]) == (new[:end + 1], "eos")
+    assert result["text"] == tokenizer().decode(new[:end])
+
+
+def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = ()) -> rows.Row:
+    """A row that has got its new tokens piece by piece, as blocks end."""
+    row = rows.Row(0, "", prompt)
+    for i, new in enumerate(pieces):
+        row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
+    return row
+
+
+SPACE, TOKENS = "\u2581", ["<unk>", "<s>", "</s>", "<mask>", " ", "P", "ab", "\u2581a", "\u2581cat"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def decoded_by(*steps) -> Tokenizer:
+    """Of TOKENS, then one token for each byte."""
+    made = Tokenizer(models.WordLevel(
+        {token: i for i, token in enumerate(TOKENS + BYTES)}, "<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), *steps])
+    made.add_special_tokens(TOKENS[:4])
+    return made
+
+
+def test_text_comes_as_the_prompt_and_all_tokens_are_decoded():
+    """In pieces of any size, cut within letters and after spaces that a decoder would strip."""
+    stripping = decoded_by(decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
+    letters = [len(TOKENS) + byte for byte in "\u00e9\u20ac".encode()]
+    for made, ids in ((stripping, [7, 8, 1, *letters, 7, 8, 8, *letters, 5, *letters, 4, 8]),
+                      (tokenizer(), tokenizer().encode("caf\u00e9 <s>\u20ac\U0001f600 x").ids)):
+        for cut, size in itertools.product(range(1, 5), range(1, 6)):
+            new = ids[cut:]
+            row = taken(made, ids[:cut], [new[i:i + size] for i in range(0, len(new), size)])
+            text = made.decode(ids[:cut])
+            if "\ufffd" not in text:                   # a prompt ends with a whole letter
+                assert text + row.text == made.decode(ids) and row.tokens == new
+
+
+def test_text_that_tokenizers_cannot_decode_loses_only_itself():
+    """Bytes of no letter rewrite what came before; a space from both sides cut is a panic."""
+    fallback = decoded_by(decoders.ByteFallback(), decoders.Fuse())
+    byte = len(TOKENS)
+    row = taken(fallback, [6], [[byte + 0x50], [byte + 0xC3, 7], [byte + 0xC3]])
+    assert re.fullmatch("P\ufffd+ a\ufffd", row.text) and len(row.tokens) == 4
+    row = taken(decoded_by(decoders.Strip(" ", 1, 1)), [6], [[5, 4], [5, 6], [6]])
+    assert row.text == "P\ufffdPabab" and row.ended == "length"
+
+
+def test_sample_stops_at_special_tokens():
+    """They are no part of the text, nor is what comes after them."""
+    new = tokenizer().encode("hello<s>world").ids
+    before = new.index(1)
+    for stop, text in (("<s>", "hello"), ("lo<s>", "hel"), ("</s>", "helloworld")):
+        row = taken(tokenizer(), [300], [new[:2], new[2:] + [2]], (stop, "never"))
+        assert (row.text, row.ended) == (text, "stop")
+        assert row.tokens == (new[:before + 1] if "<s>" in stop else new + [2])
 
 
 def test_sample_is_seeded():
@@ -1931,7 +2511,8 @@ def test_sample_is_seeded():
     one, again, two, narrow = (text(*knobs, top_p, "--seed", seed) for top_p, seed in (
         (0.95, 1), (0.95, 1), (0.95, 2), (1e-6, 1)))
     assert one == again != two and narrow == text() != one      # that --top-p is greedy
-    unseeded = sample(*"--mode ar --max-new-tokens 16 Hi".split(), *knobs, 0.95)
+    assert text("--seed", 4, "--top-k", 0) == text() and text(*knobs, 0.95, "--top-k", 0)
+    unseeded = sample(*"--mode ar --max-new-tokens 16 Hi --verbose".split(), *knobs, 0.95)
     seed = re.search(r"seed (\d+)", unseeded.stderr)[1]
     assert text(*knobs, 0.95, "--seed", seed) == unseeded.stdout
 
@@ -1955,6 +2536,70 @@ def test_sample_reads_prompts_from_files_and_standard_input(tmp_path):
     assert sample(*flags, "--prompt-file", many).stdout == expected
 
 
+SORT = "sort 2 red pens, 1 blue maps, 4 gray cups, 3 pink rugs, 5 red desks"
+
+
+def test_the_miniature_gets_the_newline_that_its_tasks_need(tmp_path, monkeypatch, capsys):
+    """Where no checkpoint is given; whatever way the prompt comes, and once."""
+    file, lines = tmp_path / "sort.txt", tmp_path / "sort.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + SORT.encode() + b"\r\n")
+    prompts_file(lines, [{"text": SORT}])
+    answer = "1 blue maps\n2 red pens\n3 pink rugs\n4 gray cups\n5 red desks\n"
+    for flags in ([SORT], ["-p", SORT + "\n"], ["--prompt-file", file], ["--prompt-file", lines]):
+        assert cli.main([*map(str, flags), "-q"]) == 0
+        assert capsys.readouterr() == (f"{SORT}\n{answer}", "")
+    assert sample(SORT, "-n", 20).stdout != f"{SORT}\n{answer}"
+
+
+@pytest.mark.parametrize("name", ["-", "lines.JSONL", "lines.ndjson", "lines.txt"])
+def test_json_lines_in_and_out(name, tmp_path, monkeypatch):
+    """By their name, or because the first is an object with text; fields of one's own stay."""
+    lines = [{"text": "Hi", "id": 7, "max_new_tokens": None}, {"text": "Ho", "tags": ["a"]}]
+    data = "\ufeff\n" + "".join(json.dumps(line) + "\r\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+    (tmp_path / name).write_bytes(data.encode()) if name != "-" else None
+    file = "-" if name == "-" else tmp_path / name
+    out = ["--output", "-"] if name == "-" else ["--json"]
+    run = sample("--mode", "ar", "-n", 3, "--prompt-file", file, *out)
+    first, second = results_of(run.stdout)
+    assert (first["id"], second["tags"]) == (7, ["a"]) and "id" not in second
+    for result in (first, second):
+        assert result["tokens"] == written("ar", result["prompt"], 3)
+
+
+def test_samples_and_logprobs(tmp_path):
+    """Several texts a prompt, each as alone with its seed; what AR writes is likely, greedily."""
+    flags = ["--mode", "ar", "--json", "-n", 6, "--temp", 1, "--seed"]
+    lines = prompts_file(tmp_path / "two.jsonl", [{"text": "Hi"}, {"text": "Ho", "seed": 40}])
+    run = sample(*flags, 5, "--num-samples", 2, "--prompt-file", lines, "--logprobs", 2)
+    results = results_of(run.stdout)
+    assert [result["settings"]["seed"] for result in results] == [5, 6, 40, 41], run.stderr
+    for result in results:
+        tokens = written("ar", result["prompt"], 6, result["settings"]["seed"], temperature=1.0)
+        ids = tokenizer().encode(result["prompt"]).ids
+        assert result["tokens"] == tokens == [one["token"] for one in result["logprobs"]]
+        total = miniature()[0].score([ids], [tokens]).total.item()
+        assert sum(one["logprob"] for one in result["logprobs"]) == pytest.approx(total, abs=1e-4)
+        assert all(one["top"][0][1] >= max(one["top"][1][1], one["logprob"])
+                   for one in result["logprobs"])
+    greedy, = results_of(sample(*flags[:5], "--logprobs", 1, "Hi").stdout)
+    assert [one["top"][0][0] for one in greedy["logprobs"]] == greedy["tokens"]
+
+
+def test_counts_special_tokens_and_help(monkeypatch):
+    assert sample("--count", "Hi</s>").stdout == f"{len(tokenizer().encode('Hi</s>').ids)}\n"
+    assert int(sample("--count", "Hi</s>", "--literal").stdout) > len(
+        tokenizer().encode("Hi</s>").ids)
+    monkeypatch.setenv("COLUMNS", "80")
+    text = cli.help_text()
+    assert len(text.splitlines()) < 2 * 40 and max(map(len, text.splitlines())) <= 80
+    for flag in cli.ALL:
+        assert all(name in text for name in flag.names.split())
+        assert flag.default in (None, False, []) or f"default {flag.default}" in text.replace(
+            "\n" + " " * 30, " ")
+    assert "default 16, else 1" in " ".join(text.split())
+
+
 MANY = [{"text": "Hello, who is there?" * n, "max_new_tokens": 5 + 7 * n, "seed": 10 + n}
         for n in (4, 1, 2, 3, 1)] + [{"text": "x"}, {"text": "xyz"}]
 
@@ -1974,7 +2619,7 @@ def test_many_prompts_are_written_as_each_alone(tmp_path, flags, knobs):
         assert result["tokens"] == tokens and result["text"] == tokenizer().decode(tokens)
         assert result["prompt"] == line["text"] and result["settings"]["max_new_tokens"] == new
         assert result["settings"]["seed"] == seed
-    assert f"{len(MANY)} prompts, {sum(len(r['tokens']) for r in results)} tokens" in run.stderr
+    assert " tokens/s, " in run.stderr
 
 
 def endless(tmp_path: Path) -> Path:
@@ -1989,7 +2634,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits, terminal
 
 @posix
 @pytest.mark.parametrize("sent, status, said", [
-    ("SIGKILL", -9, ""), ("SIGINT", 130, "prompts, "),
+    ("SIGKILL", -9, ""), ("SIGINT", 130, " tokens a pass"), ("SIGTERM", 143, ""),
     (None, 2, "out.jsonl: File too large; the lines it holds are whole")])
 def test_a_run_cut_short_goes_on_where_it_was(sent, status, said, tmp_path):
     """Nothing is lost or doubled, whatever is left of the line being written."""
@@ -2013,8 +2658,8 @@ def test_a_run_cut_short_goes_on_where_it_was(sent, status, said, tmp_path):
     assert whole.startswith(before) and 0 < len(before) < len(whole)
     assert sent == "SIGKILL" or before.endswith(b"\n")
     out.write_bytes(before + whole[len(before):len(before) + 20])
-    for said in (f"{14 - before.count(10)} prompts", "is complete: 14 results"):
-        resumed = sample(*flags, out, "--resume")
+    for said in (f"rows {14 - before.count(10)}, ", "is complete: 14 results"):
+        resumed = sample(*flags, out, "--resume", "--verbose")
         assert resumed.returncode == 0 and resumed.stdout == "" and said in resumed.stderr
         assert out.read_bytes() == whole
 
@@ -2048,9 +2693,8 @@ def test_a_reader_that_goes_away_is_no_error_ctrl_c_and_a_full_disk_are(tmp_path
         assert process.stdout.read(len(text)) == text
         process.stdout.close() if status == 0 else process.send_signal(signal.SIGINT)
         err = process.stderr.read() if status == 0 else process.communicate()[1]
-        placed, *facts = err.splitlines()
-        assert process.wait() == status and placed.startswith("cpu: context tower")
-        assert (facts == []) if status == 0 else facts[-1].startswith("ar on cpu, 1 prompt, ")
+        assert process.wait() == status
+        assert err == "" if status == 0 else re.match(r"[\d.]+ tokens/s, 1.00 tokens a pass", err)
     if Path("/dev/full").exists():
         with open("/dev/full", "w") as disk:
             process = start_sample("--max-new-tokens", 4, "Hello", stdout=disk)
@@ -2101,35 +2745,128 @@ def test_trace_holds_every_step(tmp_path):
     assert sample(*flags).stdout == run.stdout
 
 
-@posix
-def test_watch_shows_the_block_in_place():
-    """On a terminal masks and fresh (bold, underlined) tokens appear; elsewhere nothing does."""
+@contextlib.contextmanager
+def terminal(*args, ends=0, **options):
+    """sample.py on a terminal of its own; yields a function that reads on until a text is shown,
+    or else up to the end, and one that types."""
     import pty
-    flags = ["--max-new-tokens", "30", "--watch", "Hello"]
-    text = "Hello" + tokenizer().decode(written("mask_diffusion", "Hello", 30)) + "\n"
-    assert sample(*flags).stdout == text
+    import select
     master, slave = pty.openpty()
-    terminal = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
-    process = start_sample(*flags, stdout=slave, env=terminal)
+    process = start_sample(*args, **{"stdin": slave, "stdout": slave} | options, stderr=slave,
+                           env=os.environ | {"TERM": "xterm", "COLUMNS": "80"})
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError):              # Linux ends a terminal with an error
-        while data := os.read(master, 4096):
-            shown += data
-    assert process.wait() == 0
-    shown = shown.decode().replace("\r\n", "\n")
-    assert shown.endswith(text) and "\u2591" * 8 in shown and "\x1b[1;4m" in shown
+
+    def read(until: str = "\0") -> str:
+        nonlocal shown
+        with contextlib.suppress(OSError):          # Linux ends a terminal with an error
+            while until.encode() not in shown:
+                assert select.select([master], [], [], 300)[0], shown   # or a fault would hang
+                shown += (data := os.read(master, 4096))
+                if not data:
+                    break
+        before, _, shown = shown.partition(until.encode())
+        return before.decode().replace("\r\n", "\n")
+
+    yield read, lambda text: os.write(master, text.encode()), process
+    assert process.wait() == ends
+    os.close(master)
+
+
+@posix
+def test_watch_shows_the_block_in_place(tmp_path):
+    """On a terminal masks and fresh (bold, underlined) tokens appear, of one prompt after the
+    other; elsewhere nothing does. A signal leaves the cursor as it was."""
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": "Hello"}] * 2)
+    flags = ["--max-new-tokens", "30", "--watch", "--prompt-file", many]
+    text = "Hello" + tokenizer().decode(written("mask_diffusion", "Hello", 30)) + "\n"
+    assert sample(*flags).stdout == f"--- 0\n{text}--- 1\n{text}"
+    with terminal(*flags, "-q") as (read, _, process):
+        shown = read()
+    assert shown.endswith(f"--- 1\n{text}") and f"--- 0\n{text}" in shown
+    assert "\u2591" * 8 in shown and "\x1b[1;4m" in shown
+    with terminal("--watch", "-n", 4000, "Hello", ends=143) as (read, _, process):
+        read("\u2591")                              # while --watch shows
+        process.send_signal(signal.SIGTERM)
+        assert read().rindex("\x1b[?25h") > 0      # the cursor is shown again
+
+
+@posix
+def test_a_batch_shows_how_far_it_is(tmp_path):
+    many = prompts_file(tmp_path / "many.jsonl", [{"text": "Hello"}] * 30)
+    with terminal("--prompt-file", many, "-n", 40, "--batch-size", 2, "--json",
+                  stdout=subprocess.DEVNULL) as (read, _, process):
+        shown = read()
+    assert re.search(r"[1-9]\d*/30 \S*\d+ tokens/s \S*0:\d\d:\d\d",
+                     re.sub("\x1b\\[[\\d;]*m", "", shown)), shown
+
+
+@posix
+def test_interactive(tmp_path):
+    """Prompt after prompt with one model; flags by name, history, lines that go on; Ctrl-C ends an
+    answer, and Ctrl-D the program."""
+    def answer(text: str, mode: str, new: int) -> str:
+        return tokenizer().decode(written(mode, text, new)) + "\n"
+
+    with terminal("-i", "-n", 9, "-q", directory=endless(tmp_path)) as (read, write, process):
+        read("> ")
+        for line, expected in (
+                ("Hello", answer("Hello", "mask_diffusion", 9)), ("/mode ar", ""),
+                ("/nothing", "/nothing is none of /prompt, "), ("/max 12", ""), ("/tokens 13", ""),
+                ("/top-p 7", "--top-p is 7.0, but it must be a number in (0, 1]\n"),
+                ("\x1b[A5", "--top-p is 75.0, but"), ("two\\\nlines", answer("two\nlines", "ar", 13)),
+                ("/template ___", "--template does nothing with --mode ar\n"), ("/max", ""),
+                ("/mode", ""), ("Hello", answer("Hello", "mask_diffusion", 9)), ("/max 4000", "")):
+            write(line + "\n")
+            shown = read("> ")
+            assert shown.endswith("\n" + expected) or expected and expected in shown, (line, shown)
+        write("Hello\n")
+        read(answer("Hello", "mask_diffusion", 16).split()[1])
+        process.send_signal(signal.SIGINT)
+        read("> ")
+        write("\x04")
+        assert "Traceback" not in read()
+
+
+@posix
+def test_nothing_is_silent_where_streams_are_closed_or_imports_interrupted(tmp_path):
+    def shell(command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["sh", "-c", command.replace("sample.py", f"{sys.executable} "
+                              f"sample.py -n 3")], capture_output=True, text=True, cwd=HERE)
+
+    one_line(shell("sample.py Hi >&-"), "standard output is closed; give --output FILE")
+    run = shell(f"sample.py Hi --output {tmp_path / 'out'} <&- 2>&- >&-")
+    assert run.returncode == 0 and len(results_of((tmp_path / "out").read_text())) == 1
+    (tmp_path / "link.py").symlink_to(HERE / "sample.py")
+    run = run_python("-OO", tmp_path / "link.py", "--plan", input="Hi\r\n")
+    assert run.returncode == 0 and run.stdout.endswith("rows of 131 tokens\n"), run.stderr
+    process = start_sample("Hi", stdout=subprocess.PIPE)
+    time.sleep(0.4)                                     # torch alone takes longer
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == 130
+
+
+def test_results_have_one_writer(tmp_path):
+    out, lines = tmp_path / "out.jsonl", prompts_file(tmp_path / "in.jsonl", [{"text": "a"}] * 3)
+    flags = ["--prompt-file", lines, "-n", 2, "--output", out]
+    other = cli.only_writer(out, 0)
+    if os.name == "posix":
+        one_line(sample(*flags), "out.jsonl is being written by another run")
+    other.write(b"x")
+    other.close()
+    refuses("out.jsonl is being written by another run", cli.only_writer, out, 0)
+    assert out.read_bytes() == b"x"
 
 
 def test_sample_fills_templates(tmp_path):
     """Holes by length in both notations; the text around them stays; a line may have its own."""
     def filled(*parts: str | int) -> str:
         template = [token for part in parts for token in (
-            [MASK] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
+            [None] * part if isinstance(part, int) else tokenizer().encode(part).ids)]
         return tokenizer().decode(written("mask_diffusion", LETTER, None, template=tuple(template)))
 
     expected = filled("Dear", 4, "\nyour_order", 12, " on __Monday.")
-    run = sample("--template", "Dear____\nyour_order{{12}} on __Monday.", LETTER)
+    run = sample("--template", "Dear____\nyour_order{{12}} on \\_\\_Monday.", LETTER)
     assert run.stdout == LETTER + expected + "\n", run.stderr
     assert expected.startswith("Dear") and expected.endswith(" on __Monday.")
     own = [{"template": "Hello{{3}}."}, {}, {"template": "___ and then", "max_new_tokens": 9}] * 2
@@ -2141,11 +2878,14 @@ def test_sample_fills_templates(tmp_path):
             assert first["text"] == filled("Hello", 3, ".") and second["text"] == filled("Dear", 4)
             assert " and then" in third["text"] and len(third["tokens"]) == 9
             assert first["settings"]["template"] == "Hello{{3}}."
-    fixed = tokenizer().decode(tokenizer().encode("Yes</s>no").ids)     # EOS inside, as any token
-    assert sample("--template", "Yes</s>no", LETTER).stdout == f"{LETTER}{fixed}\n"
+    for given in ("Yes</s>no", "Yes<mask>no"):              # special tokens inside, as any token
+        tokens = tokenizer().encode(given).ids
+        result, = results_of(sample("--template", given + "{{1}}", "--json", LETTER).stdout)
+        assert result["tokens"][:-1] == tokens and len({2, 3} & {*tokens}) == 1
+        assert result["text"] == tokenizer().decode(result["tokens"])
     flags = ["--max-new-tokens", 5, "--output", tmp_path / "one.jsonl", LETTER]
-    assert sample("--template", "x____", *flags).returncode == 0
-    one_line(sample("--resume", *flags), "was made with template 'x____', not None")
+    assert sample("--template", r"\{{___", *flags).returncode == 0
+    one_line(sample("--resume", *flags), r"was made with template '\\{{___', not None")
     shown = sample("--template", '{"city": "{{12}}').stdout
     assert shown.startswith("json city=") and 'block 0  {"city": "\u2591' in shown
 
@@ -2189,6 +2929,7 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
     shared = {"temperature": 0.5, "top_k": 1, "top_p": 1, "seed": 1, "max_new_tokens": 1}
     names = shared | dict.fromkeys(("block_size", "draft_length", "steps_per_block", "template",
                                     "confidence_threshold", "mask_token_id"), 1)
+    names["template"] = "___"
     for mode in ("mask_diffusion", "speculative", "mock_ar", "ar", "score"):
         function = getattr(TwoTower, f"generate_{mode}", TwoTower.score)
         takes = set(inspect.signature(function).parameters) | (shared.keys() if mode != "score"
@@ -2205,9 +2946,9 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
 
 @pytest.mark.parametrize("args, message", [
     ("--mode ar", "--mode ar needs a prompt; the demonstration is of mask_diffusion"),
-    ("--mode score Hi", "--mode score needs --prompt-file with the suffix .jsonl"),
+    ("--mode score Hi", "--mode score needs prompts as JSON lines, by --prompt-file or on"),
     ("--mode fast Hi", "invalid choice: 'fast'"),
-    ("--blocksize 8 Hi", "unrecognized arguments"),
+    ("--blocksize 8 Hi", "unrecognized arguments: --blocksize Hi; did you mean --block-size?"),
     ("--block-size eight Hi", "argument --block-size: invalid int value: 'eight'"),
     *[(f"{flag} {value} --temperature 1 Hi", f"{flag} is {value}, but it must be {rule}")
       for flag, value, rule in (
@@ -2219,23 +2960,26 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
     ("--stop '' Hi", "--stop is [''], but it must be some text"),
     ("--mask-token-id 1280 Hi", "--mask-token-id is 1280, but it must be below vocab_size 1280"),
     *[(f"{args} Hi", f"{args.split()[0]} needs {needed}") for args, needed in (
-        ("--top-k 5", "--temperature above 0"), ("--seed 0 --temperature 0", "--temperature above"),
+        ("--num-samples 2", "--temperature above 0"), ("--logprobs 2", "--json or --output"),
+        ("--revision main", "--checkpoint OWNER/NAME"),
         ("--graphs", "--backend triton"), ("--resume", "--output"),
         ("--resume --output o --temperature 1", "--output, and with --temperature the --seed"))],
-    ("--plan --template ___", "--template needs a prompt beside --plan"),
+    *[(f"--template '{text}' Hi", f"the template of the prompt has {message}") for text, message in (
+        ("two__", "'__', but a hole is ___ (three or more) or {{3}}"), ("{{ 3 }}", "'{{ 3 }}', but"),
+        ("{{-1}}", "'{{-1}}', but"), ("{{0}}", "'{{0}}', but"), ("no hole", "no hole, ___ or {{3}}"),
+        (r"\_\_\_", "no hole"), ("", "no hole"))],
     *[(f"{args} {other}", f"{args.split()[0]} does nothing with {other.removesuffix(' o')}")
       for args, other in (
-          *((args, "--plan") for args in ("--stop x", "--json", "--output o", "--trace t")),
-          ("--watch", "--plan"), ("--graphs --backend triton", "--plan"),
           *((f"{args} --prompt-file two.jsonl", "--mode score") for args in (
-              "--stop x", "--json", "--trace t", "--watch", "--denoiser-device cpu")),
-          ("--graphs --backend triton Hi", "--mode speculative"), ("--watch Hi", "--mode mock_ar"),
+              "--stop x", "--trace t", "--watch", "--denoiser-device cpu")),
+          *(("--interactive", flag) for flag in ("--json", "--output o", "--num-samples 2")),
+          ("--graphs --backend triton Hi", "--mode mock_ar"), ("--watch Hi", "--mode mock_ar"),
           ("--json Hi", "--output o"), ("--watch Hi", "--json"),
           ("--watch Hi", "--output o"), ("--trace t Hi --output o", "--resume"))],
-    ("--prompt-file two.jsonl Hi", "prompt does nothing with --prompt-file"),
-    ("--watch --prompt-file two.jsonl", "--watch shows one row at a time; give --batch-size 1"),
+    ("--prompt-file two.jsonl Hi", "--prompt does nothing with --prompt-file"),
+    ("--batch-size 2 --watch Hi", "--batch-size does nothing with --watch"),
+    ("--prompt you Hi", "PROMPT does nothing with --prompt"), ("-q --verbose Hi", "does nothing"),
     ("''", "the prompt holds no token"),
-    ("--template '' Hi", "the template of the prompt holds no token and no hole"),
     ("--template {{9}} --max-new-tokens 8 Hi", "has 9 tokens, more than the 8"),
     ("--max-new-tokens 999999 Hi", "max_position_embeddings 4096"),
     ("--plan --max-new-tokens 5000", "max_position_embeddings 4096"),
@@ -2245,6 +2989,7 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
         ("context-device", "cuda:99"), ("context-device", "toaster"), ("denoiser-device", "meta"))],
     ("--output o --trace ./o Hi", "must be different files"),
     ("--output no/where.jsonl Hi", "no/where.jsonl: its directory does not exist"),
+    ("--output . Hi", ". is not a file"),
     ("--trace two.jsonl Hi", "two.jsonl exists; give another name"),
     ("--prompt-file nowhere.txt", "nowhere.txt"),
     ("\udcff\udcfe", "the prompt is not valid UTF-8"),
@@ -2255,7 +3000,7 @@ def test_sample_refuses_in_one_line(args, message, tmp_path, monkeypatch):
     two = prompts_file(tmp_path / "two.jsonl", [{"text": "a"}, {"text": "b"}]).read_bytes()
     one_line(sample(*shlex.split(args)), message)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [two]
-    if "toaster" in args or "\udcff" in args:       # a process of its own says the same
+    if "toaster" in args or "--template '\udcff" in args:       # a process of its own says the same
         one_line(run_python(HERE / "sample.py", *map(os.fsencode, shlex.split(args))), message)
 
 
@@ -2275,6 +3020,8 @@ def test_sample_refuses_in_one_line(args, message, tmp_path, monkeypatch):
         ("ar", {"seed": "x"}, ": seed is 'x'"), ("ar", {"seed": 2**70}, f": seed is {2**70}"),
         ("ar", {"template": "___"}, " has 'template'; known"),
         ("mask_diffusion", {"temperature": 1}, " has 'temperature'; known"),
+        ("ar", {"max_new_token": 1}, " has 'max_new_token'; known with --mode ar are text, max_"),
+        ("ar", {"nfe": 1}, " has 'nfe', which results have; rename it"),
         ("score", {"continuation": "b", "seed": 1}, " has 'seed'; known"),
         ("score", {}, " must have either continuation or choices"),
         ("score", {"choices": []}, ": choices is [], but it must be a list of texts"))],
@@ -2288,12 +3035,17 @@ def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, messag
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: shutil.rmtree(d), "is not a directory"),
-    (gone("tokenizer.json"), "tokenizer.json cannot be read as a tokenizer: No such file"),
+    (gone("tokenizer.json"), "tokenizer.json is missing"),
+    (link("tokenizer.json"), "tokenizer.json is a link to nothing: its download did not end; down"),
+    (text("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer: the file itself was not"),
     (cut("tokenizer.json", 300), "tokenizer.json cannot be read"),
     (cut("config.json", 300), "is not valid JSON"),
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
      "id 128"),
+    (lambda d: edit_json(d / "tokenizer.json", lambda t: (
+        t["model"]["vocab"].pop("H"), t["model"].update(unk_token="[UNK]"))),
+     "the prompt cannot be encoded by tokenizer.json: WordLevel error: Missing [UNK]"),
 ])
 def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_path):
     directory = copy_checkpoint(tmp_path)
@@ -2301,48 +3053,123 @@ def test_sample_refuses_a_broken_checkpoint_in_one_line(damage, message, tmp_pat
     one_line(sample("Hello", directory=directory), message)
 
 
-def test_the_hub_is_asked_only_for_what_is_needed(monkeypatch, tmp_path):
-    """A name that is no directory is fetched; for AR no file with only denoiser tensors."""
-    import huggingface_hub
-    write_headers(tmp_path, TINY, 4)
-    asked = []
+@contextlib.contextmanager
+def hub(directory: Path, home: Path):
+    """A server that has a directory as some/model, of which no other/model and a gated/model are
+    known; yields what programs need to ask it, and what it was asked for."""
+    import hashlib
+    import http.server
+    import threading
+    asked, commit = [], "a" * 40
 
-    def snapshot_download(name, *, allow_patterns, local_files_only):
-        asked.append((list(allow_patterns), local_files_only))
-        return str(tmp_path)
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, files = self.path.split("?")[0], sorted(directory.iterdir())
+            part, code, name = (self.headers.get("range") or "")[6:].split("-"), 200, path[1:]
+            if path.startswith("/api/models/some/model/revision/main"):
+                data = json.dumps({"id": "some/model", "sha": commit, "siblings": [
+                    {"rfilename": file.name} for file in files]}).encode()
+            elif path.startswith("/api/models/some/model/tree/"):
+                data = json.dumps([{"type": "file", "path": file.name, "oid": commit, "size":
+                                    file.stat().st_size} for file in files]).encode()
+            elif path.startswith("/some/model/resolve/") and directory / Path(path).name in files:
+                data, name = (directory / Path(path).name).read_bytes(), Path(path).name
+                if name.endswith(".safetensors") and self.command == "GET":
+                    asked.append((name, part != [""]))
+            else:
+                data, code = b"", 403 if "gated" in path else 404
+                self.send_error_code = ("GatedRepo" if "gated" in path else "RevisionNotFound"
+                                        if "some/model" in path else "RepoNotFound")
+            if part != [""]:
+                data, code = data[int(part[0]):int(part[1]) + 1], 206
+            self.send_response(code)
+            for header, value in {
+                    "ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"', "X-Repo-Commit": commit,
+                    "X-Error-Code": getattr(self, "send_error_code", ""),
+                    "Content-Length": str(len(data))}.items():
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(data if self.command == "GET" else b"")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    for name, towers, plan in (("some/model", "both", False), ("some/model", "context", True),
-                               (str(tmp_path), "both", False)):
-        assert cli.fetch(name, towers, plan) == tmp_path
-    small = ["config.json", "tokenizer.json", twotower.INDEX]
-    shards = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003", "00004")]
-    assert asked == [                   # the towers are alike: two hold nothing but the denoiser
-        (small, False), (small + shards, False), (small, True), (small + shards[:2], True)]
-    run = run_python("sample.py", "--checkpoint", "some/model", "Hi",
-                     env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
-    one_line(run, "https://huggingface.co/some/model, downloaded where there is a connection")
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME":
+                            str(home), "CUDA_VISIBLE_DEVICES": ""}, asked
+        server.shutdown()
+
+
+def test_a_name_on_the_hub(tmp_path):
+    """Planned from headers, by range requests; for AR no file with only denoiser tensors is
+    fetched, and nothing twice; then no connection is needed. TwoTower takes the name too."""
+    directory = tmp_path / "files"
+    miniature()[0].save_pretrained(directory, 6 * 10**6, files={
+        "tokenizer.json": (MINIATURE / "tokenizer.json").read_bytes()})
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    flags = "--checkpoint some/model --json Hi -n 4 -q ".split()
+    script = ("import json, sys, sample\nfor argv in json.loads(sys.argv[1]):\n"
+              "    print(sample.main(argv), file=sys.stderr, flush=True)\n"
+              "sample.TwoTower.from_pretrained('some/model', towers='context')")
+
+    def mains(env: dict, *runs: list[str]) -> tuple[list[str], list[str]]:
+        run = run_python("-c", script, json.dumps(runs), env=env)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.splitlines(), run.stderr.splitlines()
+
+    with hub(directory, tmp_path / "home") as (env, asked):
+        (plan, result), said = mains(env, [*flags, "--plan"], [*flags, "--mode", "ar"], *(
+            ["-m", *name.split(), "-q", "Hi"] for name in (
+                "other/model", "gated/model", "some/model --revision v9")))
+    assert [line.removeprefix("sample.py: https://huggingface.co/") for line in said] == [
+        "0", "0", f"other/model: {placement.CAUSES['RepositoryNotFoundError']}", "2",
+        f"gated/model: {placement.CAUSES['GatedRepoError']}", "2",
+        f"some/model: {placement.CAUSES['RevisionNotFoundError']}", "2"]
+    disk = json.loads(plan)["disk"]
+    assert disk["here"] == 0 and disk["to fetch"] == pytest.approx(size, rel=1e-3)  # but spaces
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    parts, whole = ([name for name, part in asked if part == which] for which in (True, False))
+    assert parts == shards + shards[:2] and sorted(whole) == shards[:2] and len(shards) == 4
+    (again,), said = mains(env | {"HF_HUB_OFFLINE": "1"}, [*flags, "--mode", "ar"],
+                           ["-m", "another/one", "-q", "Hi"])
+    assert again == result and json.loads(result)["tokens"] == written("ar", "Hi", 4)
+    assert said[1].endswith("another/one: HF_HUB_OFFLINE is set, and not all of it is here")
+
+
+def test_a_path_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/first", "./some/model", "some/model/3", "~/model", tmp_path / "model"):
+        one_line(sample("Hi", directory=name), f"--checkpoint {name} is not a directory")
+    refuses("is not a directory", TwoTower.from_pretrained, "runs/first")
+    refuses("device cuda:99 cannot be used", TwoTower.from_pretrained, MINIATURE,
+            denoiser_device="cuda:99")
+    full = OSError(28, "No space left on device")
+    with pytest.raises(ValueError, match="no space is left on the disk"), placement.asking("a/b"):
+        raise RuntimeError("download failed") from full
 
 
 def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     """24 shards of the released shapes without data: SPEC's table of memory."""
     assert write_headers(tmp_path, dataclasses.asdict(TwoTowerConfig()), 24) == 24
     run = sample("--plan", "--max-new-tokens", 8192, "--batch-size", 4, directory=tmp_path)
-    context, = re.findall(r"weights ([\d.]+) GiB", run.stderr.splitlines()[0])
+    context, = re.findall(r"weights ([\d.]+) GiB", run.stdout.splitlines()[0])
     assert context == "117.7"                       # twice 58.8 and the time conditioning
-    assert "KV cache 192.0 MiB, SSM states 184.0 MiB" in run.stderr
-    assert ("batch of 4, 8192 tokens a row; a cached token takes 6144 bytes, a row's SSM states "
-            "48234496 and") in run.stderr
+    assert "KV cache 192.0 MiB, SSM states 184.0 MiB" in run.stdout
+    assert ", activations 546.0 MiB, together 118." in run.stdout
+    assert "for 4 rows of 8192 tokens\n" in run.stdout
     run = sample("--plan", "--mode", "ar", "--context-device", "cpu", directory=tmp_path)
-    assert "cpu: context tower: weights 58.8 GiB" in run.stderr
+    assert "cpu: context tower: weights 58.8 GiB" in run.stdout
 
 
 def test_dtype():
     """Half the bytes of float32, and text in bfloat16; an answer that is sure stays as it is."""
-    plans = [sample("--plan", *flags).stderr for flags in ((), ("--dtype", "bfloat16"))]
-    wide, narrow = (float(re.search(r"weights ([\d.]+) MiB", plan)[1]) for plan in plans)
+    wide, narrow = (json.loads(sample("--plan", "--json", *flags).stdout)["devices"]["cpu"]["weights"]
+                    for flags in (("--context-device", "cpu"),
+                                  ("--context-device", "cpu", "--dtype", "bfloat16")))
     assert 0.49 < narrow / wide < 0.52
-    run = sample("--dtype", "bfloat16", "--max-new-tokens", 16, LETTER)
+    run = sample("--verbose", "--dtype", "bfloat16", "--max-new-tokens", 16, LETTER)
     assert run.returncode == 0 and ", dtype bfloat16, " in run.stderr
     assert run.stdout.startswith(f"{LETTER}Dear Dora,\n")
 
@@ -2350,15 +3177,16 @@ def test_dtype():
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
     """With made-up free memory and GPUs."""
     model, _ = TwoTower.skeleton(GOLDEN / "cfg1")
-    args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, plan=False, batch_size=4)
+    args = argparse.Namespace(mode="mask_diffusion", max_new_tokens=100, batch_size=4)
     free = {"cpu": 0, "cuda:0": 0}
+    monkeypatch.setattr(placement, "TOKENS_PER_PASS", 1)      # or activations outweigh these weights
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place], 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free) - 1)
-    monkeypatch.setattr(cli.psutil, "virtual_memory",
+    monkeypatch.setattr(placement.psutil, "virtual_memory",
                         lambda: types.SimpleNamespace(available=free["cpu"]))
 
     def needed(rows: int, *places: str) -> dict[str, int]:
-        table = cli.memory(model, rows, 112, 16, places)
+        table = placement.memory(model, rows, 112, 16, places)
         return {place: parts["together"] for place, parts in table.items()}
 
     one, four, alone = (needed(*what)["cpu"] for what in (
@@ -2376,10 +3204,88 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
             (["cuda:0"] * 2, 0, [half] * 2, "--context-device cuda:0 --denoiser-device cuda:1"),
             (["cuda:0", "cuda:1"], 0, [alone, 0], "--mode ar, the context tower alone on cuda:0")):
         free = {"cpu": cpu} | {f"cuda:{i}": nbytes for i, nbytes in enumerate(gpus)}
-        if way is None:
-            cli.plan(model, [], args, {"block_size": 16}, places)
-        else:
-            refuses(f"what would: {way}", cli.plan, model, [], args, {"block_size": 16}, places)
+        problem = placement.plan(model, [], args, {"block_size": 16}, places)[1]
+        assert f"what would: {way}" in problem if way else problem == ""
+
+
+@pytest.mark.parametrize("widths, lengths", [               # of most memory: passes; logits
+    ((168, 16, 8, 116, 512), (300, 220)), ((48, 8, 4, 24, 16384), (8, 5, 7, 8))])
+@pytest.mark.parametrize("mode", cli.MODES)
+def test_memory_is_planned_at_its_peak(mode, widths, lengths, monkeypatch):
+    """What --plan counts beside weights is within 20 % of what torch's profiler sees allocated."""
+    for name, value in (("TOKENS_PER_PASS", 256), ("LOGITS_PER_DRAW", 2**15)):
+        for module in (placement, twotower):
+            monkeypatch.setattr(module, name, value)
+    names = ("hidden_size", "mamba_num_heads", "num_attention_heads", "moe_intermediate_size",
+             "vocab_size")
+    model = TwoTower(TwoTowerConfig(**TINY | dict(zip(names, widths)) | dict(
+        hybrid_override_pattern="MEM*E", num_hidden_layers=5, mamba_head_dim=16, ssm_state_size=32,
+        num_experts_per_tok=4, chunk_size=64)))
+    prompts, new = [ids(n, seed=n) for n in lengths], [ids(5)] * len(lengths)
+    asked = [types.SimpleNamespace(ids=prompt, given=[ids(5)], max_new_tokens=5)
+             for prompt in prompts]
+    args = argparse.Namespace(mode=mode, max_new_tokens=None, batch_size=16)
+    block = {"mask_diffusion": {"block_size": 16}, "speculative": {"draft_length": 16}}
+    for knobs in [{}] + [dict(temperature=1.0, top_p=0.9)] * (mode in cli.WRITING):
+        table, _ = placement.plan(model, asked, args, knobs | block.get(mode, {}), ["cpu"])
+        planned, held, peak = table["cpu"]["together"] - table["cpu"]["weights"], 0, 0
+        with torch.profiler.profile(profile_memory=True) as profile:
+            if mode == "score":
+                model.score(prompts, new)
+            else:
+                getattr(model, f"generate_{mode}")(prompts, 5, **knobs | (
+                    {"steps_per_block": 2} if mode in block else {}))
+        for event in profile.profiler.kineto_results.events():
+            held += event.nbytes() if event.name() == "[memory]" else 0
+            peak = max(peak, held)
+        assert held == 0 and 0.8 < planned / peak < 1.2, f"planned {planned}, measured {peak}"
+
+
+@pytest.mark.parametrize("pieces", [64, 5])
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_prefill_in_pieces_is_one_prefill(pieces, odd, monkeypatch):
+    """Ragged rows, which end in different pieces, each as alone in one pass; one token a row."""
+    model, sizes = random_model(odd), []
+    alone = [model.prefill([prompt]) for prompt in PROMPTS]
+    hook = model.context_tower.register_forward_hook(
+        lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    monkeypatch.setattr(twotower, "TOKENS_PER_PASS", pieces)
+    context, block = model.prefill(PROMPTS, reserve=16), ids(5, 16)
+    hook.remove()
+    assert sum(sizes) == 5 * 40 and max(sizes) <= pieces and len(sizes) > 2
+    for row, one in enumerate(alone):
+        check_states(context, row, one)
+        check(context.logits[row], one.logits[0], 1e-10)
+    read = model.extend(context, block)
+    for row, one in enumerate(alone):
+        check(read[row], model.extend(one, block[row, None])[0], 1e-10)
+
+
+def test_a_draw_is_the_same_of_few_logits_at_a_time(monkeypatch):
+    model, texts = random_model(), []
+    for at_once in (2**20, 3 * 64, 1):          # logits: all places', three's, one's
+        monkeypatch.setattr(twotower, "LOGITS_PER_DRAW", at_once)
+        texts.append([model.generate_mask_diffusion(PROMPTS[:3], 8, 8, 3, seed=7, **knobs).tokens
+                      for knobs in ({}, dict(temperature=1.0), dict(temperature=1.0, top_p=0.9))])
+    assert all(a.equal(b) for some in texts[1:] for draws, right in zip(some, texts[0])
+               for a, b in zip(draws, right))
+    assert not all(a.equal(b) for a, b in zip(*texts[0][:2]))
+
+
+def test_the_limit_of_a_container_is_seen(tmp_path):
+    """cgroups of both versions; file caches do not count as used, no limit is none."""
+    host, gib = placement.psutil.virtual_memory().total, 2**30
+    assert 0 < placement.free_memory("cpu", tmp_path) <= host                         # no file
+    v1 = tmp_path / "memory"
+    v1.mkdir()
+    for top, most, used in ((tmp_path, "max", "current"),
+                            (v1, "limit_in_bytes", "usage_in_bytes")):
+        for limit, free in ((gib // 2, gib // 4), (gib // 8, 0), ("max", None), (2**62, None)):
+            for name, value in ((most, limit), (used, gib), ("stat", "anon 1\ninactive_file "
+                                f"{gib // 2}\nactive_file {gib // 4}\nfile_mapped 7")):
+                (top / f"memory.{name}").write_text(f"{value}\n")
+            seen = placement.free_memory("cpu", tmp_path)
+            assert seen == free if free is not None else gib < seen <= host
 
 
 # ---------------------------------------------------------------------- training the miniature
@@ -2525,10 +3431,18 @@ def test_batches_repeat_and_mix(monkeypatch):
 def short_trainer(phase: int, path: Path | None = None, **choices) -> train.Trainer:
     torch.manual_seed(0)
     first, second = (dataclasses.replace(smoke, steps=12, **choices) for smoke in train.SMOKE)
-    model = train.build(first, train.SMOKE_MODEL)
+    model = train.new_context(train.SMOKE_MODEL)
     if phase == 2:
-        model = train.build(second, train.SMOKE_MODEL, model)
+        state = model.state_dict()
+        model = sharding.both_towers(second, model.config, lambda name, start, stop:
+                                     state[name][start:stop], train.How())
     return train.Trainer(model, (first, second)[phase - 1], training_data(), path)
+
+
+def losses(trainer, tokens, targets, step: int = 4, **choices) -> dict[str, torch.Tensor]:
+    recipe = dataclasses.replace(trainer.recipe, rows=len(tokens), row=tokens.shape[1], **choices)
+    found = corpus.readings(recipe, tokens, targets, step, 0, MASK)
+    return {kind: trainer.losses(reading) for kind, reading in found.items()}
 
 
 def test_losses_of_both_phases():
@@ -2536,80 +3450,70 @@ def test_losses_of_both_phases():
     1, and phase 2 with tied towers, have that of `ar_loss`, at the targets alone."""
     tokens, targets = ids(4, 48), torch.rand(4, 48, generator=seeded(5)) < 0.5
     published = short_trainer(2, **train.PUBLISHED)
-    as_was, by_t = published.recipe, dataclasses.replace(published.recipe, weight="1/t")
-    loss, = published.losses(tokens, torch.ones_like(targets), as_was, seed=4)
+    loss = losses(published, tokens, torch.ones_like(targets))["masked"]
     assert loss.mean().allclose(published.model.diffusion_loss(tokens, 16, seeded(4)), 1e-6, 0)
-    (plain,), (weighted,) = (published.losses(tokens, targets, recipe, seed=4)
-                             for recipe in (as_was, by_t))
-    masked, t = train.add_noise(as_was, targets, seeded(4))
-    assert len(plain) == masked.sum() > 20 and not (masked & ~targets).any()
-    torch.testing.assert_close(weighted, plain / t[:, None].expand(4, 48)[masked])
+    plain, weighted = (losses(published, tokens, targets, weight=weight)["masked"]
+                       for weight in ("mean", "1/t"))
+    recipe = dataclasses.replace(published.recipe, rows=4, row=48)
+    noise, t = corpus.draw_noise(recipe, seeded(4))
+    assert len(plain) == (targets & noise).sum() > 20
+    torch.testing.assert_close(weighted, plain / t[:, None].expand(4, 48)[targets & noise])
     for trainer in (short_trainer(1), short_trainer(2, tied=True)):
-        *_, loss = trainer.losses(tokens, targets, trainer.recipe, seed=4)
         logits = trainer.model.context_logits(tokens[:, :-1]).log_softmax(-1)
         right = -logits.gather(-1, tokens[:, 1:, None])[..., 0][targets[:, 1:]]
-        check(loss, right, 1e-6)
+        check(losses(trainer, tokens, targets)["ar"], right, 1e-6)
 
 
 def test_what_is_not_denoised_changes_nothing():
     """Blocks without masks are left out, and the rest has the loss it had; an untrained denoiser's
     mock-AR loss is that of AR, at half as many targets."""
-    trainer, tokens = short_trainer(2, denoised=0.5, mock_ar=2), ids(4, 96)
+    trainer, tokens = short_trainer(2, denoised=0.5, mock_ar=1 / 8), ids(4, 96)
     targets = torch.arange(96).expand(4, 96) // 48 == 1                         # 3 blocks of 6
-    some, mock = trainer.losses(tokens, targets, trainer.recipe, seed=4)
-    everything = dataclasses.replace(trainer.recipe, denoised=1.0)
-    assert len(trainer.losses(tokens, targets, everything, seed=5)) == 1
-    whole, mock_of_all = trainer.losses(tokens, targets, everything, seed=4)
-    check(some, whole, 1e-5)
-    right = trainer.model.ar_loss(tokens[2:3], targets[2:3], reduction="none")
-    check(mock_of_all, right, 1e-5)
+    some, whole = (losses(trainer, tokens, targets, denoised=share) for share in (0.5, 1.0))
+    check(some["masked"], whole["masked"], 1e-5)
+    assert "mock" not in losses(trainer, tokens, targets, step=5)
+    right = trainer.model.ar_loss(tokens[:1], targets[:1], reduction="none")
+    for found, count in (some, 24), (whole, 48):
+        assert len(found["mock"]) == count
+        assert torch.isclose(found["mock"][:, None], right, 1e-4).any(1).all()
+    shares = torch.cat([corpus.also_ar(trainer.recipe, step) for step in range(100)])
+    assert shares.nonzero()[:, 0].tolist() == [*range(0, 100 * trainer.recipe.rows, 8)]
     for wrong in ([[6], [0], [0], [0]], [[-1]] * 4, [[0]], [0] * 4):
         with pytest.raises(ValueError, match="from 0 to 5"):
             trainer.model.diffusion_logits(tokens, tokens, 1.0, 16, torch.tensor(wrong))
-    assert len(mock) == 24 and torch.isclose(mock[:, None], right, 1e-4).any(1).all()
 
 
-def test_joint_training_reaches_the_context_tower():
-    """While it is on, both losses reach all of the context tower; then it stays as it is. The
-    denoiser's loss is the same."""
-    trainer = short_trainer(2, stages=((0, dict(joint=True)), (2, dict(joint=False))), mock_ar=0)
-    apart, batch = short_trainer(2), trainer.data.batch(trainer.recipe, 0)
-    (diffusion, ar), (same,) = (one.losses(*batch, one.recipe.at(0), seed=1)
-                                for one in (trainer, apart))
-    assert torch.equal(diffusion, same)
-    for loss, layers in (diffusion, "M*"), (ar, "M*E"):
-        loss.sum().backward()
-        assert all(layer.mixer.k_proj.weight.grad.any() if layer.kind == "*" else
-                   next(layer.mixer.parameters()).grad.any()
-                   for layer in trainer.model.context_tower.layers if layer.kind in layers)
-        trainer.optimizer.zero_grad()
-    tower, states = trainer.model.context_tower, []
-    for _ in range(4):
-        trainer.train_step()
-        states.append({name: tensor.clone() for name, tensor in tower.state_dict().items()})
-    equal = [all(torch.equal(old[name], new[name]) for name in old)
-             for old, new in zip(states, states[1:])]
-    assert equal == [False, True, True]
+def test_the_loss_can_reach_the_context_tower():
+    """With through_context the same logits have a gradient in the layers whose states are read."""
+    model, tokens = short_trainer(2).model, ids(2, 32)
+    model.requires_grad_()
+    noisy, reached = tokens.masked_fill(torch.rand(2, 32) < 0.5, MASK), {}
+    for through in (False, True):
+        logits = model.diffusion_logits(tokens, noisy, 0.5, 16, through_context=through)
+        logits.logsumexp(-1).sum().backward()
+        reached[through] = logits, {layer.kind for layer in model.context_tower.layers
+                                    for p in layer.parameters() if p.grad is not None}
+    assert torch.equal(reached[False][0], reached[True][0])
+    assert not reached[False][1] and reached[True][1] == {"M", "*"}
 
 
 def test_noise_follows_the_recipe():
     targets = torch.rand(400, 4, 16, generator=seeded(1)) < 0.7
-    noise = lambda targets, **choices: train.add_noise(
-        recipe(2, t_per="block", **choices), targets.flatten(1), seeded(2))
-    masked, t = noise(targets, full_masks=0.25, slope=0.0)
-    masked, full = masked.view(400, 4, 16), t == 1.0
-    assert not (masked & ~targets).any() and 0.2 < full.float().mean() < 0.3
-    assert torch.equal(masked[full], targets[full])
+    noise = lambda **choices: corpus.draw_noise(
+        recipe(2, t_per="block", rows=400, row=64, **choices), seeded(2))
+    masked, t = noise(full_masks=0.25, slope=0.0)
+    masked, full = masked.view(400, 4, 16) & targets, t == 1.0
+    assert 0.2 < full.float().mean() < 0.3 and torch.equal(masked[full], targets[full])
     share = masked[~full].sum() / targets[~full].sum()                  # the mean of U[0.001, 1]
     assert abs(share - 0.5) < 0.02
-    masked = noise(torch.ones_like(targets), full_masks=0.0, slope=0.8)[0]
+    masked = noise(full_masks=0.0, slope=0.8)[0]
     slope = masked.view(-1, 16).float().mean(0)
     assert slope[-1] - slope[0] > 0.2 and abs(slope.mean() - 0.5) < 0.02
 
 
 def test_choices_of_the_denoiser():
     """With gate 1 the first denoiser is the AR model's network at every t, with published gates it
-    is not; tied towers are one, trained, also where weights are cast; no time is no t."""
+    is not; tied towers are one, trained; no time is no t."""
     block, text = torch.full((1, 16), MASK), ids(1, 20)
     model, published = (short_trainer(2, gate=gate).model for gate in ("copy", "published"))
     context = model.prefill(text)
@@ -2618,8 +3522,8 @@ def test_choices_of_the_denoiser():
         check(model.denoise(block, context, t), plain, 1e-6)
     assert error(published.denoise(block, published.prefill(text), 1.0), plain) > 0.1
     tied = short_trainer(2, tied=True)
-    tied.autocast = True        # the frozen pass over the same weights must not cache their casts
-    tied.loss(0).backward()
+    tied.how = train.How(autocast=True)     # the frozen pass must not cache its casts of weights
+    sum(tied.passes(0)).backward()
     assert tied.model.denoiser_tower is tied.model.context_tower
     assert all(layer.mixer.in_proj.weight.grad.any()
                for layer in tied.model.context_tower.layers if layer.kind == "M")
@@ -2663,12 +3567,13 @@ def test_training_resumes_exactly(phase, tmp_path):
     whole = short_trainer(phase)
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     whole.run(every=5)
-    first = short_trainer(phase, tmp_path / "phase.pt")
+    first = short_trainer(phase, tmp_path)
     steps = iter([first.train_step] * 8)
     first.train_step = lambda: next(steps)()
     with pytest.raises(StopIteration):
         first.run(every=5)
-    second = short_trainer(phase, tmp_path / "phase.pt")
+    (tmp_path / "partial").mkdir()                              # left by one killed while saving
+    second = short_trainer(phase, tmp_path)
     assert second.step == 5
     second.run(every=5)
     after = whole.model.state_dict()
@@ -2676,35 +3581,11 @@ def test_training_resumes_exactly(phase, tmp_path):
         assert torch.equal(tensor, after[name]), name
         frozen = phase == 2 and name.startswith("context_")
         assert torch.equal(tensor, before[name]) == frozen, name
-    assert second.log[-1]["loss"] == whole.log[-1]["loss"]
-
-
-def test_two_processes_make_the_same_step(tmp_path):
-    """Under torchrun two processes share the sequences of a step; the weights agree with those of
-    one process to 1e-3: sums in another order change gradients near zero by much of themselves,
-    which AdamW's first steps divide by their size."""
-    script = tmp_path / "steps.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import torch, test_twotower as T\n"
-        "torch.distributed.init_process_group('gloo')\n"
-        f"torch.save([*map(T.three_steps, (1, 2))], f'{tmp_path}/{{T.train.RANK}}')\n")
-    run = run_python("-m", "torch.distributed.run", "--nproc-per-node", 2, script)
-    assert run.returncode == 0, run.stderr
-    for phase, (shared, one), (again, two) in zip(
-            (1, 2), *(torch.load(tmp_path / rank) for rank in "01")):
-        losses, weights = three_steps(phase)
-        assert shared == again and shared == pytest.approx(losses, rel=1e-5)
-        for name, tensor in weights.items():
-            assert torch.equal(one[name], two[name])
-            assert not tensor.any() or error(one[name], tensor) < 1e-3
-
-
-def three_steps(phase: int) -> tuple[list[float], dict]:
-    """Losses of three steps and of a source's validation, and the weights after them."""
-    trainer = short_trainer(phase)
-    losses = [trainer.train_step()[0] for _ in range(3)]
-    return losses + [trainer.validate()["json"]], trainer.model.state_dict()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for entry, other in zip(log, whole.log, strict=True):
+        assert all(entry[name] == other[name] for name in ("step", "loss", "valid"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "made_with.json", "log.jsonl", "loss.png", "step-00000012"}
 
 
 def refused(program, capsys, *args) -> str:
@@ -2726,7 +3607,7 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     left = [int(minutes) for minutes in re.findall(r"(\d+) min left", printed)]
     assert len(left) == 4 and max(left) <= 5                    # not 60 times as much
     for phase in (1, 2):
-        log = torch.load(out / f"phase{phase}.pt")["log"]
+        log = [json.loads(line) for line in open(out / f"phase{phase}" / "log.jsonl")]
         assert log[-1]["loss"] < min(log[0]["loss"], 0.85 * math.log(1280))
         assert f"phase {phase} step" in printed
     model, tokenizer = bench.load(out)
@@ -2747,21 +3628,21 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     assert [(row["recipe"], row["mode"]) for row in rows] == [
         (name, mode) for name in ("default", "tied towers") for mode in ("ar", "gamma 0.8")]
     assert rows[0]["valid"] < math.log(1280) and rows[1]["passes_per_block"] <= 16
-    path = out / "phase1.pt"
-    whole = torch.load(path)
-    for saved, message in (({"step": 1}, "delete it"),
-                           (whole | {"made_with": ""}, "another recipe")):
-        torch.save(saved, path)
-        assert message in refused(train, capsys, *smoke)
-    path.write_bytes(path.read_bytes()[:5000])
+    step, = (out / "phase1").glob("step-*")
+    (step / ".metadata").write_bytes((step / ".metadata").read_bytes()[:100])
     assert "delete it" in refused(train, capsys, *smoke)
+    assert "made with another" in refused(train, capsys, *smoke, "--seed", 1)
 
 
 @pytest.mark.parametrize("program, args, message", [
-    (train, "--threads 0", "--threads is 0"),
+    (train, "--threads 0", "0 must be an integer of 1 or more"),
     (train, "--seed -1", "--seed is -1"),
     (train, "--device toaster", "--device toaster cannot be used"),
-    (train, "--steps", "unrecognized arguments"),
+    (train, "--speed", "unrecognized arguments"),
+    (train, "--steps 5", "--steps needs --backbone"),
+    (train, "--backbone miniature --data README.md", "--backbone needs --out"),
+    (train, "--backbone miniature --smoke", "--smoke is of the miniature"),
+    (train, "--backbone nowhere --plan", "nowhere"),
     (train, "--smoke --out README.md", "README.md"),
     (train, "--bf16 --seed one", "invalid int value"),
     (train, "--recipes --published", "not allowed with"),
@@ -2773,6 +3654,256 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     (bench, "batch --rounds 0", "0 must be an integer of 1 or more")])
 def test_train_and_bench_refuse_in_one_line(program, args, message, capsys):
     assert message in refused(program, capsys, *args.split())
+
+
+@functools.cache
+def backbone() -> Path:
+    """A tiny backbone with the miniature's tokenizer, and beside it text to learn."""
+    folder = Path(tempfile.mkdtemp(prefix="backbone"))
+    torch.manual_seed(0)
+    model = train.new_context(train.SMOKE_MODEL).bfloat16()
+    model.save_pretrained(folder / "bb", towers="context", layout="backbone", files={
+        "tokenizer.json": (MINIATURE / "tokenizer.json").read_bytes()})
+    (folder / "a.txt").write_text("".join(corpus.library(every=16)[:4]), encoding="utf-8")
+    (folder / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        *({"prompt": f"{n} + 1 =", "answer": f" {n + 1}"} for n in range(90)), {"text": "abc"})))
+    return folder
+
+
+def own(out: Path, *args) -> list[str]:
+    folder = backbone()
+    return [str(arg) for arg in (
+        "--backbone", folder / "bb", "--data", folder / "a.txt", folder / "b.jsonl", "--rows", 4,
+        "--length", 64, "--steps", 8, "--save-every", 4, "--learning-rate", "3e-3", "--warm-up", 2,
+        "--mock-ar", 0.25, "--threads", 1, "--out", out, *args)]
+
+
+def test_a_denoiser_for_a_backbone(tmp_path, capsys):
+    """Alone, and with two processes that are killed and resumed by one, each with passes of its own
+    size: what is learned agrees to 1e-5 in the losses and 1e-4 in the weights (sums in another
+    order, 1e-7, are divided by their size where AdamW's first gradients are near zero); the context
+    tower keeps its bytes, and the result decodes."""
+    train.main(own(tmp_path / "one"))
+    assert "phase 2 step 8/8" in capsys.readouterr().out
+    shared = own(tmp_path / "two", "--accumulate", 2, "--checkpoint-activations")
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                            str(HERE / "train.py"), *shared], start_new_session=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "two" / "phase2" / "step-00000004").exists():
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    train.main(own(tmp_path / "two"))
+    assert "step 8/8" in (said := capsys.readouterr().out) and "step 4/8" not in said
+    one, two, given = (load_file(folder / "model.safetensors") for folder in (
+        tmp_path / "one", tmp_path / "two", backbone() / "bb"))
+    logs = [[json.loads(line) for line in open(tmp_path / name / "phase2" / "log.jsonl")]
+            for name in ("one", "two")]
+    assert logs[0][-1]["valid"]["text"] < logs[0][0]["valid"]["text"] - 0.1     # the copy's
+    for first, second in zip(*logs, strict=True):
+        assert first["valid"]["text"] == pytest.approx(second["valid"]["text"], rel=1e-5)
+    for key, tensor in given.items():
+        key = re.sub("^backbone", "context_tower", key).replace("lm_head", "context_lm_head")
+        assert torch.equal(one[key], tensor) and torch.equal(two[key], tensor)
+    assert one.keys() == two.keys() and len(one) > 2 * len(given)
+    for key, tensor in one.items():
+        assert not tensor.any() or error(two[key].float(), tensor.float()) < 4e-3, key
+    model, tokenizer = bench.load(tmp_path / "two")
+    assert len(model.generate_mask_diffusion([tokenizer.encode("4 +").ids], 20).tokens[0]) == 20
+
+
+def test_text_is_packed_in_an_order_of_its_own(tmp_path):
+    """Rows read whole documents, closed by </s>, and together each once before one comes again; of
+    a prompt nothing is learned. Another process, which makes other rows or begins at a cursor,
+    makes the same; another seed another order."""
+    names = [f"text {n}" if n % 3 else f"asked {n}" for n in range(90)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(
+        {"text": name} if n % 3 else {"prompt": name, "answer": " right"})
+        for n, name in enumerate(names)))
+    read, given = recipe(2, rows=4, row=64), ([tmp_path / "a.jsonl"], [backbone() / "a.txt"])
+    new = lambda seed=0: corpus.Text(miniature()[1], 2, *given, seed)
+    text, cursors, batches = new(), [], []
+    for step in range(8):
+        batches.append(text.batch(read, step))
+        cursors.append(text.cursor)
+    rows = [torch.cat(parts).tolist() for parts in zip(*(batch[0] for batch in batches))]
+    read_out = [miniature()[1].decode(row, skip_special_tokens=False).split("</s>") for row in rows]
+    assert min(map(len, read_out)) > 40
+    first = [one.removesuffix(" right") for row in read_out for one in row[:22]]    # 22.5 a row
+    assert len(set(first)) == 88 and set(first) <= set(names)
+    for tokens, targets in batches:
+        kept = miniature()[1].decode(tokens[~targets].tolist())
+        assert "asked" in kept and "text" not in kept and "right" not in kept
+    other = new()
+    for mine, step in (slice(1, None, 2), 0), (slice(1, None, 2), 1), (slice(0, 1), 7):
+        if step == 7:
+            other.step, other.cursor, other.coming = 7, cursors[6], {}
+        for a, b in zip(other.batch(read, step, mine=mine), batches[step]):
+            assert torch.equal(a, b[mine])
+    assert not torch.equal(new(1).batch(read, 0)[0], batches[0][0])
+    held = new().batch(read, 0, held_out=True)[0]
+    assert torch.equal(held, text.batch(read, 0, held_out=True)[0]) and not torch.isin(
+        held, torch.tensor(rows)).all()
+    assert new().digest == text.digest
+    given[1].clear()                                            # one document in 32 is held out
+    left, held = (new().places[side] for side in (False, True))
+    assert len(left) + len(held) == 90 and 0 < len(held) < 10
+
+
+def test_plan_counts_what_is_kept():
+    """Activations and states of the plan against those of a real pass, whose storages are counted;
+    within 20 %. Sums over the processes are those of the parameters."""
+    config = TwoTowerConfig(**train.SMOKE_MODEL | dict(hybrid_override_pattern="M*EM-E*",
+                                                       num_hidden_layers=7))
+    model = plan.like(config, torch.bfloat16)
+    model.context_tower.requires_grad_(False)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found, tokens = {}, ids(2, 256)
+
+    def pack(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model.diffusion_logits(tokens, tokens, 0.5, 16)
+    kept = sum(part.nbytes() for key, part in found.items() if key not in known)
+    need = plan.memory(config, 4, 2, 256, 16)
+    states = 2 * 2 * 2 * 512 * 32 * 2                       # of attention, among what is kept
+    assert abs(need["activations"] + states - kept) < 0.2 * kept and logits.requires_grad
+    assert plan.memory(config, 4, 2, 256, 16, recompute=True)["activations"] < kept / 2
+    trained = sum(p.numel() for name, p in model.named_parameters() if "context" not in name)
+    assert need["trained weights"] * 4 == 4 * trained == need["gradients"] * 4
+    assert need["frozen tower"] * 4 == 2 * sum(
+        p.numel() for name, p in model.named_parameters() if "context" in name)
+
+
+MEASURE = """
+import json, resource, sys, types
+from dataclasses import replace
+from pathlib import Path
+import psutil, torch
+sys.path.insert(0, {here!r})
+import plan, sharding, train
+
+def run(folder, rows=2, M=256):
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    before = psutil.Process().memory_info().rss
+    recipe = replace(train.BACKBONE, rows=rows * train.WORLD, row=M, warm_up=1)
+    tokens = torch.randint(4, 8192, (rows, M))
+    data = types.SimpleNamespace(seed=0, digest="", batch=lambda *_: (tokens, tokens > 0))
+    skeleton, read = sharding.read_backbone(Path(folder))
+    model = sharding.both_towers(recipe, skeleton.config, read, train.How())
+    loaded = peak()
+    trainer = train.Trainer(model, recipe, data)
+    for _ in range(3):
+        trainer.train_step()
+    need = plan.memory(skeleton.config, train.WORLD, rows, M, 16, bf16=False)
+    return [peak(), sum(need.values()), loaded, need["frozen tower"] * train.WORLD]
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+run("small")                                # what libraries take at first is not the model's
+Path(str(train.RANK)).write_text(json.dumps(run("large")))
+"""
+
+
+@posix
+def test_processes_need_what_the_plan_says(tmp_path):
+    """The peak of each of two processes, within 20 %; to load what is theirs of both towers takes
+    less than two whole ones."""
+    large = dict(hidden_size=512, hybrid_override_pattern="M*EM-E", num_hidden_layers=6,
+                 mamba_num_heads=16, mamba_head_dim=64, head_dim=64, n_routed_experts=16,
+                 moe_intermediate_size=512)
+    for name, fields in ("small", {}), ("large", large):
+        train.new_context(train.SMOKE_MODEL | fields | dict(vocab_size=8192)).save_pretrained(
+            tmp_path / name, towers="context", layout="backbone")
+    (tmp_path / "measure.py").write_text(MEASURE.format(here=str(HERE)))
+    run = run_python("-m", "torch.distributed.run", "--nproc-per-node", 2, "measure.py",
+                     env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # returns what is freed
+                     cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for rank in "01":
+        peak, need, loaded, tower = json.loads((tmp_path / rank).read_text())
+        print(f"peak {peak / 1e6:.0f} MB, plan {need / 1e6:.0f} MB, loading {loaded / 1e6:.0f} MB")
+        assert abs(peak - need) < 0.2 * need and loaded < 1.3 * tower
+
+
+@pytest.mark.parametrize("name, fits", [("8B", True), ("30B", False)])
+def test_plan_of_the_family(name, fits, tmp_path, capsys):
+    fields = TwoTowerConfig().to_dict()
+    if name == "8B":
+        pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+        fields |= dict(hidden_size=4096, hybrid_override_pattern=pattern, mamba_num_heads=128,
+                       num_key_value_heads=8, intermediate_size=21504)
+        fields = {name: value for name, value in fields.items()
+                  if not re.search("expert|moe|topk|group$|scaling", name)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    train.main(["--backbone", str(tmp_path), "--plan", "--checkpoint-activations"])
+    printed = capsys.readouterr().out
+    assert ("8 GPUs: does not fit; would: " in printed) != fits and "an estimate" in printed
+    total = [float(n) for n in re.search("together(.*)", printed)[1].split()]
+    assert total == sorted(total, reverse=True) and len(total) == 4
+
+
+def test_training_on_bad_text_is_refused(tmp_path, capsys):
+    """In one line; nothing is written, nothing that was there is touched."""
+    folder, out = backbone(), tmp_path / "out"
+    copies = {name: shutil.copytree(folder / "bb", tmp_path / name) for name in ("bare", "large")}
+    (copies["bare"] / "tokenizer.json").unlink()
+    tokenizer = Tokenizer.from_file(str(folder / "bb" / "tokenizer.json"))
+    tokenizer.add_tokens(["beyond"])
+    tokenizer.save(str(copies["large"] / "tokenizer.json"))
+    for name, content, message in (
+            ("empty.txt", b"", "holds no text"), ("latin.txt", b"ok\n\xe9\n", "line 2: not UTF-8"),
+            ("wrong.jsonl", b'{"txt": 1}', "line 1: not an object with"),
+            ("broken.jsonl", b"{", "line 1: not JSON"), ("one.txt", b"a", "single document")):
+        (tmp_path / name).write_bytes(content)
+        assert message in refused(train, capsys, *own(out), "--data", tmp_path / name)
+    for args, message in (
+            (("--backbone", copies["bare"]), "tokenizer.json is missing"),
+            (("--backbone", copies["large"]), "ids up to 1280, but vocab_size of the model is"),
+            (("--length", 24), "no multiple of --block-size 32, and shorter"),
+            (("--rows", 3, "--accumulate", 2), "1 processes x 2 passes cannot share 3"),
+            (("--out", folder / "bb"), "--out must not be --backbone"),
+            (("--out", copies["bare"]), "which no run here made")):
+        before = {path: path.read_bytes() for path in copies["bare"].iterdir()}
+        assert message in refused(train, capsys, *own(out), *args)
+        assert {path: path.read_bytes() for path in copies["bare"].iterdir()} == before
+    assert not out.exists() or not [*out.rglob("*.*")]
+    other = shutil.copytree(folder / "bb", tmp_path / "other")
+    save_file({name: 2 * tensor for name, tensor in load_file(
+        other / "model.safetensors").items()}, other / "model.safetensors")
+    short = own(copies["bare"], "--steps", 1)
+    train.main([*short, "--overwrite"])                                 # once it is told to
+    assert TwoTower.from_pretrained(copies["bare"]).denoiser_tower is not None
+    assert "made with another" in refused(train, capsys, *short, "--backbone", other)
+
+
+@posix
+def test_a_full_disk_loses_nothing(tmp_path, capsys):
+    """A checkpoint or a result that cannot be written is told in one line; what was there is whole,
+    and the next run goes on from it."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = own(tmp_path / "out", "--steps", 4, "--save-every", 2)
+    limit = (backbone() / "bb" / "model.safetensors").stat().st_size    # half the result's
+
+    def when_full() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            return refused(train, capsys, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    files = lambda: {path.name for path in (tmp_path / "out").iterdir()}
+    assert "failed, the checkpoint before it is whole" in when_full() and files() == {"phase2"}
+    train.main(args)
+    whole = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "phase2" / "exported").unlink()                 # to write it again
+    assert "writing" in when_full()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
+    assert files() == {"phase2", "config.json", "tokenizer.json", "model.safetensors"}
 
 
 def test_bench_miniature_runs(capsys, monkeypatch):
@@ -2790,6 +3921,20 @@ def test_bench_miniature_runs(capsys, monkeypatch):
         assert ar["accuracy"] == speculative["accuracy"] and ar["speedup"] == 1
         assert 0 < fast["denoiser_passes_per_block"] <= 16
     assert result["rows"][0]["sort"] == 1
+
+
+@pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
+def test_bench_counts_the_rows_that_a_batch_changes(mode, monkeypatch):
+    """None, or all where a row's logits depend on how many stand beside it."""
+    model = random_model()
+    same = bench.rows_apart(model, mode, PROMPTS, batch=len(PROMPTS))
+    assert same["texts"] == 0 and same["by_at_most"] < 1e-9 and same["largest_logit"] > 0.1
+    for head in (model.context_lm_head, model.lm_head):     # in batches the least likely token
+        monkeypatch.setattr(head, "forward", lambda x, weight=head.weight: F.linear(
+            x, weight if len(x) == 1 else -weight))
+    other = bench.rows_apart(model, mode, PROMPTS, batch=len(PROMPTS))
+    assert other["rows"] == len(PROMPTS) == other["logits"] and other["by_at_most"] > 0.1
+    assert other["texts"] == len(PROMPTS)
 
 
 def test_bench_alterations_do_what_they_say():
@@ -2974,7 +4119,7 @@ def test_official_generation(both, mode):
     """
     model, reference, (limit, _) = both
     prompt, theirs, same = reference["ids/prompt"], reference[f"{mode}/tokens"], []
-    new, Q, exact = official.NEW_TOKENS, official.BLOCK_SIZE, limit < 1e-4
+    new, Q, exact, nfe = official.NEW_TOKENS, official.BLOCK_SIZE, limit < 1e-4, 0
     assert theirs.shape == (1, new)
     tolerable = lambda: all(same[i:i + Q].count(False) <= (0 if exact else Q // 2)
                             for i in range(0, new, Q))
@@ -2982,7 +4127,7 @@ def test_official_generation(both, mode):
         result = getattr(model, f"generate_{mode}")(
             torch.cat([prompt, theirs[:, :len(same)]], dim=1), new - len(same),
             **official.MODES[mode])
-        nfe = nfe if same else int(result.nfe)
+        nfe = nfe or int(result.nfe)                # of the whole text, from the first round
         equal = (result.tokens[0].cpu() == theirs[0, len(same):]).tolist()
         end = equal.index(False) + 1 if False in equal else len(equal)
         same += equal[:end if mode != "mask_diffusion" else -(-end // Q) * Q]
@@ -3217,7 +4362,7 @@ def test_readme():
                   for line in commands.splitlines())
     assert test == (HERE / ".ci" / "run").read_text().splitlines()[-1]
     assert show == "python sample.py"
-    run = run_python("sample.py")
+    run = run_python("sample.py", stdin=subprocess.DEVNULL)
     assert run.returncode == 0, run.stderr
     prompt, *lines, answer = run.stdout.splitlines()
     lines = [line for line in lines if line.startswith(("block ", "       "))]
@@ -3225,7 +4370,7 @@ def test_readme():
     assert masks[0] == 16 and 0 in masks and any(0 < count < 16 for count in masks)
     assert sum(line.startswith("block ") for line in lines) == masks.count(16) == 3
     assert json.loads(answer) == record(prompt) | {"age": 63} and len(record(prompt)) == 6
-    assert run.stderr.splitlines()[-1].startswith("mask_diffusion on ")
+    assert re.match(r"[\d.]+ tokens/s, ", run.stderr)
     code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = f"directory = {str(GOLDEN / 'cfg1')!r}\n" + re.sub(r"cuda:\d", "cpu", code)
     run = run_python("-c", code)
@@ -3256,7 +4401,8 @@ def test_figures(tmp_path, monkeypatch):
         (tmp_path / "printed").write_text(f"a table\n{json.dumps(result)}\n")
         make.measured(tmp_path / "printed")
     for phase in (1, 2):
-        torch.save({"log": [{"step": 1, "valid": {"json": 1.0}}]}, tmp_path / f"phase{phase}.pt")
+        (tmp_path / f"phase{phase}").mkdir()
+        (tmp_path / f"phase{phase}" / "log.jsonl").write_text('{"step": 1, "valid": {"json": 1}}\n')
     make.measured(tmp_path)
     drawn, kept = ({path.name for path in folder.iterdir() if path.suffix in (".png", ".gif")}
                    for folder in (tmp_path, HERE / "figures"))
@@ -3267,7 +4413,7 @@ def test_tutorial():
     """Its quotes stand in the code, its checks print what it says, its links lead somewhere, its
     results are those of miniature/README.md."""
     text = (HERE / "tutorial.md").read_text(encoding="utf-8")
-    assert len(text.split()) < 6000
+    assert len(text.split()) < 8000
     make = importlib.import_module("figures.make")
     assert make.with_line_numbers(text) == text, "run python figures/make.py"
     for link in re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", text):
@@ -3322,10 +4468,14 @@ def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
     assert table[1]["2 passes"] == 16 * ar / (2 * denoise + extension)
     assert table[1]["ar_tokens_per_second"] == 2e3 / ar
 
-    def forgetful(self, context, *args):        # a state is not written back
-        states = [state.map(torch.clone) for state in self.mamba]
+    ours = []
+
+    def forgetful(self, context, *args):        # a state is not written back, by the second Passes
+        ours.append(self)
+        mamba = kernels.mamba_states(context)
+        states = [state.map(torch.clone) for state in mamba]
         out = extend(self, context, *args)
-        for state, old in zip(self.mamba, states if self.recording else []):
+        for state, old in zip(mamba, states if self is not ours[0] else []):
             state.ssm_state.copy_(old.ssm_state)
         return out
 

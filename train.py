@@ -1,47 +1,55 @@
-"""Train a small TwoTower from nothing in the two phases of the published recipe, on a laptop.
+"""Train a denoiser for a Nemotron-H backbone on text of your own; or the miniature from nothing.
 
-    python train.py                     everything, into runs/miniature; run it again to go on
+    python train.py --backbone DIR --data FILE ... --out NEW
+                                        a frozen copy of the backbone becomes the context tower, the
+                                        denoiser starts as another and learns to fill masked blocks
+                                        of your text; run it again to go on where it was
+    python train.py --backbone DIR --plan
+                                        what that takes on 8 to 512 GPUs, from config.json alone
+    torchrun --nproc-per-node 8 train.py ...
+                                        processes share every tensor and the sequences of a step
+    python train.py                     the miniature, everything, into runs/miniature
     python train.py --smoke             the same in under a minute, with a model too small for use
-    python train.py --recipes           denoisers trained for 400 steps each by several recipes,
+    python train.py --recipes           its denoiser trained for 400 steps each by several recipes,
                                         from the phase 1 that is in --out, compared
-    torchrun --nproc-per-node 2 train.py --threads 1
-                                        two processes share the sequences of a step, which is
-                                        faster than two threads at this size
 
-Phase 1 trains an autoregressive model of corpus.py's text with a next-token loss. For phase 2 it is
-copied into both towers, the context tower is frozen, and the denoiser learns to fill masked blocks
-of 16 (arXiv 2606.26493, training).
+The miniature's phase 1 trains an autoregressive model of corpus.py's text with a next-token loss;
+phase 2 does with that what --backbone does with yours (arXiv 2606.26493, training).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
-import pickle
+import shutil
 import statistics
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.distributed.checkpoint as dcp
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 
+import plan
 from bench import answer
-from corpus import Data, prepare, task_prompts
-from twotower import Router, TwoTower, TwoTowerConfig, masked_cross_entropy, of_blocks, write
-
-# under torchrun: this process, its place on this machine, and how many there are
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
+from corpus import Data, Reading, Text, also_ar, prepare, readings, task_prompts
+from rows import load_tokenizer
+from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
+                      read_backbone, save_text)
+from twotower import (CHECKPOINT_FILE, Router, SafetensorError, TwoTower, TwoTowerConfig,
+                      masked_cross_entropy, require, write)
 
 # ---------------------------------------------------------------------------------------------
 # How a phase is trained
@@ -63,7 +71,7 @@ class Recipe:
     unaligned: float                # share of the task rows whose answers begin anywhere in a block
     library_weight: float = 1.0     # of the loss of a library row: its gradient is the largest
     unprompted: float = 0.0         # share that have no prompts
-    mock_ar: int = 0                # every so many steps a third of the rows is also mock-AR's
+    mock_ar: float = 0.0            # share of the sequences also learned as by AR
     denoised: float = 1.0           # share of a row's blocks to denoise, those with masks first
     stages: tuple = ()              # (step, other values from there on); one that gives a peak
                                     # starts the learning rate again
@@ -81,7 +89,6 @@ class Recipe:
     full_masks: float = 0.5         # share of the blocks or sequences with t = 1
     slope: float = 0.0              # of the mask probability along a block
     weight: str = "mean"            # or "1/t"
-    joint: bool = False             # phase 2 also trains the context tower, by both losses
     tied: bool = False              # one tower in both roles, also trained with AR loss
     timeless: bool = False          # t is 0 whatever it is
 
@@ -113,11 +120,10 @@ PHASES = (
                     library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
                                                *SOURCE * 2, "sort"))),)),
     Recipe(2, steps=18000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
-           unaligned=0.5, unprompted=0.05, mock_ar=8, denoised=0.5, rows=6, row=320,
+           unaligned=0.5, unprompted=0.05, mock_ar=1 / 24, denoised=0.5, rows=6, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
-           stages=((0, dict(block_size=32, joint=True)), (3000, dict(block_size=16)),
-                   (10000, dict(peak=1e-3, joint=False)))))
+           stages=((0, dict(block_size=32)), (3000, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -131,8 +137,7 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 library_weight=1.0, mock_ar=0, denoised=1.0, joint=False, tied=False,
-                 timeless=False)
+                 library_weight=1.0, mock_ar=0.0, denoised=1.0, tied=False, timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -142,68 +147,25 @@ RECIPES = {
     "1/t": dict(full_masks=0.0, weight="1/t"),
     "tied towers": dict(tied=True),
     "no time": dict(timeless=True)}
+# of a backbone, on text of one's own: what is known of the published recipe; flags change it
+BACKBONE = Recipe(2, steps=1000, decay=0.2, turns=(), library_every=0, unaligned=0.0, row=2048,
+                  peak=1e-4, **PUBLISHED)
 
 
 # ---------------------------------------------------------------------------------------------
 # The two phases
 
 
-def add_noise(recipe: Recipe, targets: Tensor, generator: torch.Generator):
-    """Which of the targets (B, M) to mask: a mask (B, M) and t (B,) or, per block, (B, n)."""
-    (B, M), Q = targets.shape, recipe.block_size
-    t = 0.001 + 0.999 * torch.rand((B, M // Q) if recipe.t_per == "block" else B,
-                                   generator=generator)
-    if recipe.full_masks:
-        t[torch.rand(t.shape, generator=generator) < recipe.full_masks] = 1.0
-    p = per_token(t, M)
-    if recipe.slope:        # later positions of a block are masked more often, for the same mean
-        p = p + recipe.slope * p * (1 - p) * torch.linspace(-1, 1, Q).repeat(M // Q)
-    return targets & (torch.rand(B, M, generator=generator) < p), t
-
-
-def choose_blocks(masked: Tensor, Q: int, share: float, generator: torch.Generator) -> Tensor:
-    """masked (B, M) -> (B, k) int64: a share of each row's blocks, preferably those with masks."""
-    marked = masked.view(len(masked), -1, Q).any(2)
-    order = marked + torch.rand(marked.shape, generator=generator)
-    return order.topk(math.ceil(share * marked.shape[1])).indices.sort().values
-
-
-def per_token(t: Tensor, M: int) -> Tensor:
-    """t (B,) or (B, n) -> (B, M)."""
-    t = t.view(len(t), -1)
-    return t.repeat_interleave(M // t.shape[1], dim=1)
-
-
-def build(recipe: Recipe, fields: dict, context: TwoTower | None = None) -> TwoTower:
-    """A context tower to train; or, given one that is trained, both towers starting as that."""
-    model = TwoTower(TwoTowerConfig(**fields), towers="context" if context is None else "both")
-    if context is None:
-        with torch.no_grad():           # so small a network learns to copy much sooner from these
-            model.context_tower.embeddings.weight.normal_()
-            for layer in model.context_tower.layers:
-                if layer.kind == "*":
-                    layer.mixer.q_proj.weight *= 2
-                    layer.mixer.k_proj.weight *= 2
-        return model
-    model.load_state_dict(context.state_dict(), strict=False)
-    model.copy_context_to_denoiser()
-    if recipe.gate == "copy":           # shift 0, scale 0, gate 1: at first t changes nothing
-        with torch.no_grad():
-            model.t_block[1].weight.zero_()
-            for table in model.scale_shift_tables:
-                table.copy_(torch.tensor([0.0, 0.0, 1.0])[:, None].expand_as(table))
-    if recipe.tied:
-        model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
-    if recipe.timeless:
-        model.t_embedder.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+def new_context(fields: dict) -> TwoTower:
+    """A context tower to train from nothing."""
+    model = TwoTower(TwoTowerConfig(**fields), towers="context")
+    with torch.no_grad():               # so small a network learns to copy much sooner from these
+        model.context_tower.embeddings.weight.normal_()
+        for layer in model.context_tower.layers:
+            if layer.kind == "*":
+                layer.mixer.q_proj.weight *= 2
+                layer.mixer.k_proj.weight *= 2
     return model
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    """The sum of x over the processes of a torchrun, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
 
 
 class Balance:
@@ -211,7 +173,7 @@ class Balance:
     too often falls by `rate`, of the others rises (arXiv 2412.19437, 2.1.2)."""
 
     def __init__(self, tower, rate: float):
-        self.rate = rate
+        self.rate, self.counting = rate, True
         self.loads = {router: torch.zeros_like(router.e_score_correction_bias)
                       for router in tower.modules() if isinstance(router, Router)}
         for router in self.loads:
@@ -219,7 +181,7 @@ class Balance:
 
     def count(self, router: Router, _, routed: tuple[Tensor, Tensor]):
         load = self.loads[router]
-        load += torch.bincount(routed[0].flatten(), minlength=len(load))
+        load += self.counting * torch.bincount(routed[0].flatten(), minlength=len(load))
 
     def reset(self):
         for load in self.loads.values():
@@ -237,191 +199,253 @@ class Balance:
 
 
 class Trainer:
-    """One phase: optimiser, schedule, validation, and a checkpoint to go on from exactly."""
+    """One phase: optimiser, schedule, validation, and a folder of checkpoints to go on from
+    exactly, with as many processes as there then are."""
 
-    def __init__(self, model: TwoTower, recipe: Recipe, data: Data, path: Path | None,
-                 autocast: bool = False):
-        self.model, self.recipe, self.data, self.path = model, recipe, data, path
-        self.device, self.autocast = model.context_tower.device, autocast
+    def __init__(self, model: TwoTower, recipe: Recipe, data: Data | Text, path: Path | None = None,
+                 how: How = How(), origin: float = 0.0):
+        self.model, self.recipe, self.data, self.path, self.how = model, recipe, data, path, how
         self.balance = Balance(model.context_tower if recipe.phase == 1 else model.denoiser_tower,
                                recipe.balance)
-        self.frozen = [model.context_tower, model.context_lm_head] * (
-            recipe.phase == 2 and not recipe.tied)
-        self.freeze(not any(changes.get("joint") for _, changes in recipe.stages))
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters, groups = [p for _, p in trained], {0.1: [], 0.0: []}
-        for name, p in trained:
-            groups[0.1 if p.dim() > 1 and "scale_shift" not in name else 0.0].append(p)
+        groups = {0.1: [], 0.0: []}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups[0.1 if p.dim() > 1 and "scale_shift" not in name else 0.0].append(p)
+        self.parameters = [p for group in groups.values() for p in group]
         self.optimizer = torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-            lr=0.0, betas=(0.9, 0.95))
+            lr=0.0, betas=(0.9, 0.95), fused=how.device.type == "cuda")
+        # what a checkpoint must agree in; origin: of the backbone
         self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest,
-                                     autocast])             # what a checkpoint must agree in
-        self.step, self.seconds, self.log = 0, 0.0, []
-        if path is not None and path.exists():
+                                     how.bf16, how.autocast, origin])
+        self.step, self.log = 0, []
+        self.flops = plan.flops_per_token(model.config, recipe.row, recipe.block_size,
+                                          how.checkpoint)
+        if path is not None:
             self.load()
 
-    def freeze(self, frozen: bool):
-        for module in self.frozen:
-            module.requires_grad_(not frozen)
+    def state(self) -> dict:
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED)
+        cursor = torch.zeros(self.recipe.rows, 3, dtype=torch.long)
+        if getattr(self.data, "cursor", None) is not None:
+            cursor[RANK::WORLD] = self.data.cursor[RANK::WORLD]
+        cursor = all_reduce(cursor.to(self.how.device))
+        return {"model": model, "optimizer": optimizer, "cursor": cursor}
 
     def load(self):
-        saved = read_checkpoint(self.path, self.device)
-        if saved["made_with"] != self.made_with:
-            raise ValueError(f"{self.path} was made with another recipe, model, seed, corpus or "
-                             "precision; use another --out")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
+        """Go on from the last checkpoint. Raises: ValueError if the folder is of something else."""
+        saved = sorted(self.path.glob("step-*[0-9]"))
+        if not saved:
+            return
+        made_with, log = (self.path / name for name in ("made_with.json", "log.jsonl"))
+        require(made_with.is_file() and made_with.read_text(encoding="utf-8") == self.made_with,
+                f"{self.path} was made with another recipe, model, seed, text or precision; use "
+                "another --out, or --overwrite")
+        state = self.state()
+        try:
+            dcp.load(state, checkpoint_id=saved[-1])
+            self.log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        except (CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{saved[-1]} is not a checkpoint of train.py, delete it: "
+                             f"{first_line(error)}") from None
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"], options=TRAINED)
+        self.step = int(saved[-1].name.removeprefix("step-"))
+        self.log = [entry for entry in self.log if entry["step"] <= self.step]
+        if hasattr(self.data, "cursor"):
+            self.data.step, self.data.cursor = self.step, state["cursor"].cpu()
 
     def save(self):
-        if self.path is not None:
-            saved = {"made_with": self.made_with, "model": self.model.state_dict(),
-                     "optimizer": self.optimizer.state_dict(), "step": self.step,
-                     "seconds": self.seconds, "log": self.log}
-            write(self.path, lambda partial: torch.save(saved, partial))
+        """Another checkpoint; the one before it is removed once this is whole."""
+        if self.path is None:
+            return
+        partial = self.path / "partial"
 
-    def losses(self, tokens: Tensor, targets: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
-        """The losses to average, at every position of this process's share of the sequences."""
-        share = slice(RANK * len(tokens) // WORLD, (RANK + 1) * len(tokens) // WORLD)
-        found, weights = [], torch.ones(tokens.shape)
-        weights[targets.all(1)] = recipe.library_weight         # no other row with prompts is
-        if recipe.phase == 2:
-            generator = torch.Generator().manual_seed(seed)
-            masked, t = add_noise(recipe, targets, generator)
-            noisy = tokens.masked_fill(masked, self.model.config.mask_token_id)
-            Q = recipe.block_size
-            blocks = choose_blocks(masked, Q, recipe.denoised, generator)[share]
-            read = functools.partial(of_blocks, blocks=blocks, n=tokens.shape[1] // Q)
-            logits = self.model.diffusion_logits(tokens[share], noisy[share], t[share], Q, blocks,
-                                                 through_context=recipe.joint)
-            loss = masked_cross_entropy(logits, read(tokens[share]), read(masked[share]), "none")
-            if recipe.weight == "1/t":
-                weights = weights / per_token(t, tokens.shape[1])
-            found.append(loss * read(weights[share])[read(masked[share])].to(loss.device))
-        if recipe.phase == 2 and recipe.mock_ar and seed % recipe.mock_ar == 0:
-            wanted = F.pad(targets[:, 1:], (0, 1))                  # position l predicts l + 1
-            blocks = choose_blocks(wanted, 1, recipe.denoised / 2, generator)
-            turn = seed // recipe.mock_ar % 3
-            rows = [r for r in range(share.start, share.stop) if r % 3 == turn]
-            found.append(self.mock_ar_loss(*(x[rows] for x in (tokens, wanted, weights, blocks))))
-        if recipe.phase == 1 or recipe.tied or recipe.joint:
-            loss = self.model.ar_loss(tokens[share], targets[share], reduction="none")
-            found.append(loss * weights[share, 1:][targets[share, 1:]].to(loss.device))
-        return found
+        def begin():
+            self.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            log = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            for name, text in (("made_with.json", self.made_with), ("log.jsonl", log)):
+                write({self.path / name: save_text(text)})
+            plot(self.log, self.path / "loss.png")
 
-    def mock_ar_loss(self, tokens: Tensor, wanted: Tensor, weights: Tensor,
-                     blocks: Tensor) -> Tensor:
-        """Next-token losses of the denoiser where wanted (B, M) bool, at the positions `blocks`
-        (B, k) alone; of no rows none."""
-        if not len(tokens):
-            return torch.zeros(0, device=self.device)
-        read = functools.partial(of_blocks, blocks=blocks, n=tokens.shape[1])
-        logits, wanted = self.model.diffusion_logits(tokens, tokens, None, 1, blocks), read(wanted)
-        loss = masked_cross_entropy(logits, read(tokens.roll(-1, 1)), wanted, "none")
-        return loss * read(weights)[wanted].to(loss.device)
+        def commit():
+            old = [*self.path.glob("step-*[0-9]")]
+            os.replace(partial, self.path / f"step-{self.step:08}")
+            for path in old:
+                shutil.rmtree(path)
 
-    def loss(self, step: int, held_out: bool = False, only: str | None = None) -> Tensor:
-        """The loss of a step, a scalar of which every process has its summand."""
+        in_first(begin)
+        try:
+            dcp.save(self.state(), checkpoint_id=partial)
+        except CheckpointException as error:
+            raise OSError(f"saving {partial} failed, the checkpoint before it is whole: "
+                          f"{first_line(error)}") from None
+        in_first(commit)
+
+    def passes(self, step: int, held_out: bool = False, only: str | None = None) -> Iterator:
+        """The loss of a step in scalars to add, over the passes and over the processes. Each
+        process makes as many passes of a kind, as sharding needs them together."""
         recipe = self.recipe.at(self.recipe.steps if held_out else step)
         recipe = replace(recipe, **PUBLISHED) if held_out else recipe
-        tokens, targets = self.data.batch(recipe, step, held_out, only)
+        mine = slice(RANK, None, WORLD)
+        tokens, targets = self.data.batch(recipe, step, held_out, only, mine)
+        mask, some = self.model.config.mask_token_id, also_ar(recipe, step)
+        for kind, reading in readings(recipe, tokens, targets, step, self.data.seed, mask,
+                                      mine).items():
+            count = all_reduce(reading.wanted.sum().to(self.how.device)).clamp(min=1)
+            for rows in torch.arange(len(tokens)).chunk(self.how.accumulate):
+                if kind == "mock":
+                    if not some[WORLD * int(rows[0]):WORLD * (int(rows[-1]) + 1)].any():
+                        continue
+                    own = rows[some[mine][rows]]                # of another row nothing is wanted
+                    rows, self.balance.counting = (own, True) if len(own) else (rows[:1], False)
+                yield self.losses(reading.rows(rows)).sum() / count
+                self.balance.counting = True
+
+    def losses(self, reading: Reading) -> Tensor:
+        """At every place that is wanted."""
+        tokens, labels, wanted, noisy, *rest, weight = reading
         # no cache of cast weights: one cast in the frozen context's pass would have no gradient
-        with torch.autocast(self.device.type, torch.bfloat16, self.autocast, cache_enabled=False):
-            losses = self.losses(tokens, targets, recipe, self.data.seed * 10**6 + step)
-        counts = [all_reduce(torch.tensor(len(loss), device=loss.device)).clamp(min=1)
-                  for loss in losses]
-        return sum(loss.sum() / count for loss, count in zip(losses, counts))
+        with torch.autocast(self.how.device.type, torch.bfloat16, self.how.autocast,
+                            cache_enabled=False):
+            logits = (self.model.context_logits(tokens[:, :-1]) if noisy is None else
+                      self.model.diffusion_logits(tokens, noisy, *rest))
+            losses = masked_cross_entropy(logits, labels, wanted, "none")
+        return losses if weight is None else losses * weight[wanted].to(losses.device)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Held-out losses by source; of phase 2 with the published noise, to compare recipes."""
-        valid = {kind: statistics.mean(float(all_reduce(self.loss(step, True, kind)))
-                                       for step in range(2))
-                 for kind in ("library", *self.recipe.tasks())}
+        valid = {kind: statistics.mean(
+            float(all_reduce(sum(self.passes(step, True, kind)))) for step in range(2))
+            for kind in self.data.kinds(self.recipe)}
         self.balance.reset()
         return valid
 
     def train_step(self) -> tuple[float, float]:
         """Returns the loss, and the imbalance of the experts."""
+        total = torch.zeros((), device=self.how.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
-        self.freeze(not self.recipe.at(self.step).joint)
-        loss = self.loss(self.step)
-        loss.backward()
-        if WORLD > 1:
-            grads = [p.grad for p in self.parameters if p.grad is not None]
-            total = all_reduce(torch.nn.utils.parameters_to_vector(grads))
-            torch.nn.utils.vector_to_parameters(total, grads)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for loss in self.passes(self.step):
+            (loss * WORLD).backward()                   # FSDP takes the mean over the processes
+            total += loss.detach()
+        loss = float(all_reduce(total))
+        require(math.isfinite(loss), f"the loss of step {self.step} is {loss}; the last checkpoint "
+                "is as it was")
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return float(all_reduce(loss.detach())), self.balance.update()
+        return loss, self.balance.update()
 
     def run(self, every: int = 0):
         """Train to the end of the phase, validating and saving every so many steps."""
         total, name = self.recipe.steps, f"phase {self.recipe.phase}"
-        last, every = self.recipe.at(total), every or min(250, total // 2)
-        tokens = last.rows * last.row
-        losses, start = [], time.perf_counter()
+        every = every or min(250, total // 2)
+        losses, tokens, start = [], 0, time.perf_counter()
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not sys.stdout.isatty() or RANK > 0) as bar:
+            def say(text: str):
+                if RANK == 0:
+                    bar.console.print(text, soft_wrap=True)
+                    sys.stdout.flush()
+
             task = bar.add_task(name, total=total, completed=self.step)
+            if self.step == 0 and isinstance(self.data, Text):      # what the copy does
+                say(self.report(None, 0.0, 0, 1.0))
             while self.step < total:
+                recipe = self.recipe.at(self.step)
                 loss, imbalance = self.train_step()
                 losses.append(loss)
-                speed = tokens * len(losses) / (time.perf_counter() - start)
-                bar.update(task, completed=self.step,
-                           description=f"{name} loss {loss:.3f} {speed:.0f} tokens/s")
+                tokens += recipe.rows * recipe.row
+                seconds = time.perf_counter() - start
+                bar.update(task, completed=self.step, description=(
+                    f"{name} loss {loss:.3f} {self.speed(tokens / seconds)}"))
                 if self.step % every and self.step < total:
                     continue
-                self.seconds += time.perf_counter() - start
-                self.log.append({"step": self.step, "loss": statistics.mean(losses),
-                                 "tokens_per_second": round(speed), "imbalance": imbalance,
-                                 "seconds": round(self.seconds), "valid": self.validate()})
-                if RANK == 0:
-                    valid = " ".join(f"{kind} {value:.3f}"
-                                     for kind, value in self.log[-1]["valid"].items())
-                    left = (total - self.step) * tokens / speed / 60
-                    bar.console.print(
-                        f"{name} step {self.step}/{total} loss {self.log[-1]['loss']:.3f} valid "
-                        f"{valid} {speed:.0f} tokens/s {self.seconds / 60:.0f} min, {left:.0f} min "
-                        "left", soft_wrap=True)
-                    sys.stdout.flush()
-                    self.save()
-                losses, start = [], time.perf_counter()
+                say(self.report(statistics.mean(losses), imbalance, tokens, seconds))
+                self.save()
+                losses, tokens, start = [], 0, time.perf_counter()
+
+    def speed(self, tokens_per_second: float) -> str:
+        """Tokens a second, and what share of the cards' matrix rate that is, where it is known."""
+        text, device = f"{tokens_per_second:.0f} tokens/s", self.how.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        card = next((card for key, card in plan.CARDS.items() if key in name), None)
+        if card and self.how.bf16 and self.recipe.phase == 2:
+            used = tokens_per_second * self.flops / card.rate / WORLD
+            text += f" ({used:.0%} of the matrix rate)"
+        return text
+
+    def report(self, loss: float | None, imbalance: float, tokens: int, seconds: float) -> str:
+        """Validate, and add a line to the log."""
+        recipe, total = self.recipe.at(self.recipe.steps), self.recipe.steps
+        speed, before = tokens / seconds, self.log[-1]["seconds"] if self.log else 0
+        device = self.how.device
+        entry = {"step": self.step, "loss": loss, "learning_rate":
+                 self.recipe.learning_rate(max(0, self.step - 1)),
+                 "tokens_per_second": round(speed), "imbalance": imbalance,
+                 "seconds": round(before + seconds, 1), "memory":
+                 torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+                 psutil.Process().memory_info().rss,
+                 "valid": self.validate()}
+        self.log.append(entry)
+        valid = " ".join(f"{kind} {value:.3f}" for kind, value in entry["valid"].items())
+        text = f"phase {recipe.phase} step {self.step}/{total} valid {valid}"
+        if loss is not None:
+            left = (total - self.step) * recipe.rows * recipe.row / speed / 60
+            text += (f" loss {loss:.3f} {self.speed(speed)} {entry['seconds'] / 60:.0f} min, "
+                     f"{left:.0f} min left")
+        return text
 
 
-def read_checkpoint(path: Path, device) -> dict:
-    """What a Trainer has saved."""
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def first_line(error: Exception) -> str:
+    """Of what went wrong in some process, without a traceback."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    error = next(iter(failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def plot(log: list[dict], path: Path):
+    """Losses over steps."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        return saved | {"made_with": str(saved["made_with"])}
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a checkpoint of train.py; delete it") from None
+        from matplotlib.figure import Figure
+    except ImportError:
+        if len(log) <= 2:
+            print("no matplotlib, so no loss.png; log.jsonl has the losses", flush=True)
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    trained = [entry for entry in log if entry["loss"] is not None]
+    axes.plot([entry["step"] for entry in trained], [entry["loss"] for entry in trained],
+              label="training")
+    for kind in log[0]["valid"]:
+        axes.plot([entry["step"] for entry in log], [entry["valid"][kind] for entry in log],
+                  label=f"held out: {kind}")
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.legend()
+    write({path: lambda partial: figure.savefig(partial, format="png", dpi=120)})
 
 
-def compare_recipes(args: argparse.Namespace) -> list[dict]:
+def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
     """Train a denoiser by each of RECIPES from the phase 1 in --out, for the same steps on the same
     batches; what it then writes is measured as `bench.py miniature` does."""
-    (_, base), fields = (SMOKE, SMOKE_MODEL) if args.smoke else (PHASES, MODEL)
+    base = (SMOKE if args.smoke else PHASES)[1]
     steps, items = (8, 2) if args.smoke else (400, 500)
     base = replace(base, steps=steps, stages=(), warm_up=30)
-    saved, context = read_checkpoint(args.out / "phase1.pt", "cpu"), build(base, fields)
-    if json.dumps(asdict(context.config)) not in saved["made_with"]:
-        raise ValueError(f"{args.out / 'phase1.pt'} is of another model")
-    context.load_state_dict(saved["model"])
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    skeleton, read = read_backbone(args.out / "phase1")
+    tokenizer = load_tokenizer(args.out)
     data, rows = Data(tokenizer, base.every_file, args.seed), []
     kinds = {task: task_prompts(tokenizer, task, items, "recipes") for task in base.tasks()}
     for name in args.recipes or RECIPES:
-        torch.manual_seed(args.seed)
         recipe = replace(base, **RECIPES[name])
-        model = build(recipe, fields, context).to(args.device)
-        trainer = Trainer(model, recipe, data, None, args.bf16)
+        model = both_towers(recipe, skeleton.config, read, how)
+        trainer = Trainer(model, recipe, data, None, how)
         trainer.run(every=recipe.steps)
         for mode in ("ar", "gamma 0.8") if recipe.tied or not rows else ("gamma 0.8",):
             scores = {kind: answer(model, tokenizer, items, mode)
@@ -440,81 +464,210 @@ def compare_recipes(args: argparse.Namespace) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # Command line
 
+TOKENIZER = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+
 
 def fail(message):
     print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be an integer of 1 or more")
+    return int(text)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="checkpoints and the result; an interrupted run goes on from there; "
-                             "default runs/miniature, runs/published or runs/smoke")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bf16", action="store_true",
-                        help="matrix products in bfloat16, where the processor is fast at it")
-    parser.add_argument("--smoke", action="store_true", help="a run of under a minute")
-    kind = parser.add_mutually_exclusive_group()
+    own = parser.add_argument_group("a denoiser for a backbone")
+    file, n = {"type": Path, "metavar": "FILE"}, {"type": count, "metavar": "N"}
+    for name, what, options in (
+            ("--backbone", "of config.json, tokenizer.json and safetensors, as Hugging Face holds "
+             "a Nemotron-H model", file | {"metavar": "DIR"}),
+            ("--data", "text, or .jsonl of objects with text, or with prompt and answer, of which "
+             "the answer is learned", file | {"nargs": "+"}),
+            ("--valid", "held-out text; default a document of --data in 32", file | {"nargs": "+"}),
+            ("--steps", f"default {BACKBONE.steps}", n),
+            ("--rows", f"sequences a step; default {BACKBONE.rows}", n),
+            ("--length", f"tokens a sequence; default {BACKBONE.row}", n),
+            ("--block-size", "each for as many steps; default 32 16", n | {"nargs": "+"}),
+            ("--learning-rate", f"falls to 1/100; default {BACKBONE.peak}", {"type": float}),
+            ("--warm-up", f"steps; default {BACKBONE.warm_up}", n),
+            ("--gate", "what the time conditioning does at first: with copy nothing; default "
+             "published", {"choices": ("published", "copy")}),
+            ("--mock-ar", "share of the sequences learned without t too, as by AR; default 0",
+             {"type": float}),
+            ("--plan", "memory and time on 8 to 512 GPUs, from config.json alone",
+             {"action": "store_const", "const": True}),
+            ("--card", "of --plan; default H100", {"choices": list(plan.CARDS)})):
+        own.add_argument(name, help=what, **options)
+    mini = parser.add_argument_group("the miniature")
+    mini.add_argument("--smoke", action="store_true", help="a run of under a minute")
+    kind = mini.add_mutually_exclusive_group()
     kind.add_argument("--published", action="store_true", help="phase 2 as it was published")
     kind.add_argument("--recipes", nargs="*", choices=list(RECIPES), metavar="NAME",
                       help=f"compare these, or all: {', '.join(RECIPES)}")
+    parser.add_argument("--out", help="checkpoints and the result; an interrupted run goes on from "
+                        "there; of the miniature runs/miniature, runs/published or runs/smoke",
+                        **file | {"metavar": "DIR"})
+    parser.add_argument("--overwrite", action="store_true", help="give up what --out holds")
+    parser.add_argument("--save-every", help="steps; default 250", **n)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", default=torch.get_num_threads(), **n)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="compute in "
+                        "bfloat16, learn in float32; default with --backbone on a GPU; for the "
+                        "miniature only matrix products")
+    parser.add_argument("--accumulate", help="passes that make a step", default=1, **n)
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="less memory for a third more time")
+    parser.add_argument("--shard", help="processes that share one copy of the model, others hold "
+                        "more copies; default all", **n)
     args = parser.parse_args(argv)
-    if args.out is None:
-        kind = "smoke" if args.smoke else "published" if args.published else "miniature"
-        args.out = Path("runs") / kind
-    if args.threads < 1:
-        fail(f"--threads is {args.threads}, but it must be 1 or more")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed is {args.seed}, but it must be in [0, 2**32)")
-    rows = (SMOKE if args.smoke else PHASES)[0].rows
-    if rows % WORLD:
-        fail(f"{WORLD} processes cannot share {rows} sequences evenly")
-    if args.recipes is not None and WORLD > 1:
-        fail("--recipes runs in one process")
-    if args.device == "cuda":
-        args.device = f"cuda:{LOCAL_RANK}"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    check_args(args, [action.dest for action in own._group_actions])
     return args
 
 
-def run(args: argparse.Namespace):
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    if args.recipes is not None:
-        print(json.dumps(compare_recipes(args)))
-        return
+def check_args(args: argparse.Namespace, own: list[str]):
+    """Raises: ValueError for what cannot be, or would do nothing."""
+    if args.backbone:
+        for flag in ("smoke", "published", "recipes"):
+            require(not getattr(args, flag), f"--{flag} is of the miniature, not of --backbone")
+        for flag in ("data", "out"):
+            require(args.plan or getattr(args, flag), f"--backbone needs --{flag}")
+    for name in own:
+        require(args.backbone or getattr(args, name) is None,
+                f"--{name.replace('_', '-')} needs --backbone")
+    require(0 < (args.learning_rate or 1) < math.inf, "--learning-rate must be above 0")
+    require(0 <= (args.mock_ar or 0) <= 1, "--mock-ar must be in [0, 1]")
+    require(0 <= args.seed < 2**32, f"--seed is {args.seed}, but it must be in [0, 2**32)")
+    require(args.recipes is None or WORLD == 1, "--recipes runs in one process")
+    require(WORLD % (args.shard or WORLD) == 0,
+            f"--shard {args.shard} does not divide {WORLD} processes")
+    args.out = args.out or Path("runs") / (
+        "smoke" if args.smoke else "published" if args.published else "miniature")
+    args.device = f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used: {first_line(error)}") from None
+    args.device = torch.device(args.device)
+
+
+def own_recipe(args: argparse.Namespace) -> Recipe:
+    """BACKBONE as the flags change it."""
+    names = {"steps": "steps", "rows": "rows", "length": "row", "learning_rate": "peak",
+             "warm_up": "warm_up", "gate": "gate", "mock_ar": "mock_ar"}
+    given = {field: getattr(args, flag) for flag, field in names.items()
+             if getattr(args, flag) is not None}
+    recipe, sizes = replace(BACKBONE, **given), args.block_size or [32, 16]
+    for size in sizes:
+        require(recipe.row % size == 0, f"--length {recipe.row} is no multiple of --block-size "
+                f"{size}" + ", and shorter" * (recipe.row < size))
+    return replace(recipe, block_size=sizes[-1], stages=tuple(
+        (i * recipe.steps // len(sizes), {"block_size": size}) for i, size in enumerate(sizes)))
+
+
+def claim(out: Path, phase: str, overwrite: bool):
+    """Make the folder of a run, unless what it holds is not of one, and is not given up."""
+    out.mkdir(parents=True, exist_ok=True)
+    runs = [out / name for name in ("phase1", "phase2") if (out / name).is_dir()]
+    theirs = [path.name for path in out.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)
+              or path.name in ("config.json", *TOKENIZER)]
+    require(overwrite or runs or not theirs, f"{out} holds {theirs[:1]}, which no run here made; "
+            "give another --out, or --overwrite to replace it")
+    for path in runs if overwrite else ():
+        shutil.rmtree(path)
+    (out / phase).mkdir(exist_ok=True)
+
+
+def train_denoiser(args, how: How, backbone: Path, recipe: Recipe, data, files: dict[str, str]):
+    """Phase 2 from a backbone, and the result in --out."""
+    skeleton, read = read_backbone(backbone)
+    model = both_towers(recipe, skeleton.config, read, how)
+    origin = read("context_lm_head.weight", 0, 8).double().sum().item()
+    Trainer(model, recipe, data, args.out / "phase2", how, origin).run(args.save_every or 0)
+    done = args.out / "phase2" / "exported"
+    if not done.exists():
+        export(model, skeleton, read, args.out, files)
+        in_first(done.touch)
+    in_first(lambda: print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} "
+                           "PROMPT"))
+
+
+def run_miniature(args: argparse.Namespace, how: How):
     (first, second), fields = (SMOKE, SMOKE_MODEL) if args.smoke else (PHASES, MODEL)
-    if args.published:
-        second = replace(second, **PUBLISHED)
+    second = replace(second, **PUBLISHED if args.published else {})
+    check_rows(first, how)
+    in_first(lambda: claim(args.out, "phase1", args.overwrite))
+    in_first(lambda: prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file))
+    data, phase1 = Data(load_tokenizer(args.out), first.every_file, args.seed), args.out / "phase1"
+    torch.manual_seed(args.seed)
+    model = skeleton = new_context(fields).to(how.device)
+    how.share(model, model.context_tower)
+    Trainer(model, first, data, phase1, how).run(args.save_every or 0)
+    if not (phase1 / "config.json").exists():
+        export(model, skeleton, None, phase1, {})
+    del model, skeleton
+    train_denoiser(args, how, phase1, second, data, {})
+
+
+def run_backbone(args: argparse.Namespace, how: How):
+    recipe, backbone = own_recipe(args), args.backbone
+    check_rows(recipe, how)
+    config = TwoTowerConfig.from_json(backbone / "config.json")
+    require(backbone.resolve() != args.out.resolve(), "--out must not be --backbone")
+    tokenizer = load_tokenizer(backbone)
+    last = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    require(last < config.vocab_size, f"{backbone}/tokenizer.json has ids up to {last}, but "
+            f"vocab_size of the model is {config.vocab_size}")
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    require(eos is not None, f"{backbone}/config.json has no eos_token_id to end documents with")
+    data = Text(tokenizer, eos, args.data, args.valid or [], args.seed)
+    in_first(lambda: claim(args.out, "phase2", args.overwrite))
+    train_denoiser(args, how, backbone, recipe, data, {
+        name: (backbone / name).read_text(encoding="utf-8") for name in TOKENIZER
+        if (backbone / name).is_file()})
+
+
+def check_rows(recipe: Recipe, how: How):
+    """Every process makes --accumulate passes of as many sequences, whatever the stage."""
+    for rows in {recipe.at(step).rows for step in range(recipe.steps)}:
+        require(rows % (WORLD * how.accumulate) == 0, f"{WORLD} processes x {how.accumulate} "
+                f"passes cannot share {rows} sequences evenly")
+
+
+def run(args: argparse.Namespace):
+    for noise in ("torch.distributed is disabled", "FSDP2-wrapped module"):     # both are meant
+        warnings.filterwarnings("ignore", noise)
+    torch.set_num_threads(args.threads)
+    own, on_gpu = bool(args.backbone), args.plan or args.device.type == "cuda"
+    bf16 = args.bf16 if args.bf16 is not None else own and on_gpu
+    how = How(args.device, args.seed, bf16 and own, bf16 and not own, args.shard or WORLD,
+              args.accumulate, args.checkpoint_activations)
+    if args.plan:
+        path = args.backbone / "config.json" if args.backbone.is_dir() else args.backbone
+        return print(plan.table(TwoTowerConfig.from_json(path), own_recipe(args), how,
+                                args.card or "H100", args.shard))
+    if args.recipes is not None:
+        return print(json.dumps(compare_recipes(args, how)))
+    backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if RANK == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file)
-    if WORLD > 1:
-        dist.barrier()
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    data, model = Data(tokenizer, first.every_file, args.seed), None
-    for recipe in (first, second):
-        model = build(recipe, fields, model).to(args.device)
-        Trainer(model, recipe, data, args.out / f"phase{recipe.phase}.pt", args.bf16).run()
-    if RANK == 0:
-        model.save_pretrained(args.out)
-        print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} PROMPT")
+        dist.init_process_group(backend)
+    elif how.bf16:                              # FSDP2 computes in it, in one process too
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    (run_backbone if args.backbone else run_miniature)(args, how)
 
 
 def main(argv: list[str] | None = None):
-    args = parse_args(argv)
     try:
-        run(args)
-    except (ValueError, OSError) as error:
+        run(parse_args(argv))
+    except (ValueError, OSError, SafetensorError) as error:
         fail(error)
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; the same command goes on from the last checkpoint",

@@ -54,6 +54,10 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 # Configuration
 
+LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*",
+               "moe": "E", "mlp": "-"}                  # transformers 5's layers_block_type
+INFINITY = {"__float__": "Infinity"}                    # and what its JSON has for that
+
 
 @dataclass
 class TwoTowerConfig:
@@ -98,24 +102,34 @@ class TwoTowerConfig:
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
     max_position_embeddings: int = 262144               # longest sequence; there are no positions
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    bos_token_id: int | None = 1                        # read by nothing, nor is pad_token_id
+    eos_token_id: int | list[int] | None = 2            # any of several ends a text
     pad_token_id: int | None = 0
     mask_token_id: int | None = 3                       # a convention, not in the released file
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            setattr(self, name, plain(value))
         limit = (0.0, math.inf) if self.time_step_limit is None else self.time_step_limit
         self.time_step_limit = tuple(limit) if isinstance(limit, list) else limit
         check_config(self)
 
     @classmethod
     def from_dict(cls, given: dict) -> TwoTowerConfig:
-        """What config.json holds; fields that the model does not use are ignored. Raises:
-        ValueError naming the field that is missing or impossible."""
+        """What config.json holds, in either spelling; fields that the model does not use are
+        ignored. Raises: ValueError naming the field that is missing or impossible."""
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in names[:names.index("n_group")]:
-            require(name in given, f"config: field {name!r} is missing")
-        return cls(**{name: given[name] for name in names if name in given})
+        given = {"head_dim": given.get("attention_head_dim")} | given
+        if isinstance(kinds := given.get("layers_block_type"), list):
+            pattern = "".join(LAYER_KINDS.get(str(kind), str(kind)) for kind in kinds)
+            given |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(kinds)}
+        require(given.get("moe_latent_size") is None, "config: moe_latent_size is "
+                f"{given.get('moe_latent_size')!r}, but experts of a latent size are not supported")
+        moe = "E" in str(given.get("hybrid_override_pattern"))
+        for name in names[:names.index("n_group" if moe else "n_routed_experts")]:
+            require(given.get(name) is not None, f"config: field {name!r} is missing")
+        return cls(**{name: given[name] for name in names if name in given
+                      and (given[name] is not None or name == "eos_token_id")})
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TwoTowerConfig:
@@ -125,6 +139,13 @@ class TwoTowerConfig:
             return cls.from_dict(given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict:
+        """What config.json is to hold; strict JSON has no infinity, so that is left out or spelled
+        as by transformers 5."""
+        limit = [INFINITY if value == math.inf else value for value in self.time_step_limit]
+        fields = dataclasses.asdict(self) | {"time_step_limit": limit}
+        return {name: value for name, value in fields.items() if value != [0.0, INFINITY]}
 
     @property
     def d_inner(self) -> int:
@@ -157,21 +178,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def modulate_then_norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                       eps: float) -> Tensor:
-    """Before the denoiser's Mamba and attention layers."""
-    return rms_norm(modulate(x, shift, scale), weight, eps)
-
-
-def norm_then_modulate(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                       eps: float) -> Tensor:
-    """Before the denoiser's MoE and MLP layers."""
+def norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None,
+         scale: Tensor | None = None, first: bool = True) -> Tensor:
+    """`rms_norm`; in the denoiser modulated before it (`first`: Mamba and attention layers), or
+    after it (MoE and MLP layers)."""
+    if shift is None:
+        return rms_norm(x, weight, eps)
+    if first:
+        return rms_norm(modulate(x, shift, scale), weight, eps)
     return modulate(rms_norm(x, weight, eps), shift, scale)
 
 
-def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    """x + gate * h, for x and h (B, L, D), gate (B, 1, D)."""
-    return torch.addcmul(x, gate, h)
+def add_gated(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
+    """x + gate * h, for x and h (B, L, D), gate (B, 1, D) or None, which is 1."""
+    return x + h if gate is None else torch.addcmul(x, gate, h)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -184,16 +204,20 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     return (v * weight).to(y.dtype)
 
 
-def causal_conv1d(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                  update: bool = False, counts: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU, in float32.
 
-    Args: inputs (b, W-1+L, channels), the L new ones behind the W-1 before them;
-        weight (channels, 1, W), bias (channels) or None.
-    Returns: (b, L, channels) in the inputs' dtype; token l, which is inputs[:, l+W-1], reads itself
-        and the W-1 before it.
+    Args: history (b, W-1, channels), the inputs before x (b, L, channels), replaced by the newest
+        if update, of each row's first counts (b) tokens; weight (channels, 1, W), bias (channels).
+    Returns: (b, L, channels) in x's dtype; token l reads itself and the W-1 before it.
     """
+    inputs, L = torch.cat([history, x], dim=1), x.shape[1]                # (b, W-1+L, channels)
+    if update:
+        kept = window(inputs, counts, history.shape[1]) if counts is not None else inputs[:, L:]
+        history.copy_(kept)
     x, taps = wide(inputs), wide(weight[:, 0])                                  # (channels, W)
-    W, L = taps.shape[1], inputs.shape[1] - taps.shape[1] + 1
+    W = taps.shape[1]
     if L == 1:
         out = (x.mT * taps).sum(-1)[:, None]
     else:
@@ -281,16 +305,33 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     Returns: y (b,L,H,P) in x's dtype; and if keep is "end" the state after the last token, if it
         is "blocks" the states before each chunk (b,chunks,H,P,N), else None.
     """
-    dtype, x, B, C, y, before = x.dtype, wide(x), wide(B), wide(C), [], []
+    y, before = [], []
     with torch.autocast(x.device.type, enabled=False):          # the scan is never in bfloat16
         chunks = list(zip(*(v.split(chunk_size, dim=1) for v in (x, dt, B, C))))
-        for i, (x_c, dt_c, B_c, C_c) in enumerate(chunks):
+        for i, chunk in enumerate(chunks):
+            x_c, dt_c, B_c, C_c = map(wide, chunk)
             before.append(state)
-            y.append(ssd_chunk(x_c, dt_c, A, B_c, C_c, state))
+            y_c = ssd_chunk(x_c, dt_c, A, B_c, C_c, state)
+            y.append(torch.addcmul(y_c, wide(D)[:, None], x_c).to(x.dtype))
             if keep == "end" or i + 1 < len(chunks):
                 state = ssd_state(x_c, dt_c, A, B_c, state)
-    y = torch.addcmul(torch.cat(y, dim=1) if len(y) > 1 else y[0], wide(D)[:, None], x).to(dtype)
+    y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
     return y, torch.stack(before, dim=1) if keep == "blocks" else state if keep == "end" else None
+
+
+def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+        state: Tensor, limit: tuple[float, float], counts: Tensor | None, chunk_size: int,
+        keep: str) -> tuple[Tensor, Tensor | None]:
+    """All of it: `ssd_rates`, then `ssd_step` for one token, `ssd_scan` for more; keep "end"
+    updates the state in place. Returns y, and the states before each chunk if keep is "blocks"."""
+    dt, A = ssd_rates(dt, dt_bias, A_log, limit, counts)
+    if x.shape[1] == 1 and keep in ("end", "none"):
+        y, _ = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state, in_place=keep == "end")
+        return y[:, None], None
+    y, after = ssd_scan(x, dt, A, B, C, D, state, chunk_size, keep)
+    if keep == "end":
+        state.copy_(after)
+    return y, after if keep == "blocks" else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
@@ -303,15 +344,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
             mask (1, 1, L, keys) bool, True = visible. With none of these: all keys.
     Returns: (B,H,L,K).
     """
+    (B, H, L, K), G = q.shape, k.shape[1]
+    if last_seen is not None and L > 256:               # one mask would hold L * keys
+        parts = zip(q.split(256, dim=2), last_seen.split(256, dim=1))
+        return torch.cat([attention(part, k, v, last) for part, last in parts], dim=2)
     if last_seen is not None:
         mask = torch.arange(k.shape[2], device=k.device) <= last_seen[:, None, :, None]
-    if is_causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # without positions the H/G query heads of a KV head are just more queries to the same keys,
-    # which fused kernels take with a mask too; the mask must be repeated for them
-    mask = None if mask is None else mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                  # (B, G, H/G*L, K)
-    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+    # not enable_gqa: with a mask or in float32 no fused kernel of CUDA takes it
+    if not is_causal and (mask is None or L == 1):      # H/G heads are more queries to a KV head
+        mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
+        grouped = q.reshape(B, G, -1, K)                                         # (B, G, H/G*L, K)
+        return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+    # each head reads its KV head in place, and one mask serves all
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, H // G, -1, -1) for x in (k, v))
+    mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, dim=0)
+    q = q.reshape(B * G, -1, L, K)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).view(B, H, L, K)
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tuple[Tensor, Tensor]:
@@ -338,8 +386,9 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tu
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
-                up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
-    """Sum over each token's experts of weight * down(relu(up(x))^2).
+                up_bias: Tensor | None = None, down_bias: Tensor | None = None,
+                shared: MLP | None = None) -> Tensor:
+    """Sum over each token's experts of weight * down(relu(up(x))^2), plus the shared expert's.
 
     Args:
         x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
@@ -366,7 +415,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     h = product(h, down)
     h = wide(h if down_bias is None else h + down_bias[experts])
     h = h * topk_weights.flatten()[order, None].to(h.dtype)
-    return torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
+    out = torch.zeros_like(x, dtype=h.dtype).index_add_(0, token, h).to(x.dtype)
+    return out if shared is None else out + shared(x)
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
@@ -424,6 +474,7 @@ class Pass(NamedTuple):
 
     slots: Tensor                       # (B, L) int64: where new keys and values are cached. In
                                         # training x is (B*n, Q) and L is n*Q: n blocks share a row
+    rows: Tensor                        # (B, 1) int64: 0, 1, ..
     end: int                            # slots in use then, in the longest row
     # what a query sees, one of three as for `attention`; none of them: every slot in use
     last_seen: Tensor | None = None
@@ -437,8 +488,10 @@ class Pass(NamedTuple):
     def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, keep: str = "none") -> Pass:
         """L tokens behind rows of `lengths` (B,) tokens, which only the contents of tensors depend
         on, so that a pass can be recorded."""
-        slots = lengths[:, None] + torch.arange(L, device=lengths.device)
-        return cls(slots, end, slots if causal else slots[:, -1:].repeat(1, L), keep=keep)
+        B, count = len(lengths), torch.arange(max(len(lengths), L), device=lengths.device)
+        slots = lengths[:, None] + count[:L]
+        last_seen = slots if causal else slots[:, -1:].expand(B, L)
+        return cls(slots, count[:B, None], end, last_seen, keep=keep)
 
 
 @dataclass
@@ -458,8 +511,9 @@ class MambaState:
         counts, self.inputs = counts.to(dt.device), None
         kept = torch.arange(dt.shape[1], device=dt.device) < counts[:, None]
         with torch.autocast(x.device.type, enabled=False):          # as in ssd_scan
-            self.ssm_state = ssd_state(wide(x), dt * kept[..., None], A, wide(B), self.ssm_state)
-        self.conv_state = window(xBC, counts, self.conv_state.shape[1])
+            self.ssm_state.copy_(
+                ssd_state(wide(x), dt * kept[..., None], A, wide(B), self.ssm_state))
+        self.conv_state.copy_(window(xBC, counts, self.conv_state.shape[1]))
 
 
 def window(x: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -518,12 +572,12 @@ class Context:
         """Keep only these rows, in this order."""
         if rows == list(range(len(self.lengths))):
             return
-        self.states, self._replica = (states and [state and state.map(lambda x: x[rows])
+        kept = rows if self.passes is None else self.passes.select(rows)        # of the states
+        self.states, self._replica = (states and [state and state.map(lambda x: x[kept])
                                                   for state in states]
                                       for states in (self.states, self._replica))
         self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
-        self.passes = self.passes and self.passes.anew(self)
 
     def select_blocks(self, blocks: Tensor, n: int):
         """In training, of each row's n blocks keep those of blocks (B, k) as rows of Mamba states;
@@ -551,7 +605,9 @@ class Context:
     def settle(self, counts: Tensor):
         """Keep only the first counts (B,) tokens of each row of a pass that kept its inputs. No
         layer runs again: keys and values past a row's length are scratch anyway."""
-        for state in self.states:
+        if self.passes is not None:
+            self.passes.settle(self, counts)
+        for state in self.states if self.passes is None else ():
             if isinstance(state, MambaState):
                 state.settle(counts)
         self.lengths, self.logits = self.lengths + counts, None
@@ -582,9 +638,8 @@ class Context:
 # Layers and towers; attribute names are the checkpoint's
 
 # what layers call as self.ops: the functions above, or those of kernels.py (see `TwoTower.use`)
-OPERATIONS = ("rms_norm", "modulate_then_norm", "norm_then_modulate", "add_gated",
-              "gated_rms_norm", "causal_conv1d", "ssd_rates", "ssd_scan", "ssd_step", "attention",
-              "route", "moe_experts", "most_likely")
+OPERATIONS = ("norm", "add_gated", "causal_conv1d", "ssd", "gated_rms_norm", "attention", "route",
+              "moe_experts")
 
 
 class Module(nn.Module):
@@ -612,9 +667,11 @@ class Mamba2(Module):
 
     def empty_state(self, rows: int, capacity: int) -> MambaState:
         """The state before the first token: zeros."""
-        c, zeros = self.config, self.in_proj.weight.new_zeros
-        ssm = zeros(rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
-        return MambaState(zeros(rows, c.conv_kernel - 1, c.conv_dim), wide(ssm))
+        c, weight = self.config, self.in_proj.weight        # whose new_zeros FSDP would shard
+        conv, ssm = (torch.zeros(rows, *shape, dtype=weight.dtype, device=weight.device)
+                     for shape in ((c.conv_kernel - 1, c.conv_dim),
+                                   (c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)))
+        return MambaState(conv, wide(ssm))
 
     def forward(self, x: Tensor, state: MambaState, at: Pass) -> Tensor:
         """x (b, L, D) -> (b, L, D). at.keep: "end" updates the state in place, "blocks" replaces
@@ -622,28 +679,23 @@ class Mamba2(Module):
         c, (b, L, _) = self.config, x.shape
         groups = c.n_groups * c.ssm_state_size
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
-        inputs = torch.cat([state.conv_state, xBC], dim=1)                # (b, W-1+L, conv_dim)
-        xBC = self.ops.causal_conv1d(inputs, self.conv1d.weight, self.conv1d.bias)
+        if at.keep in ("inputs", "blocks"):
+            inputs = torch.cat([state.conv_state, xBC], dim=1)            # (b, W-1+L, conv_dim)
+        xBC = self.ops.causal_conv1d(state.conv_state, xBC, self.conv1d.weight, self.conv1d.bias,
+                                     at.keep == "end", at.counts)
         xBC = xBC.to(x.dtype)           # other only under autocast, which must not round the scan
         x, B, C = xBC.split([c.d_inner, groups, groups], dim=-1)
         x = x.view(b, L, c.mamba_num_heads, c.mamba_head_dim)             # (b, L, H, P)
         B, C = (v.view(b, L, c.n_groups, c.ssm_state_size) for v in (B, C))         # (b, L, G, N)
-        dt, A = self.ops.ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit, at.counts)
-        if L == 1 and at.keep in ("end", "none"):
-            y, ssm = self.ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D,
-                                       state.ssm_state, in_place=at.keep == "end")
-        else:
-            y, ssm = self.ops.ssd_scan(x, dt, A, B, C, self.D, state.ssm_state,
-                                       at.block_size or c.chunk_size, at.keep)
-        if at.keep == "end":
-            state.conv_state.copy_(inputs[:, L:] if at.counts is None else
-                                   window(inputs, at.counts, c.conv_kernel - 1))
-            state.ssm_state.copy_(ssm)                  # nothing to do after a step in place
-        elif at.keep == "inputs":
-            state.inputs = inputs, x, dt, A, B
+        y, before = self.ops.ssd(
+            x, dt, B, C, self.dt_bias, self.A_log, self.D, state.ssm_state, c.time_step_limit,
+            at.counts, at.block_size or c.chunk_size, at.keep)
+        if at.keep == "inputs":
+            rates = ssd_rates(dt, self.dt_bias, self.A_log, c.time_step_limit)
+            state.inputs = inputs, x, *rates, B
         elif at.keep == "blocks":                                         # n blocks: b*n rows
-            state.ssm_state = ssm.flatten(0, 1)
-            before = inputs.unfold(1, c.conv_kernel - 1, at.block_size)[:, :ssm.shape[1]]
+            state.ssm_state, n = before.flatten(0, 1), before.shape[1]
+            before = inputs.unfold(1, c.conv_kernel - 1, at.block_size)[:, :n]
             state.conv_state = rearrange(before, "b n channels w -> (b n) w channels")
         y = self.ops.gated_rms_norm(y.reshape(z.shape), z, self.norm.weight, c.n_groups,
                                     c.layer_norm_epsilon)
@@ -665,15 +717,16 @@ class Attention(Module):
     def empty_state(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens a row."""
         shape = (rows, self.config.num_key_value_heads, capacity, self.config.head_dim)
-        return KVCache(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape))
+        return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                         for weight in (self.k_proj.weight, self.v_proj.weight)))
 
     def forward(self, x: Tensor, cache: KVCache, at: Pass) -> Tensor:
         """x (B, L, D) -> (B, L, D): queries of the new tokens over the slots that `at` lets them
         see, their own among them. In training x is (B*n, Q, D): n blocks share a row's cache."""
-        rows, K = torch.arange(len(at.slots), device=x.device)[:, None], self.config.head_dim
+        K = self.config.head_dim
         q, k, v = (projection(x).view(*at.slots.shape, -1, K)             # (B, L or n*Q, H or G, K)
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = cache.write(rows, at.slots, k, v, at.end)
+        k, v = cache.write(at.rows, at.slots, k, v, at.end)
         out = self.ops.attention(q.transpose(1, 2), k, v, at.last_seen, at.is_causal, at.mask)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
@@ -736,9 +789,9 @@ class MoE(Module):
     def forward(self, x: Tensor, *_) -> Tensor:
         tokens, up, down = x.flatten(0, -2), self.experts["up_proj"], self.experts["down_proj"]
         topk_ids, topk_weights = self.gate(tokens)                               # (T, A) each
-        routed = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight,
-                                      up.bias, down.bias)
-        return routed.view(x.shape) + self.shared_experts(x)
+        out = self.ops.moe_experts(tokens, topk_ids, topk_weights, up.weight, down.weight, up.bias,
+                                   down.bias, self.shared_experts)
+        return out.unflatten(0, x.shape[:-1])
 
 
 class Layer(Module):
@@ -753,14 +806,8 @@ class Layer(Module):
     def forward(self, x: Tensor, state: KVCache | MambaState | None, at: Pass,
                 modulation: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
         """x (B, L, D) -> (B, L, D). modulation: shift, scale and gate (B, 1, D), or None."""
-        weight = self.norm.weight
-        if modulation is None:
-            return x + self.mixer(self.ops.rms_norm(x, weight, self.eps), state, at)
-        shift, scale, gate = modulation
-        if self.kind in "M*":
-            h = self.ops.modulate_then_norm(x, shift, scale, weight, self.eps)
-        else:
-            h = self.ops.norm_then_modulate(x, shift, scale, weight, self.eps)
+        shift, scale, gate = modulation or (None, None, None)
+        h = self.ops.norm(x, self.norm.weight, self.eps, shift, scale, first=self.kind in "M*")
         return self.ops.add_gated(x, gate, self.mixer(h, state, at))
 
 
@@ -786,7 +833,7 @@ class Tower(Module):
             x = wide(x)
         for i, layer in enumerate(self.layers):
             x = layer(x, states[i], at, modulations and modulations[i])
-        return self.ops.rms_norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
+        return self.ops.norm(x, self.norm_f.weight, self.config.layer_norm_epsilon)
 
 
 class TimestepEmbedder(nn.Module):
@@ -801,7 +848,8 @@ class TimestepEmbedder(nn.Module):
     def features(t: Tensor) -> Tensor:
         """(B,) -> (B, 256) float32. Frequencies and angles must be float32: at 1000 t more digits
         give another phase."""
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
+        places = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * places / 128)
         angles = (t * 1000)[:, None].float() * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -812,6 +860,9 @@ class TimestepEmbedder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # The model
+
+TOKENS_PER_PASS = 4096          # of a prefill, all rows together
+LOGITS_PER_DRAW = 2**20         # of places whose tokens are chosen together
 
 
 class TwoTower(Module):
@@ -876,30 +927,37 @@ class TwoTower(Module):
     def _prefill(self, prompts: list[Tensor], reserve: int, logits: str | None) -> Context:
         counts = torch.tensor([len(prompt) for prompt in prompts])
         context = Context(self.context_tower, len(prompts), int(counts.max()) + reserve)
-        if int(counts.max()) > 0:
-            tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-            self._extend(context, tokens, logits, counts)
+        tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        width, last = max(1, TOKENS_PER_PASS // len(prompts)), None
+        for start in range(0, tokens.shape[1], width):
+            # rows that have ended come along as padding: with all at one place one mask serves all
+            context.lengths, here = torch.full_like(counts, start), (counts - start).clamp(0, width)
+            hidden = self._extend(context, tokens[:, start:start + width], None, here)
+            here = here.to(hidden.device)
+            newest = window(hidden, here - 1, 1)        # (B, 1, D): of each row's last token here
+            last = newest if last is None else newest.where(here[:, None, None] > 0, last)
+        context.lengths = counts
+        if logits is not None:
+            context.logits = wide(self.context_lm_head(last))[:, 0]
         return context
 
     def _extend(self, context: Context, tokens: Tensor, logits: str | None,
                 counts: Tensor | None = None, keep: str = "end",
                 block_size: int | None = None) -> Tensor | None:
-        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None;
-        keep, block_size: of a `Pass`; after "inputs" `Context.settle` says how many tokens stay."""
+        """Read tokens (B, L), the first counts (B,) of each row; logits: "all", "last" or None, the
+        hidden states; keep, block_size: of a `Pass`; `Context.settle` ends what "inputs" begins."""
         if context.passes is not None:
-            return context.passes.extend(context, tokens, logits)
+            return context.passes.extend(context, tokens, logits, keep)
         L = tokens.shape[1]
         at = context.next_pass(L, context.device, causal=True, counts=counts, keep=keep,
                                block_size=block_size)
+        context.logits = None                           # the old ones make room
         hidden = self.context_tower(tokens, context.states, at)
         if keep != "inputs":
             context.lengths = context.lengths + (L if counts is None else counts)
-        context.logits = None
         if logits is None:
-            return None
-        if logits == "last":
-            hidden = hidden[:, -1:] if at.counts is None else window(hidden, at.counts - 1, 1)
-        out = wide(self.context_lm_head(hidden))
+            return hidden
+        out = wide(self.context_lm_head(hidden[:, -1:] if logits == "last" else hidden))
         context.logits = out[:, -1]
         return out
 
@@ -909,7 +967,7 @@ class TwoTower(Module):
 
         Args: prompts, continuations: as for `prefill`, one continuation for each prompt;
             tokens_per_pass: longer texts take several passes, whose memory grows with the text
-            only by the KV cache and a mask of one pass's queries over it.
+            only by the KV cache and a mask of 256 queries over it.
         Raises: ValueError as `prefill` does, or for logits that are not finite.
         """
         prompts = check_texts(prompts, "prompt", self.config)
@@ -920,21 +978,18 @@ class TwoTower(Module):
         texts = [torch.cat(pair) for pair in zip(prompts, continuations)]
         check_length(max(map(len, texts)), self.config)
         # causality keeps the padding behind a text from changing anything in it
-        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        first = min(map(len, prompts)) - 1              # whose logits are the first to be used
-        context = Context(self.context_tower, *labels.shape)
-        by_token = wide(self.context_lm_head.weight.new_zeros(labels.shape, device="cpu"))
-        for start in range(0, labels.shape[1], tokens_per_pass):
-            piece = slice(start, start + tokens_per_pass)
-            used = piece.stop > first
-            logits = self._extend(context, inputs[:, piece], "all" if used else None)
-            if used:
-                wanted = labels[:, piece].to(logits.device)
-                by_token[:, piece] = -F.cross_entropy(logits.mT, wanted, reduction="none")
-            logits = context.logits = None              # before the next pass makes its own
-        scores = [row[len(prompt) - 1:len(text) - 1]
-                  for row, prompt, text in zip(by_token, prompts, texts)]
+        inputs = nn.utils.rnn.pad_sequence(texts, batch_first=True)[:, :-1]
+        context, parts = Context(self.context_tower, *inputs.shape), [[] for _ in texts]
+        for start in range(0, inputs.shape[1], tokens_per_pass):
+            end = start + tokens_per_pass
+            hidden = self._extend(context, inputs[:, start:end], None)
+            for row, (prompt, text) in enumerate(zip(prompts, texts)):
+                first, stop = max(start, len(prompt) - 1), min(end, len(text) - 1)
+                if first < stop:                        # only logits that are used, row by row
+                    wanted = text[first + 1:stop + 1].to(hidden.device)
+                    parts[row].append(-F.cross_entropy(wide(self.context_lm_head(
+                        hidden[row, first - start:stop - start])), wanted, reduction="none").cpu())
+        scores = list(map(torch.cat, parts))
         for row, one in enumerate(scores):
             require(bool(one.isfinite().all()),
                     f"the log-probabilities of continuation {row} are not finite")
@@ -1060,9 +1115,9 @@ class TwoTower(Module):
                     **options) -> Generation:
         """Continue prompts with the context tower, one token at a time."""
         run = Decoding(self, prompts, max_new_tokens, temperature, **options)
-        logits = run.prefill(run.prompts, repeats=True)
-        while run.append(run.next_token(logits)):
-            logits = run.extend(run.newest(1), "last")
+        run.prefill(run.prompts, repeats=True)
+        while run.append(run.next_token(run.context.logits[:, None])):
+            run.extend(run.newest(1), "last")
         return run.result()
 
     @torch.inference_mode()
@@ -1075,8 +1130,7 @@ class TwoTower(Module):
         run.prefill([prompt[:-1] for prompt in run.prompts], None)
         while True:
             run.nfe[run.live] += 1
-            logits = self._denoise(run.newest(1), run.context, None)
-            if not run.append(run.next_token(logits)):
+            if not run.append(run.next_token(self._denoise(run.newest(1), run.context, None))):
                 return run.result()
             run.extend(run.newest(2)[:, :1])
 
@@ -1094,18 +1148,17 @@ class TwoTower(Module):
             mask_token_id: None takes the config's.
             temperature: with top_k and top_p it shapes the draw, never the confidence.
             confidence_threshold: gamma; 0.8 is the published operating point.
-            template: ids that the new text begins with, as if committed, mask_token_id where it is
-                to be filled in; one sequence for all rows, or one (or None) for each. The text ends
-                with it unless max_new_tokens is larger; EOS ends it only after the template.
+            template: what the new text begins with: ids, as if committed (mask_token_id too), None
+                for a hole, which a tensor cannot have; one sequence for all rows, or one (or None)
+                for each. The text ends with it unless max_new_tokens is larger; EOS ends it only
+                after the template.
         """
         self._need_denoiser()
         run = Decoding(self, prompts, max_new_tokens, temperature, block_size, steps_per_block,
                        mask_token_id, confidence_threshold, template, **options)
         run.prefill(run.prompts, None, repeats=True)
         while True:
-            block, wanted = run.next_block()
-            block = run.denoise_block(block, block == run.mask_token_id, wanted)
-            if not run.append(block):
+            if not run.append(run.denoise_block(*run.next_block())):
                 return run.result()
             run.extend(run.newest(block_size))
 
@@ -1133,9 +1186,9 @@ class TwoTower(Module):
         check_positive(draft_length, "draft_length")
         run = Decoding(self, prompts, max_new_tokens, temperature, draft_length, steps_per_block,
                        mask_token_id, confidence_threshold, **options)
-        going = run.append(run.next_token(run.prefill(run.prompts), report=False))
+        going = run.append(run.next_token(run.prefill(run.prompts, repeats=True), report=False))
         run.block_index, place = 0, torch.arange(draft_length)
-        eos = -1 if run.eos_token_id is None else run.eos_token_id      # -1: no token
+        eos = torch.tensor(run.eos_token_ids, dtype=torch.long)
         while going:
             block = torch.full((len(run.live), draft_length), run.mask_token_id)
             block[:, :1] = run.newest(1)
@@ -1143,7 +1196,7 @@ class TwoTower(Module):
             left = torch.tensor([run.left[row] for row in run.live])                     # (R,)
             block = run.denoise_block(block, masked, place < left[:, None], greedy=True)
             ids, confidence = run.predict(run.extend(block, "all", keep="inputs"))
-            right = (block[:, 1:] == ids[:, :-1]) & (ids[:, :-1] != eos)
+            right = (block[:, 1:] == ids[:, :-1]) & ~torch.isin(ids[:, :-1], eos)
             kept = (1 + right.long().cumprod(1).sum(1)).minimum(left)                    # (R,)
             run.check_finite(confidence, place < kept[:, None])
             run.context.settle(kept)
@@ -1155,104 +1208,127 @@ class TwoTower(Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
-                        towers: str = "both", backend: str = "torch") -> TwoTower:
-        """Load a checkpoint directory: config.json and safetensors, one file or indexed shards.
+                        towers: str = "both", backend: str = "torch",
+                        layout: str = "released") -> TwoTower:
+        """Load a checkpoint directory, config.json and safetensors, one file or indexed shards, or
+        what `fetch` gets for the name of one on the Hugging Face Hub.
 
         Names and shapes are checked against the headers before any tensor is read; each tensor then
         goes straight to its tower's device, so that the host holds one at a time.
 
         Args: context_device, denoiser_device: None is torch's default device, and the context's;
             dtype: None keeps each tensor's own; the router is float32 at least in any case;
-            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`.
+            towers: "both", or "context" to read nothing of the denoiser; backend: see `use`;
+            layout: "backbone" does what `from_backbone` does.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
-        model, files = cls.skeleton(directory, dtype=dtype, towers=towers)
+        first = torch.get_default_device() if context_device is None else context_device
+        second = first if denoiser_device is None else denoiser_device
+        first, second = check_device(first), check_device(second)
+        model, files = cls.skeleton(fetch(directory, towers, layout), dtype=dtype,
+                                    towers=towers, layout=layout)
         model.use(backend)              # refuses what cannot be had before a tensor is read
-        if context_device is None:
-            context_device = torch.get_default_device()
-        if denoiser_device is None:
-            denoiser_device = context_device
-        return model.fill(files, context_device, denoiser_device).use(backend)
+        return model.fill(files, first, second).use(backend)
+
+    @classmethod
+    @torch.no_grad()
+    def from_backbone(cls, directory: str | os.PathLike, *, gate: str = "published",
+                      **options) -> TwoTower:
+        """Both towers from one of the Nemotron-H family, as Hugging Face holds it, and fresh time
+        conditioning: as published, or with gate "copy" of shift 0, scale 0 and gate 1, so that at
+        first t changes nothing. Multi-token prediction, `mtp.*`, is not read: the tower is the same
+        without. Options and errors: of `from_pretrained`."""
+        require(gate in ("published", "copy"),
+                f"gate is {gate!r}, but it must be 'published' or 'copy'")
+        model = cls.from_pretrained(directory, layout="backbone", **options)
+        if gate == "copy" and model.denoiser_tower is not None:
+            model.t_block[1].weight.zero_()
+            for table in model.scale_shift_tables:
+                table.copy_(torch.eye(3)[2, :, None].expand_as(table))
+        return model
 
     @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both") -> tuple[TwoTower, dict[str, Path]]:
+                 towers: str = "both",
+                 layout: str = "released") -> tuple[TwoTower, dict[str, Path]]:
         """What `from_pretrained` would load, without data: a model on the meta device, with the
-        shapes and dtypes it would have, and the file of every tensor of the checkpoint."""
+        shapes and dtypes it would have, and the file of every tensor of the checkpoint. layout: of
+        the checkpoint, "released", "backbone" or "any"."""
         directory = Path(directory)
         require(directory.is_dir(), f"{directory} is not a directory")
         config = TwoTowerConfig.from_json(directory / "config.json")
         with torch.device("meta"):
             model = cls(config, towers=towers)
-            found = read_headers(directory, DENOISER_KEYS if towers == "context" else ())
-            expected = {key: list(part.shape) for parts in checkpoint_tensors(model).values()
-                        for key, part in parts}
-            for key in sorted(expected.keys() | found):
-                path, shape, kind = found.get(key, (directory, None, None))
-                there = "missing" if shape is None else f"{kind} {shape}"
-                wanted = (f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else
-                          "nothing of that name")
-                require(shape is not None and shape == expected.get(key) and kind in DTYPES,
-                        f"{path}: tensor {key} is {there}, expected {wanted}")
+            found = read_headers(directory, towers, layout)
+            check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
         return model, {key: path for key, (path, _, _) in found.items()}
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
              on_load: Callable[[int], None] | None = None) -> TwoTower:
         """Read the tensors of a `skeleton` from its files, each to its tower's device; on_load is
-        called with the bytes of each."""
-        tensors = self.state_dict()
-        for name, parts in checkpoint_tensors(self).items():
-            device = context_device if name.startswith("context_") else denoiser_device
-            tensor = tensors[name] = torch.empty_like(tensors[name], device=device)
-            for (key, _), part in zip(parts, tensor.view(len(parts), *parts[0][1].shape)):
-                # opened anew for each tensor, so that pages already read do not stay mapped
-                with safe_open(files[key], "pt", device=str(tensor.device)) as file:
-                    part.copy_(file.get_tensor(key))
+        called with the bytes of each. Time conditioning that they lack is initialised."""
+        self.load_state_dict({name: torch.empty_like(
+            tensor, device=context_device if name.startswith("context_") else denoiser_device)
+            for name, tensor in self.state_dict().items()}, assign=True)
+        for key, _, part in checkpoint_tensors(self, files):
+            # opened anew for each tensor, so that pages already read do not stay mapped
+            with safe_open(files[key], "pt", device=str(part.device)) as file:
+                part.copy_(file.get_tensor(key))
             if on_load is not None:
-                on_load(tensor.nbytes)
-        self.load_state_dict(tensors, assign=True)
+                on_load(part.nbytes)
+        if self.denoiser_tower is not None and backbone_of(files):
+            nn.ModuleList([self.t_embedder, self.t_block]).apply(self._initialise)
+            for table in self.scale_shift_tables:
+                nn.init.normal_(table, std=self.config.hidden_size ** -0.5)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9):
-        """Write config.json and safetensors in the released layout, sharded above max_shard_bytes.
-        No file is ever half-written; those of an older checkpoint are replaced or removed."""
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
+                        files: dict[str, bytes] | None = None, *, towers: str = "both",
+                        layout: str = "released"):
+        """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
+        `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
+        any time, it leaves the older one, the new one, or one that does not load. What two modules
+        share is written for each. towers: "context" leaves the denoiser out; then layout "backbone"
+        is what `from_backbone`, transformers and vLLM read. Raises: ValueError for tensors that
+        would not load again; OSError if writing fails."""
+        require((towers, layout) in (("both", "released"), ("context", "released"),
+                                     ("context", "backbone")), f"layout {layout!r} cannot hold "
+                f"towers {towers!r}; released can hold both or context, backbone context")
+        towers = "context" if self.denoiser_tower is None else towers
         directory = Path(directory)
+        parts = {key: part for key, name, part in checkpoint_tensors(self, [layout + "."])
+                 if towers == "both" or name.startswith("context_")}
+        with torch.device("meta"):
+            check_tensors(TwoTower(self.config, towers=towers), {
+                key: ("this model", list(part.shape), part.dtype) for key, part in parts.items()},
+                "this model")
         directory.mkdir(parents=True, exist_ok=True)
         old = [path for path in directory.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)]
-        require(not old or self.denoiser_tower is not None, f"{directory} holds a checkpoint, "
-                "which a context tower alone must not replace; save it elsewhere")
-        shards, size = [{}], 0
-        for key, part in (pair for parts in checkpoint_tensors(self).values() for pair in parts):
-            size += part.nbytes
-            if shards[-1] and size > max_shard_bytes:
-                shards.append({})
-                size = part.nbytes
-            shards[-1][key] = part.contiguous()
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            write(directory / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
-        files = {"config.json": dataclasses.asdict(self.config) | {
+        require(towers == "both" or all(path.suffix == ".partial" for path in old), f"{directory} "
+                "holds a checkpoint, which a context tower alone must not replace; save elsewhere")
+        shards = shards_of(parts, max_shard_bytes)
+        made = {"config.json": self.config.to_dict() | {"backbone": BACKBONE}.get(layout, {}) | {
             "torch_dtype": str(self.context_lm_head.weight.dtype).removeprefix("torch.")}}
         if len(shards) > 1:
-            total = sum(part.nbytes for shard in shards for part in shard.values())
-            files[INDEX] = {
-                "metadata": {"total_size": total},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        for name, value in files.items():
-            write(directory / name, lambda path: path.write_text(
-                json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-        for path in old:
-            if path.name not in (*names, *files):
-                path.unlink()
+            made[INDEX] = {
+                "metadata": {"total_size": sum(part.nbytes for part in parts.values())},
+                "weight_map": {key: name for name, shard in shards.items() for key in shard}}
+        made = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
+        saves = {name: lambda path, content=content: path.write_bytes(content)
+                 for name, content in (made | (files or {})).items()}
+        for name, shard in shards.items():
+            saves[name] = lambda path, shard=shard: save_file(      # copies, which share no memory
+                {key: part.to("cpu", copy=True).contiguous() for key, part in shard.items()},
+                path, {"format": "pt"})
+        write({directory / name: save for name, save in saves.items()}, old)
 
     def use(self, backend: str, graphs: bool = False) -> TwoTower:
         """Choose whose OPERATIONS run: "torch" this file's, "triton" those of kernels.py (without
         gradients), "auto" the latter on GPUs where they can be had; `backend` then says which.
 
-        graphs: `generate_ar` and `generate_mask_diffusion` record the passes that repeat as CUDA
-        graphs, for the rows at hand: worth it where rows end together. Needs "triton".
+        graphs: all ways of decoding but mock-AR record the passes that repeat as CUDA graphs, and
+        anew when the rows have halved. Needs "triton".
         Raises: ValueError if they cannot be had.
         """
         require(backend in ("auto", "torch", "triton"),
@@ -1278,7 +1354,7 @@ def shape_logits(logits: Tensor, temperature: float, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
     """logits (..., V) / temperature, with -inf outside the top_k and outside the top_p nucleus: the
     most likely tokens, up to and including the one that takes their total past top_p."""
-    logits = logits.double() / temperature          # float32 overflows at tiny temperatures
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / temperature     # cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -1342,6 +1418,7 @@ class Step(NamedTuple):
     after: Tensor               # (R, Q) ids
     committed: Tensor           # (R, Q) bool: written in this step
     confidence: Tensor          # (R, Q) probability of the predicted token
+    masked: Tensor              # (R, Q) bool: before the step
 
 
 class Written(NamedTuple):
@@ -1377,9 +1454,10 @@ class Decoding:
         prompts: as for `prefill`. max_new_tokens: for all rows, or one for each.
         block_size .. template: see `generate_mask_diffusion`.
         temperature: 0 is greedy; else Gumbel-max draws, shaped by top_k and top_p.
-        eos_token_id: ends a row; None never stops early.
+        eos_token_id: ends a row, as any of several does; None never stops early.
         seed: of the draws: one number, to which a row's number is added, or one for each row; a
-            seed gives a row the same text whatever stands beside it. None takes torch's.
+            row's draws do not depend on what stands beside it, its text only by rounding, which in
+            bfloat16 may turn a near tie. None takes torch's.
         on_step: called with a `Step` after every denoiser pass, or AR token.
         on_tokens: called with a `Written` for each row that got tokens; True ends the row.
     Raises: ValueError for impossible arguments, and later for logits that are not finite.
@@ -1389,7 +1467,7 @@ class Decoding:
                  temperature: float = 0.0, block_size: int = 1, steps_per_block: int = 1,
                  mask_token_id: int | None = None, confidence_threshold: float = 0.8,
                  template: Sequence | None = None, *, top_k: int | None = None,
-                 top_p: float | None = None, eos_token_id: int | None = None,
+                 top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None,
                  seed: int | Sequence[int] | None = None,
                  on_step: Callable[[Step], None] | None = None,
                  on_tokens: Callable[[Written], bool | None] | None = None):
@@ -1398,14 +1476,15 @@ class Decoding:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.block_size, self.steps_per_block = block_size, steps_per_block
         self.mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
-        self.confidence_threshold, self.eos_token_id = confidence_threshold, eos_token_id
+        self.confidence_threshold = confidence_threshold
+        self.eos_token_ids = eos_ids(eos_token_id, model.config.vocab_size)
         check_decoding(self, model.config)
         self.prompts = check_texts(prompts, "prompt", model.config)
         rows = len(self.prompts)
         # of each row what is still to come: the tokens of its template, and how many at most in all
         self.templates = check_templates(template, rows, model.config)
         self.left = check_limits(max_new_tokens, self.prompts, self.templates, model.config)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = int(torch.randint(2**62, ())) if seed is None else plain(seed)
         seeds = check_rows(seed, "seed", 0, rows)
         seeds = seeds if isinstance(seed, Sequence) else range(seed, seed + rows)
         self.seeds = torch.tensor([one % 2**63 for one in seeds])                    # (B,)
@@ -1439,18 +1518,23 @@ class Decoding:
         """What a pass with logits (R, Q, V) proposes for the next Q places of each row, never the
         mask token, if given: ids (R, Q), and as confidence (R, Q) their `probability` at
         temperature 1; both on the host."""
-        if greedy or self.temperature == 0:
-            ids, confidence = self.model.ops.most_likely(logits, mask_token_id)
-        else:
-            positions = torch.tensor([[len(self.texts[row])] for row in self.live])
-            positions = positions + torch.arange(logits.shape[1])                    # (R, Q)
-            u = noise(self.seeds[self.live].to(logits.device), positions.to(logits.device), step,
-                      logits.shape[-1])
+        R, Q, V = logits.shape
+        seeds = self.seeds[self.live][:, None].expand(R, Q)
+        places = torch.tensor([[len(self.texts[row])] for row in self.live]) + torch.arange(Q)
+
+        def choose(logits: Tensor, seeds: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+            if greedy or self.temperature == 0:
+                return most_likely(logits, mask_token_id)
             shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
                                   self.top_p)
-            ids = gumbel_argmax(shaped, u)
-            confidence = probability(logits, ids, mask_token_id)
-        both = torch.stack([ids.double(), confidence.double()]).cpu()       # one transfer, one wait
+            u = noise(seeds.to(shaped.device), places[:, None].to(shaped.device), step, V)
+            ids = gumbel_argmax(shaped, u[:, 0])
+            return ids, probability(logits, ids, mask_token_id)
+
+        # some of the R*Q places at a time, as a draw holds a dozen copies of their logits
+        parts = (x.flatten(0, 1).split(LOGITS_PER_DRAW // V or 1) for x in (logits, seeds, places))
+        ids, confidence = map(torch.cat, zip(*map(choose, *parts)))
+        both = torch.stack([ids.double(), confidence.double()]).view(2, R, Q).cpu()     # one wait
         return both[0].long(), both[1].to(confidence.dtype)
 
     def check_finite(self, confidence: Tensor, used: Tensor, step: int = 0):
@@ -1470,20 +1554,21 @@ class Decoding:
         if report:
             before = torch.full_like(ids, self.mask_token_id)
             self.on_step(Step(self.live, self.block_index, 0, torch.ones(len(ids)), before, ids,
-                              everywhere, confidence))
+                              everywhere, confidence, everywhere))
         return ids
 
-    def next_block(self) -> tuple[Tensor, Tensor]:
-        """For each live row its template's tokens, where it has some, and masks (R, Q); and which
-        positions must be filled (R, Q): all but those past the end of a template."""
+    def next_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each live row its template's tokens, where it has some, and masks (R, Q); which
+        positions are masked (R, Q), and which are wanted: all but those past a template's end."""
         block = torch.full((len(self.live), self.block_size), self.mask_token_id)
-        wanted = torch.ones_like(block, dtype=torch.bool)
+        masked, wanted = torch.ones(2, *block.shape, dtype=torch.bool)
         for r, row in enumerate(self.live):
-            rest = self.templates[row][:self.block_size]
-            block[r, :len(rest)] = torch.tensor(rest, dtype=torch.long)
+            for i, token in enumerate(self.templates[row][:self.block_size]):
+                if token is not None:
+                    block[r, i], masked[r, i] = token, False
             if len(self.templates[row]) == self.left[row]:
-                wanted[r, len(rest):] = False
-        return block, wanted
+                wanted[r, self.left[row]:] = False
+        return block, masked, wanted
 
     def denoise_block(self, block: Tensor, masked: Tensor, wanted: Tensor,
                       greedy: bool = False) -> Tensor:
@@ -1493,16 +1578,17 @@ class Decoding:
             if not unfinished.any():
                 break
             t = masked.float().mean(-1)
-            logits = self.model._denoise(block, self.context, t)
             self.nfe[self.live] += unfinished
-            ids, confidence = self.predict(logits, step, self.mask_token_id, greedy)
+            ids, confidence = self.predict(self.model._denoise(block, self.context, t), step,
+                                           self.mask_token_id, greedy)
             fillable = masked & unfinished[:, None]
             self.check_finite(confidence, fillable, step)
             commits = select_commits(confidence, fillable, self.confidence_threshold,
                                      self.steps_per_block - step)
-            before, block, masked = block, ids.where(commits, block), masked & ~commits
+            before, block = block, ids.where(commits, block)
             self.on_step(Step(self.live, self.block_index, step, t, before, block, commits,
-                              confidence))
+                              confidence, masked))
+            masked = masked & ~commits
         return block
 
     def append(self, new: Sequence[Tensor]) -> bool:
@@ -1512,8 +1598,9 @@ class Decoding:
         for r, row in enumerate(self.live):
             ids, template = new[r][:self.left[row]].tolist(), len(self.templates[row])
             ended = len(ids) == self.left[row]
-            if self.eos_token_id in ids[template:]:
-                ids, ended = ids[:ids.index(self.eos_token_id, template) + 1], True
+            ends = [i for i in range(template, len(ids)) if ids[i] in self.eos_token_ids]
+            if ends:
+                ids, ended = ids[:ends[0] + 1], True
             self.templates[row] = self.templates[row][len(ids):]
             self.left[row] -= len(ids)
             self.texts[row] += ids
@@ -1540,6 +1627,23 @@ def require(ok: bool, message: str):
         raise ValueError(message)
 
 
+def plain(value):
+    """Numbers of NumPy and torch, and transformers 5's infinity, as Python's; in lists too."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value))
+    return math.inf if value == INFINITY else value
+
+
+def eos_ids(given: int | Sequence[int] | None, V: int, name: str = "eos_token_id") -> list[int]:
+    """The ids that end a text: none, one or several."""
+    ids = plain(given)
+    ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
+    require(all(type(one) is int and 0 <= one < V for one in ids),
+            f"{name} is {given!r}, but it must be ids in [0, {V}), one or several, or None")
+    return ids
+
+
 def check_config(c: TwoTowerConfig):
     """Raise for the first field that breaks its rule."""
     def check(name: str, holds: bool, rule: str):
@@ -1551,10 +1655,8 @@ def check_config(c: TwoTowerConfig):
         "bool": (lambda v: type(v) is bool, "true or false"),
         "str": (lambda v: type(v) is str, "text"),
         "tuple[float, float]": (lambda v: type(v) is tuple and {*map(type, v)} <= {int, float} and
-                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high"),
-        "int | None": (lambda v: v is None or type(v) is int and 0 <= v < c.vocab_size,
-                       f"an id below vocab_size {c.vocab_size}")}
-    for field in dataclasses.fields(c):
+                                len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high")}
+    for field in dataclasses.fields(c)[:-4]:                # the ids are the last four
         holds, what = types[field.type]
         check(field.name, holds(getattr(c, field.name)), f"it must be {what}")
     for name, other in (("num_attention_heads", "num_key_value_heads"),
@@ -1567,12 +1669,15 @@ def check_config(c: TwoTowerConfig):
         check(name, getattr(c, name) <= most, f"{other} is {most}")
     for name, only in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu"),
                        ("tie_word_embeddings", False)):
-        check(name, getattr(c, name) == only, f"only {only} is supported")
+        check(name, getattr(c, name) == only, f"only {only} is supported"
+              + "; write lm_head.weight apart from the embeddings" * (name[:3] == "tie"))
     pattern, layers = c.hybrid_override_pattern, c.num_hidden_layers
     check("hybrid_override_pattern", set(pattern) <= set("M*E-") and len(pattern) == layers,
           f"it must be M (Mamba-2), * (attention), E (MoE) or - (MLP) for each of {layers} layers")
     check("n_group", c.n_group == 1 or c.n_routed_experts >= 2 * c.n_group, "each needs 2 experts")
-    check("mask_token_id", c.mask_token_id is not None, "decoding needs one")
+    eos_ids(c.eos_token_id, V := c.vocab_size, "config: eos_token_id")
+    check("mask_token_id", type(c.mask_token_id) is int and 0 <= c.mask_token_id < V,
+          f"it must be an id in [0, {V})")
 
 
 def check_ids(ids, name: str, config: TwoTowerConfig, shape: tuple = (None, None)) -> Tensor:
@@ -1605,8 +1710,15 @@ def check_length(length: int, config: TwoTowerConfig):
 
 
 def check_positive(value: int, name: str):
-    require(type(value) is int and value > 0,
+    require(type(plain(value)) is int and value > 0,
             f"{name} is {value!r}, but it must be a positive integer")
+
+
+def check_device(place) -> str:
+    try:
+        return str(torch.zeros(1, device=place).device)
+    except (RuntimeError, AssertionError) as error:     # of a build without CUDA
+        raise ValueError(f"device {place} cannot be used: {error}".splitlines()[0]) from None
 
 
 def check_t(t, *shapes: tuple[int, ...]) -> Tensor | None:
@@ -1632,22 +1744,24 @@ def check_decoding(run: Decoding, config: TwoTowerConfig):
             ("top_k", lambda v: v is None or v >= 1, "1 or more"),
             ("top_p", lambda v: v is None or 0 < v <= 1, "in (0, 1]"),
             ("confidence_threshold", lambda v: v >= 0, "0 or more"),
-            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})"),
-            ("eos_token_id", lambda v: v is None or type(v) is int and 0 <= v < V,
-             f"one id in [0, {V}), or None")):
-        value = getattr(run, name)
+            ("mask_token_id", lambda v: type(v) is int and 0 <= v < V, f"an id in [0, {V})")):
+        value = plain(getattr(run, name))
         require(holds(value), f"{name} is {value!r}, but it must be {rule}")
 
 
-def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int]]:
-    """The ids of each row's template, none where there is no template."""
-    rule = f"template must be ids, or one sequence of them (or None) for each of {rows} prompts"
-    require(template is None or isinstance(template, Sequence | Tensor), rule)
-    one = template is None or (template.dim() == 1 if isinstance(template, Tensor) else
-                               all(isinstance(token, int) for token in template))
+def check_templates(template, rows: int, config: TwoTowerConfig) -> list[list[int | None]]:
+    """Each row's template, [] where there is none."""
+    rule = f"template must be ids (None is a hole), or such a sequence for each of {rows} prompts"
+    require((template := plain(template)) is None or isinstance(template, Sequence), rule)
+    one = template is None or any(isinstance(token, int) for token in template)
     templates = [template] * rows if one else template
     require(len(templates) == rows, rule)
-    return [[] if ids is None else check_ids(ids, f"template {row}", config, (None,)).tolist()
+
+    def checked(ids, name: str) -> list[int | None]:
+        filled = [0 if one is None else one for one in ids] if isinstance(ids, Sequence) else ids
+        filled = check_ids(filled, name, config, (None,)).tolist()
+        return [None if given is None else token for given, token in zip(ids, filled)]
+    return [[] if ids is None else checked(ids, f"template {row}")
             for row, ids in enumerate(templates)]
 
 
@@ -1666,7 +1780,7 @@ def check_limits(max_new_tokens, prompts: list[Tensor], templates: list[list[int
 
 def check_rows(value, name: str, least: int, rows: int) -> list[int]:
     """One integer of `least` or more for each row: those given, or the one given."""
-    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    values = list(value) if isinstance(value := plain(value), Sequence) else [value] * rows
     require(len(values) == rows and all(type(v) is int and v >= least for v in values), f"{name} "
             f"is {value!r}, but it must be an integer of {least} or more, for all or for each of "
             f"{rows} prompts")
@@ -1677,13 +1791,16 @@ def check_rows(value, name: str, least: int, rows: int) -> list[int]:
 # Checkpoint files
 
 INDEX = "model.safetensors.index.json"
-CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-DENOISER_KEYS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+CHECKPOINT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+BACKBONE = {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
+            "n_shared_experts": 1}      # what transformers and vLLM want of a config.json
+TIME_KEYS = ("t_embedder.", "t_block.", "scale_shift_tables.")
+DENOISER_KEYS = ("denoiser_tower.", "lm_head.", *TIME_KEYS)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_json(path: Path) -> dict:
-    require(path.is_file(), f"{path} is missing")
+    check_file(path, ": saving was interrupted; save again" * Path(f"{path}.partial").exists())
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON or of UTF-8
@@ -1692,37 +1809,138 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write(path: Path, save: Callable[[Path], None]):
-    """Write a file under another name first, so that it is never half-written."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+def shard_names(directory: Path, towers: str, layout: str = "any") -> list[str]:
+    """The safetensors files that are needed of a checkpoint, by its index."""
+    names = {"": "model.safetensors"} if not (directory / INDEX).exists() else read_json(
+        directory / INDEX).get("weight_map") or {}
+    skip = unread(names, towers, layout, directory)
+    return sorted({file for key, file in names.items() if not key.startswith(skip)})
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
-    """For each of our tensors its names and parts in a checkpoint: stacked experts have many."""
-    return {name: [(name.replace(".experts.", f".experts.{e}."), part)
-                   for e, part in enumerate(tensor)] if ".mixer.experts." in name else
-            [(name, tensor)] for name, tensor in model.state_dict().items()}
+def fetch(name, towers: str = "both", layout: str = "any", revision: str | None = None,
+          weights: bool = True) -> Path:
+    """The directory of a checkpoint: `name`, or what the Hub has under OWNER/NAME, of which no more
+    is downloaded than is needed. Raises: what the package huggingface_hub does."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or Path(name).parent.is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    files = ["config.json", "tokenizer.json", INDEX]
+    directory = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+    return directory if not weights else Path(snapshot_download(
+        str(name), revision=revision, allow_patterns=shard_names(directory, towers, layout)))
 
 
-def read_headers(directory: Path, unread: tuple[str, ...]) -> dict[str, tuple[Path, list, str]]:
+def check_file(path: Path, cause: str = ""):
+    """Raise where there is no file, or only what stands for one that was not downloaded."""
+    require(path.is_file(), f"{path} is missing{cause}" if not path.is_symlink() else
+            f"{path} is a link to nothing: its download did not end; download it again")
+    with path.open("rb") as file:
+        require(file.read(23) != b"version https://git-lfs", f"{path} is a Git LFS pointer: the "
+                "file itself was not downloaded; run git lfs pull, or download it")
+
+
+def write(files: dict[Path, Callable[[Path], None]], old: Sequence[Path] = ()):
+    """Write files, and remove old ones, as one: each is first saved under another name; then the
+    first, without which a reader takes none, is removed, and it comes back last."""
+    partial = {path: Path(f"{path}.partial") for path in files}
+    first, *others = files
+    try:
+        for path, save in files.items():
+            save(partial[path])
+            partial[path].chmod(partial[first].stat().st_mode)      # save_file's own is 0600
+        if others:
+            first.unlink(missing_ok=True)
+    except BaseException as error:
+        for unfinished in partial.values():
+            unfinished.unlink(missing_ok=True)
+        raise OSError(f"writing {path} failed: {error}") if isinstance(error, Exception) else error
+    for path in {*old} - {*files, *partial.values()}:
+        path.unlink()
+    for path in (*others, first):
+        os.replace(partial[path], path)
+
+
+def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tensor]]:
+    """What a checkpoint whose names are like `files` holds of the model: its names there and here,
+    and itself; each expert's own, if not stacked there too; in a backbone the same for either tower
+    and nothing for the time. What a wrapper, such as torch.compile's, adds to names is left out."""
+    tower, found = backbone_of(files), []
+    for name, tensor in model.state_dict().items():
+        key = re.sub(r"\b(_orig_mod|module)\.", "", name)
+        if tower is not None:
+            key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
+        stack = key.removesuffix(".weight")             # so transformers names it in memory
+        key = stack if stack in files else key
+        if ".mixer.experts." in key and key not in files:
+            found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
+                      for e, part in enumerate(tensor)]
+        elif tower is None or not key.startswith(TIME_KEYS):
+            found.append((key, name, tensor))
+    return found
+
+
+def shards_of(parts: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the file they go to, of at most so many bytes or of one tensor."""
+    shards, size = [{}], 0
+    for key, part in parts.items():
+        size += part.nbytes
+        if shards[-1] and size > most:
+            shards.append({})
+            size = part.nbytes
+        shards[-1][key] = part
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else
+            "model.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def check_tensors(model: nn.Module, found: dict[str, tuple], where):
+    """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
+    expected = {key: list(part.shape) for key, _, part in checkpoint_tensors(model, found)}
+    for key in sorted(expected.keys() | found):
+        path, shape, kind = found.get(key, (where, None, None))
+        there = "missing" if shape is None else f"{kind} {shape}"
+        wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
+        require(kind in (*DTYPES, *DTYPES.values()) and shape == expected.get(key),
+                f"{path}: tensor {key} is {there}, expected {wanted}")
+
+
+def backbone_of(names) -> str | None:
+    """How a single-tower checkpoint begins the names of its tower; None: it is none."""
+    return next((name[:name.index(".") + 1] for name in names
+                 if name.startswith(("backbone.", "model."))), None)
+
+
+def unread(names, towers: str, layout: str = "any", directory: Path | None = None):
+    """How the names begin of the tensors, a tuple, that are not needed of a checkpoint with such
+    names. Raises: ValueError if that is not of the layout."""
+    tower = backbone_of(names)
+    require(layout in ("any", "backbone" if tower else "released"), f"{directory} " + (
+        f"is a backbone, one tower ({tower}*): TwoTower.from_backbone loads it, a denoiser is "
+        f"trained for it by python train.py --backbone {directory} --data FILE" if tower else
+        "is no backbone (backbone.*, model.*): load it with TwoTower.from_pretrained"))
+    return ("mtp.",) if tower else DENOISER_KEYS if towers == "context" else ()
+
+
+def read_headers(directory: Path, towers: str, layout: str) -> dict[str, tuple[Path, list, str]]:
     """File, shape and dtype of the tensors that the files of a checkpoint hold or its index
-    promises, but for names that begin with one of `unread`; of a broken promise without shape."""
-    index, single, places, found = directory / INDEX, directory / "model.safetensors", {}, {}
-    if index.exists():
+    promises, but for those that are `unread`; of a broken promise without shape."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    places, found, skip = {}, {}, None
+    if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} has no weight_map")
+        skip = unread(weight_map, towers, layout, directory)
         for key, name in weight_map.items():
             require(isinstance(name, str) and bool(re.fullmatch(r"[^/\\]+\.safetensors", name)),
                     f"{index} places {key} in {name!r}, which is no safetensors file name")
-            if not key.startswith(unread):
+            if not key.startswith(skip):
                 places[key] = directory / name
     for path in sorted(set(places.values()) or {single}):
-        require(path.is_file(), f"{path} is missing" + f", and so is {INDEX}" * (path == single))
+        check_file(path, f", and so is {INDEX}" * (path == single))
         try:
             with safe_open(path, "pt") as file:
-                for key in (key for key in file.keys() if not key.startswith(unread)):
+                if skip is None:
+                    skip = unread(file.keys(), towers, layout, directory)
+                for key in (key for key in file.keys() if not key.startswith(skip)):
                     place, part = places.setdefault(key, path), file.get_slice(key)
                     require(place == path, f"tensor {key} is in {path.name}, and {place.name} is "
                             "its place too")
@@ -1736,16 +1954,17 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     """Give the tensors of a skeleton `dtype`, or those found, which must then be one; the router is
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
-    for name, parts in checkpoint_tensors(model).items():
-        dtypes = {dtype or found[key]: key for key, _ in parts}
-        own = next(iter(dtypes))
+    for key, name, _ in checkpoint_tensors(model, found):
+        own = dtype or found[key]
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
         elif not name.endswith((".A_log", ".D", ".dt_bias")):
-            keys = dtypes | keys
+            keys.setdefault(own, key)
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(
         f"{own} of {key}" for own, key in keys.items()) + "; give a dtype for all")
+    tensors |= {name: tensor.to(next(iter(keys))) for name, tensor in tensors.items()
+                if name.startswith(TIME_KEYS)}          # of which a backbone says nothing
     model.load_state_dict(tensors, assign=True)
 
 

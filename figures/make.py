@@ -37,7 +37,7 @@ OUT = HERE
 sys.path.insert(0, str(HERE.parent))
 from bench import cost_of_pass  # noqa: E402
 from sample import DEFAULT_PROMPT as PROMPT  # noqa: E402
-from twotower import TwoTower, TwoTowerConfig  # noqa: E402
+from twotower import TwoTower, TwoTowerConfig, ssd_rates  # noqa: E402
 
 MINIATURE = HERE.parent / "miniature"
 COLORS = {"M": "#8ecae6", "*": "#ffb703", "E": "#d8e2dc"}
@@ -77,12 +77,13 @@ def towers():
 def scan(model: TwoTower, tokens: list[int]):
     """The weights exp(sum of dt A) dt of `ssd_chunk`, over a prompt, for heads of layer 0."""
     mixer, seen = model.context_tower.layers[0].mixer, []
-    scan_of_layer = mixer.ops.ssd_scan
+    scan_of_layer = mixer.ops.ssd
     mixer.ops = type(mixer.ops)(**vars(mixer.ops) | {
-        "ssd_scan": lambda *args, **options: seen.append(args) or scan_of_layer(*args, **options)})
+        "ssd": lambda *args: seen.append(args) or scan_of_layer(*args)})
     model.prefill([torch.tensor(tokens)])
     model.use("torch")
-    _, dt, A, *_ = seen[0]
+    _, dt, _, _, dt_bias, A_log, *_ = seen[0]
+    dt, A = ssd_rates(dt, dt_bias.detach(), A_log.detach(), model.config.time_step_limit)
     log_decay = (dt * A)[0].T.cumsum(-1)                                         # (H, L)
     weight = (log_decay[:, :, None] - log_decay[:, None]).exp() * dt[0].T[:, None]
     order = A.argsort(descending=True)
@@ -265,7 +266,8 @@ def training(folder: Path):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     titles = "phase 1: next token, context tower", "phase 2: masked tokens, denoiser tower"
     for phase, (ax, title) in enumerate(zip(axes, titles), 1):
-        log = torch.load(folder / f"phase{phase}.pt", map_location="cpu", weights_only=True)["log"]
+        log = folder / f"phase{phase}" / "log.jsonl"
+        log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         for kind in log[0]["valid"]:
             ax.plot([line["step"] for line in log], [line["valid"][kind] for line in log],
                     label=kind)
