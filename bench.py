@@ -52,7 +52,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from corpus import FROM_SOURCE, KNOWN, library, library_prompts, task_prompts, texts_with_holes
+from corpus import (FROM_SOURCE, KNOWN, TASKS, library, library_prompts, task_prompts,
+                    texts_with_holes)
 from rows import load_tokenizer
 from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
                       kernels)
@@ -710,11 +711,15 @@ def is_right(written: str, right: str) -> bool:
     return written == right or right.endswith("\n") and written.startswith(right)
 
 
-def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 25) -> dict:
+def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 25,
+                    tasks: str = ",".join(KNOWN)) -> dict:
     """Accuracy of every mode in batches; then speed at batch 1, all modes taking turns item by
     item."""
+    tasks = tasks.split(",")
+    if not set(tasks) <= set(TASKS):
+        raise ValueError(f"--tasks: there are only {','.join(TASKS)}")
     model, tokenizer = load(checkpoint)
-    kinds = {task: task_prompts(tokenizer, task, items) for task in KNOWN}
+    kinds = {task: task_prompts(tokenizer, task, items) for task in tasks}
     kinds["library"] = library_prompts(tokenizer, items)
     quality = {(name, kind): answer(model, tokenizer, prompts, name)
                for name in MODES for kind, prompts in kinds.items()}
@@ -724,9 +729,11 @@ def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 
             for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
                 score = answer(model, tokenizer, [prompts[max(i, 0)]], name)
                 speed[name, kind].update(score if i >= 0 else {})
-    tables = {"rows": list(KNOWN), "source": [task for task in KNOWN if task in FROM_SOURCE],
+    tables = {"rows": tasks, "source": [task for task in tasks if task in FROM_SOURCE],
               "library": ["library"]}
     for table, of in tables.items():
+        if not of:
+            continue
         tables[table] = rows = []
         for name in MODES:
             score, timing = (sum((found[name, kind] for kind in of), Counter())

@@ -3420,7 +3420,7 @@ def test_batches_repeat_and_mix(monkeypatch):
     assert not data.batch(bare, 3, held_out=True, only="json")[1].all()         # prompts stay there
     monkeypatch.setattr(corpus, "task_items", lambda task, *args: drawn.append(task)
                         or task_items(task, *args))
-    for phase, step in ((1, 0), (1, 4800), (1, 16000), (2, 0), (2, 7000)):
+    for phase, step in ((1, 0), (1, 5000), (1, 16000), (2, 0), (2, 7000)):
         drawn.clear()
         now = recipe(phase).at(step)
         for i in range(70):
@@ -3482,6 +3482,20 @@ def test_what_is_not_denoised_changes_nothing():
     for wrong in ([[6], [0], [0], [0]], [[-1]] * 4, [[0]], [0] * 4):
         with pytest.raises(ValueError, match="from 0 to 5"):
             trainer.model.diffusion_logits(tokens, tokens, 1.0, 16, torch.tensor(wrong))
+
+
+def test_the_loss_can_reach_the_context_tower():
+    """With through_context the same logits have a gradient in the layers whose states are read."""
+    model, tokens = short_trainer(2).model, ids(2, 32)
+    model.requires_grad_()
+    noisy, reached = tokens.masked_fill(torch.rand(2, 32) < 0.5, MASK), {}
+    for through in (False, True):
+        logits = model.diffusion_logits(tokens, noisy, 0.5, 16, through_context=through)
+        logits.logsumexp(-1).sum().backward()
+        reached[through] = logits, {layer.kind for layer in model.context_tower.layers
+                                    for p in layer.parameters() if p.grad is not None}
+    assert torch.equal(reached[False][0], reached[True][0])
+    assert not reached[False][1] and reached[True][1] == {"M", "*"}
 
 
 def test_noise_follows_the_recipe():
@@ -3636,6 +3650,7 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     (train, "--recipes --out nowhere", "nowhere"),
     (bench, "miniature --checkpoint nowhere", "nowhere"),
     (bench, "samples --mode prose", "--mode prose"),
+    (bench, "miniature --tasks sort,prose", "only bill,sort"),
     (bench, "cpu --items 5", "unrecognized arguments: --items"),
     (bench, "batch --rounds 0", "0 must be an integer of 1 or more")])
 def test_train_and_bench_refuse_in_one_line(program, args, message, capsys):
@@ -3896,8 +3911,8 @@ def test_bench_miniature_runs(capsys, monkeypatch):
     """Few tasks and modes: the counts add up, speculative decoding is right where AR is."""
     monkeypatch.setattr(bench, "MODES", {name: bench.MODES[name] for name in (
         "ar", "mock-AR", "gamma 0.8", "speculative")})
-    monkeypatch.setattr(bench, "KNOWN", ("sort", "rename"))
-    bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1"])
+    bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1", "--tasks",
+                "sort,rename"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for rows in (result["rows"], result["source"], result["library"]):
         ar, mock, fast, speculative = rows

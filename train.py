@@ -112,25 +112,18 @@ class Recipe:
         return now.peak * min(1.0, (step - first + 1) / self.warm_up, decay)
 
 
-# what is hard comes more often
+# what is hard comes more often; numbers of rows that two or three processes can share
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=18500, decay=0.3, library_every=3, unaligned=0.5, turns=("letter", *WORDS),
-           stages=(
-        (4000, dict(peak=1.5e-3)),
-        (4800, dict(peak=2e-3, decay=0.7, rows=4, row=384, library_every=4,
-                    turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE, "sort"))),
-        (10500, dict(peak=1.5e-3, decay=0.8, library_every=16, turns=(
-            *SOURCE * 2, "letter", *SOURCE * 2, "json", *SOURCE * 2, "sort"))),
-        (12000, dict(peak=1.2e-3, decay=0.9, library_every=11)),
-        (12750, dict(peak=1.5e-3, decay=0.9, rows=5, row=320, unaligned=0.9)),
-        (13250, dict(peak=1.2e-3, decay=0.9, library_weight=0.1)),
-        (14000, dict(peak=1.5e-3, decay=0.95, library_every=16)))),
-    Recipe(2, steps=8800, peak=2e-3, decay=0.85, library_every=7, library_weight=0.1,
-           unaligned=0.5, unprompted=0.05, mock_ar=1 / 40, denoised=0.5, rows=5, row=320,
-           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", *SOURCE,
-                                             "sort"),
-           stages=((0, dict(block_size=32)), (1000, dict(block_size=16)))))
+    Recipe(1, steps=19000, decay=0.3, library_every=4, unaligned=0.5, rows=6, turns=WORDS, stages=(
+        (5000, dict(peak=1.5e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
+                    library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
+                                               *SOURCE * 2, "sort"))),)),
+    Recipe(2, steps=18000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
+           unaligned=0.5, unprompted=0.05, mock_ar=1 / 24, denoised=0.5, rows=6, row=320,
+           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
+                                             *SOURCE, "sort"),
+           stages=((0, dict(block_size=32)), (3000, dict(block_size=16)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,

@@ -579,6 +579,16 @@ class Context:
         self.lengths, self._sent = self.lengths[rows], self._sent[rows]
         self.logits = None if self.logits is None else self.logits[rows]
 
+    def select_blocks(self, blocks: Tensor, n: int):
+        """In training, of each row's n blocks keep those of blocks (B, k) as rows of Mamba states;
+        keys and values are copied, for what is written behind them must not change the graph's."""
+        for i, state in enumerate(self.states):
+            if isinstance(state, MambaState):
+                self.states[i] = state.map(lambda x: of_blocks(
+                    x.reshape(len(blocks), -1), blocks, n).view(-1, *x.shape[1:]))
+            elif isinstance(state, KVCache):
+                self.states[i] = state.map(torch.clone)
+
     def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
                   **fields) -> Pass:
         """Of L tokens behind the rows, the first counts (B,) of each real; fields: of a `Pass`."""
@@ -1025,12 +1035,13 @@ class TwoTower(Module):
     # -- training -----------------------------------------------------------------------------
 
     def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor | float | None,
-                         block_size: int, blocks: Tensor | None = None) -> Tensor:
+                         block_size: int, blocks: Tensor | None = None, *,
+                         through_context: bool = False) -> Tensor:
         """Denoiser logits of every noisy block given the clean blocks before it, in one pass.
 
         Block b attends to clean tokens before it and to all of itself; its Mamba layers start from
         the context's states after block b-1. Equal to `denoise` block by block; differentiable in
-        the denoiser's parameters only. The denoiser takes each block as a row.
+        the denoiser's parameters, as published, and with through_context in the context tower's.
 
         Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
             (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR;
@@ -1052,12 +1063,9 @@ class TwoTower(Module):
         if t is not None:
             t = of_blocks(t.to(device).reshape(B, -1).expand(B, n), blocks, n).flatten()
         context = Context(self.context_tower, B, M + L)     # noisy keys go behind the clean ones
-        with torch.no_grad():
+        with torch.set_grad_enabled(through_context and torch.is_grad_enabled()):
             self._extend(context, clean, None, keep="blocks", block_size=block_size)
-        for i, state in enumerate(context.states):
-            if isinstance(state, MambaState):
-                context.states[i] = state.map(lambda x: of_blocks(
-                    x.reshape(B, -1), blocks, n).view(-1, *x.shape[1:]))
+            context.select_blocks(blocks, n)
         own = blocks.repeat_interleave(block_size, dim=1)[..., None]                 # (B, L, 1)
         seen = torch.arange(M, device=device) // block_size < own, own == own.mT
         at = context.next_pass(L, device, causal=False, mask=torch.cat(seen, dim=2)[:, None])
