@@ -52,7 +52,7 @@ def memory(c: TwoTowerConfig, processes: int, rows: int, M: int, Q: int, bf16: b
     with FakeTensorMode():          # in bfloat16, as without data grouped_mm takes nothing else
         model = like(c, torch.bfloat16)
         layers, states, saved = model.denoiser_tower.layers, 0, {}
-        at = Pass(torch.arange(M, 2 * M).expand(rows, M), 2 * M,
+        at = Pass(torch.arange(M, 2 * M).expand(rows, M), torch.arange(rows)[:, None], 2 * M,
                   mask=torch.ones(rows, 1, M, 2 * M, dtype=torch.bool))
         for layer in layers:
             state = layer.kind in "M*" and layer.mixer.empty_state(
