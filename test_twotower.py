@@ -40,6 +40,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -3681,9 +3682,9 @@ def own(out: Path, *args) -> list[str]:
 
 def test_a_denoiser_for_a_backbone(tmp_path, capsys):
     """Alone, and with two processes that are killed and resumed by one, each with passes of its own
-    size: what is learned agrees to 1e-5 in the losses and 1e-4 in the weights (sums in another
-    order, 1e-7, are divided by their size where AdamW's first gradients are near zero); the context
-    tower keeps its bytes, and the result decodes."""
+    size: what is learned agrees to 1e-5 in the losses and 4e-3 in the weights (sums in another
+    order, 1e-7, are divided by their size where AdamW's first gradients are near zero, and weights
+    are written in bfloat16); the context tower keeps its bytes, and the result decodes."""
     train.main(own(tmp_path / "one"))
     assert "phase 2 step 8/8" in capsys.readouterr().out
     shared = own(tmp_path / "two", "--accumulate", 2, "--checkpoint-activations")
@@ -3693,7 +3694,10 @@ def test_a_denoiser_for_a_backbone(tmp_path, capsys):
     while not (tmp_path / "two" / "phase2" / "step-00000004").exists():
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGKILL)
+    started = psutil.Process(run.pid).children(recursive=True)      # each in a session of its own
+    for process in (run, *started):
+        process.kill()
+    psutil.wait_procs(started)
     run.wait()
     train.main(own(tmp_path / "two"))
     assert "step 8/8" in (said := capsys.readouterr().out) and "step 4/8" not in said
