@@ -136,7 +136,7 @@ def table(c: TwoTowerConfig, recipe, how, card: str, shard: int | None) -> str:
     lines.append(f"{'together':32}" + "".join(f"{total / 1e9:10.1f}" for total in totals))
     speed = SHARE * rate / flops_per_token(c, recipe.row, options["Q"], how.checkpoint)
     lines.append(f"{'tokens a second, an estimate':32}"
-                 + "".join(f"{speed * gpus:10.0f}" for gpus in counts))
+                 + "".join(f"{speed * gpus:10.3g}" for gpus in counts))
     lines.append(f"{'days for 10^11 tokens':32}"
                  + "".join(f"{1e11 / speed / gpus / 86400:10.1f}" for gpus in counts))
     lines.append(f"The estimate takes {SHARE:.0%} of {rate / 1e12:.0f} TFLOP/s, and one sequence "
