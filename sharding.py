@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from twotower import (BACKBONE, CHECKPOINT_FILE, DTYPES, INDEX, Router, TwoTower,
-                      TwoTowerConfig, checkpoint_tensors, write)
+                      TwoTowerConfig, checkpoint_tensors, shards_of, write)
 
 # under torchrun: this process, its place on this machine, and how many there are
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
@@ -181,25 +181,17 @@ def export(model: TwoTower, skeleton: TwoTower, read: Read | None, directory: Pa
 
     alone = model.denoiser_tower is None
     expected = {key: part for key, _, part in checkpoint_tensors(like, ["backbone."] * alone)}
-    shards, size, source = [{}], 0, values()
-    for key, part in expected.items():
-        size += part.nbytes
-        if shards[-1] and size > 5 * 10**9:
-            shards.append({})
-            size = part.nbytes
-        shards[-1][key] = part
+    shards, source = shards_of(expected, 5 * 10**9), values()
     config = model.config.to_dict() | (BACKBONE if alone else {}) | {
         "torch_dtype": str(main).removeprefix("torch.")}
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     texts = {"config.json": config}
     if len(shards) > 1:
         texts[INDEX] = {
             "metadata": {"total_size": sum(part.nbytes for part in expected.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+            "weight_map": {key: name for name, shard in shards.items() for key in shard}}
     texts = {name: json.dumps(text, indent=2) + "\n" for name, text in texts.items()} | files
     saves = {directory / name: save_text(text) for name, text in texts.items()}
-    for name, shard in zip(names, shards):
+    for name, shard in shards.items():
         saves[directory / name] = lambda path, shard=shard: write_tensors(path, shard, source)
 
     def commit():

@@ -1101,13 +1101,6 @@ class TwoTower(Module):
         logits = self.context_logits(tokens[:, :-1])
         return masked_cross_entropy(logits, tokens[:, 1:], targets[:, 1:], reduction)
 
-    @torch.no_grad()
-    def copy_context_to_denoiser(self):
-        """Start the denoiser as a copy of the context tower, as the published recipe does."""
-        self._need_denoiser()
-        self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
-        self.lm_head.load_state_dict(self.context_lm_head.state_dict())
-
     # -- decoding: prompts as for `prefill`; for options see `Decoding` -----------------------
 
     @torch.inference_mode()
@@ -1519,23 +1512,28 @@ class Decoding:
         mask token, if given: ids (R, Q), and as confidence (R, Q) their `probability` at
         temperature 1; both on the host."""
         R, Q, V = logits.shape
-        seeds = self.seeds[self.live][:, None].expand(R, Q)
-        places = torch.tensor([[len(self.texts[row])] for row in self.live]) + torch.arange(Q)
-
-        def choose(logits: Tensor, seeds: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-            if greedy or self.temperature == 0:
-                return most_likely(logits, mask_token_id)
-            shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
-                                  self.top_p)
-            u = noise(seeds.to(shaped.device), places[:, None].to(shaped.device), step, V)
-            ids = gumbel_argmax(shaped, u[:, 0])
-            return ids, probability(logits, ids, mask_token_id)
-
         # some of the R*Q places at a time, as a draw holds a dozen copies of their logits
-        parts = (x.flatten(0, 1).split(LOGITS_PER_DRAW // V or 1) for x in (logits, seeds, places))
-        ids, confidence = map(torch.cat, zip(*map(choose, *parts)))
+        parts = logits.flatten(0, 1).split(LOGITS_PER_DRAW // V or 1)
+        if greedy or self.temperature == 0:
+            chosen = [most_likely(part, mask_token_id) for part in parts]
+        else:
+            seeds = self.seeds[self.live].repeat_interleave(Q)
+            places = torch.tensor([[len(self.texts[row])] for row in self.live]) + torch.arange(Q)
+            chosen = [self.draw(part, mask_token_id, *where, step) for part, *where in zip(
+                parts, *(x.split(len(parts[0])) for x in (seeds, places.flatten())))]
+        ids, confidence = map(torch.cat, zip(*chosen))
         both = torch.stack([ids.double(), confidence.double()]).view(2, R, Q).cpu()     # one wait
         return both[0].long(), both[1].to(confidence.dtype)
+
+    def draw(self, logits: Tensor, mask_token_id: int | None, seeds: Tensor, places: Tensor,
+             step: int) -> tuple[Tensor, Tensor]:
+        """As `predict` for logits (n, V) of n places (n) of texts with seeds (n): a draw."""
+        shaped = shape_logits(without(logits, mask_token_id), self.temperature, self.top_k,
+                              self.top_p)
+        (_, V), device = shaped.shape, shaped.device
+        u = noise(seeds.to(device), places[:, None].to(device), step, V)[:, 0]
+        ids = gumbel_argmax(shaped, u)
+        return ids, probability(logits, ids, mask_token_id)
 
     def check_finite(self, confidence: Tensor, used: Tensor, step: int = 0):
         """Raise if a position that is used (R, Q) bool had logits that are not finite."""
