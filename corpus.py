@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from twotower import of_blocks, write
 
@@ -327,11 +328,12 @@ class Data:
     when decoding; in the recipe's `unaligned` share of the rows any number of tokens, since blocks
     of another size begin elsewhere. Targets are answers and the </s> after them. In phase 2 some
     rows leave out the prompts, so that what stands to the right of a mask is worth reading.
-    `recipe`, a Recipe of train.py, says how many of each.
+    `recipe`, a Recipe of train.py, says how many of each. workers: processes that make the rows of
+    the next steps meanwhile.
     """
 
-    def __init__(self, tokenizer: Tokenizer, every_file: int, seed: int):
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, tokenizer: Tokenizer, every_file: int, seed: int, workers: int = 0):
+        self.tokenizer, self.seed, self.workers, self.coming = tokenizer, seed, workers, None
         self.eos = tokenizer.token_to_id(EOS)
         self.streams, digest = {}, hashlib.sha256(tokenizer.to_str().encode())
         for held_out in (False, True):
@@ -377,6 +379,16 @@ class Data:
 
         only: one of `kinds`, for all rows. mine: the rows wanted.
         """
+        if self.workers and not held_out:
+            if self.coming is None or self.next != step:
+                made = Ahead(self, recipe, mine)
+                self.coming = iter(DataLoader(made, None, sampler=range(step, recipe.steps),
+                                              num_workers=self.workers, prefetch_factor=4))
+            self.next = step + 1
+            return next(self.coming)
+        return self.make(recipe, step, held_out, only, mine)
+
+    def make(self, recipe, step: int, held_out: bool, only: str | None, mine: slice):
         rng = random.Random(f"{self.seed} {recipe.phase} {step} {held_out}")
         words = [kind for kind in recipe.turns if kind in FROM_WORDS]
         drawn = []
@@ -395,6 +407,16 @@ class Data:
                 drawn.append(self.task_row(recipe, rng, items, held_out))
         tokens, targets = zip(*drawn)
         return torch.stack(tokens)[mine], torch.stack(targets)[mine]
+
+
+class Ahead(Dataset):
+    """The batches of `Data` by step, for worker processes."""
+
+    def __init__(self, data: Data, recipe, mine: slice):
+        self.data, self.recipe, self.mine = data, recipe, mine
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        return self.data.make(self.recipe.at(step), step, False, None, self.mine)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -612,7 +634,7 @@ def readings(recipe, tokens: Tensor, targets: Tensor, step: int, seed: int, mask
             read = functools.partial(of_blocks, blocks=blocks, n=M)
             found["mock"] = Reading(tokens, read(tokens.roll(-1, 1)), read(wanted), tokens,
                                     blocks=blocks, weight=read(weight))
-    if recipe.phase == 1 or recipe.tied:
+    if recipe.phase == 1 or recipe.tied or recipe.joint:
         found["ar"] = Reading(tokens, tokens[:, 1:], targets[:, 1:], weight=weight[:, 1:])
     return found
 

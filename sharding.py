@@ -68,7 +68,7 @@ def both_towers(recipe, config: TwoTowerConfig, read: Read, how: How) -> TwoTowe
         model = TwoTower(config)
     if recipe.tied:
         model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
-    else:
+    elif not recipe.joins():
         for frozen in (model.context_tower, model.context_lm_head):
             frozen.requires_grad_(False).to(torch.bfloat16 if how.bf16 else torch.float32)
     how.share(model, model.denoiser_tower)

@@ -89,6 +89,7 @@ class Recipe:
     full_masks: float = 0.5         # share of the blocks or sequences with t = 1
     slope: float = 0.0              # of the mask probability along a block
     weight: str = "mean"            # or "1/t"
+    joint: bool = False             # the context tower is trained too, by both losses
     tied: bool = False              # one tower in both roles, also trained with AR loss
     timeless: bool = False          # t is 0 whatever it is
 
@@ -96,6 +97,10 @@ class Recipe:
         """The recipe with what its stages have changed by this step."""
         changes = [changes for first, changes in self.stages if first <= step]
         return replace(self, **{name: value for one in changes for name, value in one.items()})
+
+    def joins(self) -> bool:
+        """Whether it trains the context tower at some time."""
+        return self.joint or any(changes.get("joint") for _, changes in self.stages)
 
     def tasks(self) -> list[str]:
         """Those it ends with."""
@@ -112,18 +117,19 @@ class Recipe:
         return now.peak * min(1.0, (step - first + 1) / self.warm_up, decay)
 
 
-# what is hard comes more often; numbers of rows that two or three processes can share
+# what is hard comes more often; numbers of rows that two processes can share
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=19000, decay=0.3, library_every=4, unaligned=0.5, rows=6, turns=WORDS, stages=(
-        (5000, dict(peak=1.5e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
-                    library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
-                                               *SOURCE * 2, "sort"))),)),
-    Recipe(2, steps=18000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
+    Recipe(1, steps=2400, decay=0.3, library_every=4, unaligned=0.5, rows=64, turns=WORDS, stages=(
+        (600, dict(peak=2e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
+                   library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
+                                              *SOURCE * 2, "sort"))),)),
+    Recipe(2, steps=8000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
            unaligned=0.5, unprompted=0.05, mock_ar=1 / 24, denoised=0.5, rows=6, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
-           stages=((0, dict(block_size=32)), (3000, dict(block_size=16)))))
+           stages=((0, dict(block_size=32, rows=64, joint=True)), (250, dict(block_size=16)),
+                   (800, dict(peak=1e-3, rows=6)), (5500, dict(peak=7e-4, joint=False)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -137,7 +143,8 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
                            mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=16, head_dim=16)
 
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
-                 library_weight=1.0, mock_ar=0.0, denoised=1.0, tied=False, timeless=False)
+                 library_weight=1.0, mock_ar=0.0, denoised=1.0, joint=False, tied=False,
+                 timeless=False)
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -219,13 +226,14 @@ class Trainer:
         self.made_with = json.dumps([asdict(recipe), asdict(model.config), data.seed, data.digest,
                                      how.bf16, how.autocast, origin])
         self.step, self.log = 0, []
+        self.saved = StateDictOptions(ignore_frozen_params=not recipe.joins(), strict=False)
         self.flops = plan.flops_per_token(model.config, recipe.row, recipe.block_size,
                                           how.checkpoint)
         if path is not None:
             self.load()
 
     def state(self) -> dict:
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=self.saved)
         cursor = torch.zeros(self.recipe.rows, 3, dtype=torch.long)
         if getattr(self.data, "cursor", None) is not None:
             cursor[RANK::WORLD] = self.data.cursor[RANK::WORLD]
@@ -249,7 +257,7 @@ class Trainer:
             raise ValueError(f"{saved[-1]} is not a checkpoint of train.py, delete it: "
                              f"{first_line(error)}") from None
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"], options=TRAINED)
+                       optim_state_dict=state["optimizer"], options=self.saved)
         self.step = int(saved[-1].name.removeprefix("step-"))
         self.log = [entry for entry in self.log if entry["step"] <= self.step]
         if hasattr(self.data, "cursor"):
@@ -291,28 +299,35 @@ class Trainer:
         mine = slice(RANK, None, WORLD)
         tokens, targets = self.data.batch(recipe, step, held_out, only, mine)
         mask, some = self.model.config.mask_token_id, also_ar(recipe, step)
-        for kind, reading in readings(recipe, tokens, targets, step, self.data.seed, mask,
-                                      mine).items():
-            count = all_reduce(reading.wanted.sum().to(self.how.device)).clamp(min=1)
+        found = readings(recipe, tokens, targets, step, self.data.seed, mask, mine)
+        counts = {kind: all_reduce(reading.wanted.sum().to(self.how.device)).clamp(min=1)
+                  for kind, reading in found.items()}
+        ar = found.pop("ar") if recipe.joint else None
+        for kind, reading in found.items():
             for rows in torch.arange(len(tokens)).chunk(self.how.accumulate):
                 if kind == "mock":
                     if not some[WORLD * int(rows[0]):WORLD * (int(rows[-1]) + 1)].any():
                         continue
                     own = rows[some[mine][rows]]                # of another row nothing is wanted
                     rows, self.balance.counting = (own, True) if len(own) else (rows[:1], False)
-                yield self.losses(reading.rows(rows)).sum() / count
+                if ar is None or kind == "mock":
+                    yield self.losses(reading.rows(rows)).sum() / counts[kind]
+                else:
+                    ours, theirs = self.losses(reading.rows(rows), ar.rows(rows))
+                    yield ours.sum() / counts[kind] + theirs.sum() / counts["ar"]
                 self.balance.counting = True
 
-    def losses(self, reading: Reading) -> Tensor:
-        """At every place that is wanted."""
-        tokens, labels, wanted, noisy, *rest, weight = reading
+    def losses(self, reading: Reading, ar: Reading | None = None) -> Tensor | list[Tensor]:
+        """At every place that is wanted; with ar, of both readings, from one pass."""
+        tokens, _, _, noisy, *rest, _ = reading
         # no cache of cast weights: one cast in the frozen context's pass would have no gradient
         with torch.autocast(self.how.device.type, torch.bfloat16, self.how.autocast,
                             cache_enabled=False):
-            logits = (self.model.context_logits(tokens[:, :-1]) if noisy is None else
-                      self.model.diffusion_logits(tokens, noisy, *rest))
-            losses = masked_cross_entropy(logits, labels, wanted, "none")
-        return losses if weight is None else losses * weight[wanted].to(losses.device)
+            if ar is not None:
+                logits, beside = self.model.diffusion_logits(tokens, noisy, *rest, joint=True)
+                return [weighted_losses(logits, reading), weighted_losses(beside[:, :-1], ar)]
+            return weighted_losses(self.model.context_logits(tokens[:, :-1]) if noisy is None else
+                                   self.model.diffusion_logits(tokens, noisy, *rest), reading)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -326,6 +341,9 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Returns the loss, and the imbalance of the experts."""
         total = torch.zeros((), device=self.how.device)
+        if self.recipe.joins():
+            for module in (self.model.context_tower, self.model.context_lm_head):
+                module.requires_grad_(self.recipe.at(self.step).joint)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
         for loss in self.passes(self.step):
@@ -401,7 +419,11 @@ class Trainer:
         return text
 
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+def weighted_losses(logits: Tensor, reading: Reading) -> Tensor:
+    """At every place that is wanted."""
+    losses = masked_cross_entropy(logits, reading.labels, reading.wanted, "none")
+    weight = reading.weight
+    return losses if weight is None else losses * weight[reading.wanted].to(losses.device)
 
 
 def first_line(error: Exception) -> str:
@@ -518,6 +540,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", default=torch.get_num_threads(), **n)
+    parser.add_argument("--workers", type=int, default=0, metavar="N",
+                        help="processes that make the miniature's rows ahead; default 0")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="compute in "
                         "bfloat16, learn in float32; default with --backbone on a GPU; for the "
                         "miniature only matrix products")
@@ -592,7 +616,7 @@ def train_denoiser(args, how: How, backbone: Path, recipe: Recipe, data, files: 
     Trainer(model, recipe, data, args.out / "phase2", how, origin).run(args.save_every or 0)
     done = args.out / "phase2" / "exported"
     if not done.exists():
-        export(model, skeleton, read, args.out, files)
+        export(model, skeleton, None if recipe.joins() else read, args.out, files)
         in_first(done.touch)
     in_first(lambda: print(f"the model is in {args.out}: python sample.py --checkpoint {args.out} "
                            "PROMPT"))
@@ -604,7 +628,8 @@ def run_miniature(args: argparse.Namespace, how: How):
     check_rows(first, how)
     in_first(lambda: claim(args.out, "phase1", args.overwrite))
     in_first(lambda: prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file))
-    data, phase1 = Data(load_tokenizer(args.out), first.every_file, args.seed), args.out / "phase1"
+    data = Data(load_tokenizer(args.out), first.every_file, args.seed, args.workers)
+    phase1 = args.out / "phase1"
     torch.manual_seed(args.seed)
     model = skeleton = new_context(fields).to(how.device)
     how.share(model, model.context_tower)

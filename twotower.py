@@ -284,15 +284,17 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     return rearrange(y, "b g r c p -> b c (g r) p")
 
 
-def ssd_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor) -> Tensor:
-    """The state (b,H,P,N) after the c tokens of a chunk; arguments as for `ssd_chunk`.
+def ssd_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """What c tokens of the recurrence make of a state: decay * state + added.
 
     Token s decays by exp(sum of dt A over s+1..c), the old state by exp(sum over all).
+
+    Args: as for `ssd_chunk`. Returns: added (b,H,P,N) and decay (b,H,1,1), f32.
     """
     log_decay = (dt * A).cumsum(1)                                               # (b, c, H)
     u = x * (dt * (log_decay[:, -1:] - log_decay).exp())[..., None]
     added = rearrange(u, "b c (g r) p -> b g (r p) c", g=B.shape[2]) @ B.transpose(1, 2)
-    return torch.addcmul(added.view(state.shape), state, log_decay[:, -1].exp()[..., None, None])
+    return added.view(*x[:, 0].shape, -1), log_decay[:, -1].exp()[..., None, None]
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
@@ -303,20 +305,29 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
         x (b,L,H,P), B and C (b,L,G,N), D (H); f32: dt (b,L,H), A (H), state (b,H,P,N).
         A dt of 0 makes a token invisible: the state passes it unchanged.
     Returns: y (b,L,H,P) in x's dtype; and if keep is "end" the state after the last token, if it
-        is "blocks" the states before each chunk (b,chunks,H,P,N), else None.
+        is "blocks" the states before each chunk (b,chunks,H,P,N), of which L is a multiple then,
+        else None.
     """
-    y, before = [], []
     with torch.autocast(x.device.type, enabled=False):          # the scan is never in bfloat16
-        chunks = list(zip(*(v.split(chunk_size, dim=1) for v in (x, dt, B, C))))
+        if keep == "blocks":            # each chunk becomes a row, once it has a state of its own
+            x, dt, B, C = (rearrange(v, "b (chunks c) ... -> (b chunks) c ...", c=chunk_size)
+                           for v in (x, dt, B, C))
+            before = [state]
+            for added, decay in zip(*(v.unflatten(0, (len(state), -1)).unbind(1)
+                                      for v in ssd_state(wide(x), dt, A, wide(B)))):
+                before.append(torch.addcmul(added, before[-1], decay))
+            before = torch.stack(before[:-1], dim=1)
+            y, _ = ssd_scan(x, dt, A, B, C, D, before.flatten(0, 1), chunk_size, "none")
+            return rearrange(y, "(b chunks) c ... -> b (chunks c) ...", b=len(state)), before
+        y, chunks = [], list(zip(*(v.split(chunk_size, dim=1) for v in (x, dt, B, C))))
         for i, chunk in enumerate(chunks):
             x_c, dt_c, B_c, C_c = map(wide, chunk)
-            before.append(state)
             y_c = ssd_chunk(x_c, dt_c, A, B_c, C_c, state)
             y.append(torch.addcmul(y_c, wide(D)[:, None], x_c).to(x.dtype))
             if keep == "end" or i + 1 < len(chunks):
-                state = ssd_state(x_c, dt_c, A, B_c, state)
-    y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
-    return y, torch.stack(before, dim=1) if keep == "blocks" else state if keep == "end" else None
+                added, decay = ssd_state(x_c, dt_c, A, B_c)
+                state = torch.addcmul(added, state, decay)
+    return torch.cat(y, dim=1) if len(y) > 1 else y[0], state if keep == "end" else None
 
 
 def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
@@ -359,7 +370,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // G, -1, -1) for x in (k, v))
     mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, dim=0)
     q = q.reshape(B * G, -1, L, K)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).view(B, H, L, K)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).reshape(B, H, L, K)
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tuple[Tensor, Tensor]:
@@ -511,8 +522,8 @@ class MambaState:
         counts, self.inputs = counts.to(dt.device), None
         kept = torch.arange(dt.shape[1], device=dt.device) < counts[:, None]
         with torch.autocast(x.device.type, enabled=False):          # as in ssd_scan
-            self.ssm_state.copy_(
-                ssd_state(wide(x), dt * kept[..., None], A, wide(B), self.ssm_state))
+            added, decay = ssd_state(wide(x), dt * kept[..., None], A, wide(B))
+            self.ssm_state.mul_(decay).add_(added)
         self.conv_state.copy_(window(xBC, counts, self.conv_state.shape[1]))
 
 
@@ -546,8 +557,13 @@ class KVCache:
         """Put k, v (..., G, K) at rows and slots (...) int64; return the first `end` slots of all
         rows, two views (B, G, end, K)."""
         self.reserve(end)
-        for cache, new in ((self.key_cache, k), (self.value_cache, v)):
-            cache[rows, :, slots] = new.to(cache.dtype)             # other only under autocast
+        k, v = k.to(self.key_cache.dtype), v.to(self.value_cache.dtype)     # under autocast
+        if self.key_cache.requires_grad:                # the gradient needs it as it was
+            self.key_cache, self.value_cache = (
+                cache.transpose(1, 2).index_put((rows, slots), new).transpose(1, 2)
+                for cache, new in ((self.key_cache, k), (self.value_cache, v)))
+        else:
+            self.key_cache[rows, :, slots], self.value_cache[rows, :, slots] = k, v
         return self.key_cache[:, :, :end], self.value_cache[:, :, :end]
 
 
@@ -580,14 +596,11 @@ class Context:
         self.logits = None if self.logits is None else self.logits[rows]
 
     def select_blocks(self, blocks: Tensor, n: int):
-        """In training, of each row's n blocks keep those of blocks (B, k) as rows of Mamba states;
-        keys and values are copied, for what is written behind them must not change the graph's."""
+        """In training, of each row's n blocks keep those of blocks (B, k) as rows of Mamba states."""
         for i, state in enumerate(self.states):
             if isinstance(state, MambaState):
                 self.states[i] = state.map(lambda x: of_blocks(
                     x.reshape(len(blocks), -1), blocks, n).view(-1, *x.shape[1:]))
-            elif isinstance(state, KVCache):
-                self.states[i] = state.map(torch.clone)
 
     def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
                   **fields) -> Pass:
@@ -1036,17 +1049,18 @@ class TwoTower(Module):
 
     def diffusion_logits(self, clean: Tensor, noisy: Tensor, t: Tensor | float | None,
                          block_size: int, blocks: Tensor | None = None, *,
-                         through_context: bool = False) -> Tensor:
+                         joint: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Denoiser logits of every noisy block given the clean blocks before it, in one pass.
 
         Block b attends to clean tokens before it and to all of itself; its Mamba layers start from
         the context's states after block b-1. Equal to `denoise` block by block; differentiable in
-        the denoiser's parameters, as published, and with through_context in the context tower's.
+        the denoiser's parameters, as published, and if joint in the context tower's too.
 
         Args: clean, noisy (B, M) int64 with M = n * block_size; t in [0, 1], (B,) as published or
             (B, n), one per block; None, as for `denoise`, with block_size 1 is mock-AR;
             blocks (B, k) int64, distinct: those of each row to denoise, None for all.
-        Returns: (B, M or k * block_size, V) float32. Source: arXiv 2606.26493, training.
+        Returns: (B, M or k * block_size, V) float32; if joint, also the context tower's (B, M, V).
+        Source: arXiv 2606.26493, training.
         """
         self._need_denoiser()
         clean = check_ids(clean, "clean", self.config)
@@ -1063,14 +1077,16 @@ class TwoTower(Module):
         if t is not None:
             t = of_blocks(t.to(device).reshape(B, -1).expand(B, n), blocks, n).flatten()
         context = Context(self.context_tower, B, M + L)     # noisy keys go behind the clean ones
-        with torch.set_grad_enabled(through_context and torch.is_grad_enabled()):
-            self._extend(context, clean, None, keep="blocks", block_size=block_size)
+        with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
+            beside = self._extend(context, clean, "all" if joint else None, keep="blocks",
+                                  block_size=block_size)
             context.select_blocks(blocks, n)
         own = blocks.repeat_interleave(block_size, dim=1)[..., None]                 # (B, L, 1)
         seen = torch.arange(M, device=device) // block_size < own, own == own.mT
         at = context.next_pass(L, device, causal=False, mask=torch.cat(seen, dim=2)[:, None])
         logits = self._denoise(noisy.view(-1, block_size), context, t, at)
-        return rearrange(logits, "(b k) q v -> b (k q) v", b=B)
+        logits = rearrange(logits, "(b k) q v -> b (k q) v", b=B)
+        return (logits, beside) if joint else logits
 
     def diffusion_loss(self, tokens: Tensor, block_size: int,
                        generator: torch.Generator | None = None, *, masked: Tensor | None = None,
