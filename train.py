@@ -124,12 +124,12 @@ PHASES = (
         (600, dict(peak=2e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
                    library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
                                               *SOURCE * 2, "sort"))),)),
-    Recipe(2, steps=8000, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
+    Recipe(2, steps=4500, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
            unaligned=0.5, unprompted=0.05, mock_ar=1 / 24, denoised=0.5, rows=6, row=320,
            full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
            stages=((0, dict(block_size=32, rows=64, joint=True)), (250, dict(block_size=16)),
-                   (800, dict(peak=1e-3, rows=6)), (5500, dict(peak=7e-4, joint=False)))))
+                   (800, dict(peak=4e-4, rows=6)), (3300, dict(peak=4e-4, joint=False)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
@@ -540,8 +540,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", default=torch.get_num_threads(), **n)
-    parser.add_argument("--workers", type=int, default=0, metavar="N",
-                        help="processes that make the miniature's rows ahead; default 0")
+    mini.add_argument("--workers", help="processes that make rows ahead, for a GPU; default 0",
+                      default=0, **n)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="compute in "
                         "bfloat16, learn in float32; default with --backbone on a GPU; for the "
                         "miniature only matrix products")
