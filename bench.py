@@ -352,8 +352,6 @@ def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
 
     def run(name):
         context.lengths = lengths
-        if graphs:
-            context.passes.lengths.copy_(lengths, non_blocking=True)
         return runs[name]()
 
     return {name: functools.partial(run, name) for name in PASSES}
@@ -629,9 +627,9 @@ def time_launches(model: TwoTower, seconds_of, bandwidth: float, rate: float) ->
             run()
         kinds = {(one.name, str(variant(one)[1])): one for one in launches.found if one.kernel}
         for (kernel, _), one in kinds.items():
-            graph, *_ = kernels().record(lambda _: [one.again() for _ in range(many)],
-                                         [torch.zeros(1, device=model.context_tower.device)])
-            seconds = seconds_of(graph.replay) / many
+            replay = kernels().record(lambda _: [one.again() for _ in range(many)],
+                                      [torch.zeros(1, device=model.context_tower.device)])
+            seconds = seconds_of(replay) / many
             rows.append({"pass": name, "kernel": kernel, "microseconds": 1e6 * seconds,
                          "gigabytes_a_second": one.bytes / seconds / 1e9, "share_of_roof":
                          Cost(one.bytes, one.flops).seconds(bandwidth, rate) / seconds})

@@ -42,14 +42,11 @@ def check(device: torch.device, **arguments: tuple):
     """Raise ValueError unless a launcher's arguments are what its kernel reads: by name a tensor
     (or None), its shape and its dtypes."""
     for name, (tensor, shape, dtypes) in arguments.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {device}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+        for what, got, expected in () if tensor is None else (
+                ("has shape", tuple(tensor.shape), [tuple(shape)]),
+                ("is on", tensor.device, [device]), ("is", tensor.dtype, dtypes)):
+            if got not in expected:
+                raise ValueError(f"{name} {what} {got}, expected {' or '.join(map(str, expected))}")
 
 
 def dense(x: Tensor, axes: int = 1) -> Tensor:
@@ -279,9 +276,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
 # A program owns a slice of a head's P channels and goes from chunk to chunk; in each it walks over
 # the N columns of the state, a few at a time: h C, the new state and C . B (which every slice
 # repeats) come from that one walk. A block is one chunk, a single token the smallest, padded to the
-# 16 rows of a tensor core's product: the state is read once and written once. Between the chunks of
-# a prompt it stays where it is, most likely in the cache. (Chunks could be done at the same time,
-# as in arXiv 2405.21060, section 6; their states would then move through memory.)
+# 16 rows of a tensor core's product. Between the chunks of a prompt the state most likely stays in
+# the cache. (Chunks at the same time, as in arXiv 2405.21060, section 6, would move their states.)
 
 
 @triton.jit
@@ -302,12 +298,9 @@ def _scan_kernel(
     group = head // (H // G)
     p, l = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     # where the row's first chunk begins; what lies within a chunk takes 32 bits
-    x_ptr += row * x_row + head * P
-    dt_ptr += row * dt_row + head
-    B_ptr += row * B_row + group * N
-    C_ptr += row * C_row + group * N
-    state_ptr += row * state_row + head * P * N
-    y_ptr += (row * L * H + head) * P
+    x_ptr, y_ptr = x_ptr + row * x_row + head * P, y_ptr + (row * L * H + head) * P
+    B_ptr, C_ptr = B_ptr + row * B_row + group * N, C_ptr + row * C_row + group * N
+    dt_ptr, state_ptr = dt_ptr + row * dt_row + head, state_ptr + row * state_row + head * P * N
     dt_bias, D = tl.load(dt_bias_ptr + head).to(tl.float32), tl.load(D_ptr + head).to(tl.float32)
     A = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     end = tl.load(counts_ptr + row).to(tl.int32) if HAS_COUNTS else L
@@ -342,12 +335,9 @@ def _scan_kernel(
         y = tl.dot(weight, x, y, input_precision="tf32x3")
         tl.store(y_ptr + l[:, None] * (H * P) + p[None, :], y.to(y_ptr.dtype.element_ty), there)
         tl.debug_barrier()                      # what is stored is read by other threads next
-        state_ptr += state_chunk
-        x_ptr += chunk_size * x_token
-        dt_ptr += chunk_size * dt_token
-        B_ptr += chunk_size * B_token
-        C_ptr += chunk_size * C_token
-        y_ptr += chunk_size * (H * P)
+        x_ptr, y_ptr = x_ptr + chunk_size * x_token, y_ptr + chunk_size * (H * P)
+        B_ptr, C_ptr = B_ptr + chunk_size * B_token, C_ptr + chunk_size * C_token
+        dt_ptr, state_ptr = dt_ptr + chunk_size * dt_token, state_ptr + state_chunk
 
 
 @triton.jit
@@ -374,14 +364,14 @@ def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Ten
     if not state.is_contiguous():
         raise ValueError("state must be contiguous, as it is updated in place")
     x, dt, B, C = dense(x, 2), dense(dt), dense(B, 2), dense(C, 2)
-    if keep != "blocks":
-        chunk_size = 16 if L <= 16 else 32              # longer ones spill registers
     y, before = torch.empty(x.shape, dtype=x.dtype, device=device), None
     if keep == "blocks":
         before = torch.empty(b, triton.cdiv(L, chunk_size), H, P, N, device=device)
         before[:, 0], state = state, before
-    elif keep != "end" and L > chunk_size:
-        state = state.clone()                           # which goes from chunk to chunk
+    else:
+        chunk_size = 16 if L <= 16 else 32              # longer ones spill registers
+        if keep != "end" and L > chunk_size:
+            state = state.clone()                       # which goes from chunk to chunk
     # narrow slices of a head fill the GPU at batch 1; wider ones repeat less of C . B, but in
     # float32 their chunks of 32 spill registers
     narrow = P % 32 or b * H < 2 * multiprocessors(device) or chunk_size * x.element_size() > 64
@@ -824,97 +814,75 @@ class Passes:
     """
 
     def __init__(self, model, context, behind):
-        tower = model.denoiser_tower
-        if tower is not None and tower.device != context.device:
+        if model.denoiser_tower is not None and model.denoiser_tower.device != context.device:
             raise ValueError("recorded passes need both towers on one device")
-        self.model, self.behind = model, behind
+        self.model, self.behind, self.recorded, self.drafts = model, behind, {}, []
         self.recording = context.device.type == "cuda"      # False: run them as they are
-        self.lengths = context.lengths.to(context.device, copy=True)        # (rows,) int64
-        self.live = torch.arange(len(self.lengths))         # (R,) of these rows the context's
-        self.capacity, self.recorded, self.drafts = 0, {}, []
+        self.rows = len(context.lengths)
+        self.live = torch.arange(self.rows)                 # (R,) of these rows the context's
+        self.capacity = min((state.key_cache.shape[2] for state in context.states
+                             if hasattr(state, "key_cache")), default=math.inf)
 
     def select(self, rows: list[int]) -> list[int] | slice:
         """Only these rows of the context go on; returns which rows of its states stay."""
         self.live = self.live[rows]
-        if 2 * len(self.live) > len(self.lengths):
-            self.lengths *= self.padded(torch.ones(len(rows), dtype=torch.long))
+        if 2 * len(rows) > self.rows:
             return slice(None)
-        kept, self.lengths = self.live.tolist(), self.lengths[self.live.to(self.lengths.device)]
-        self.live = torch.arange(len(kept))
+        kept, self.rows, self.live = self.live.tolist(), len(rows), torch.arange(len(rows))
         self.recorded.clear()
         return kept
-
-    def padded(self, x: Tensor) -> Tensor:
-        """x (R, ...) on the device, with zeros in the places of rows that have ended."""
-        x = x.to(self.lengths.device)
-        if len(x) == len(self.lengths):
-            return x
-        out = x.new_zeros(len(self.lengths), *x.shape[1:])
-        return out.index_copy_(0, self.live.to(x.device), x)
 
     def extend(self, context, tokens: Tensor, logits: str | None, keep: str) -> Tensor | None:
         """tokens (R, L) int64 are read by the context tower; logits and keep as for
         TwoTower._extend. Returns (R, 1 or L, V) float32, or None without logits."""
-        out = self._pass(context, logits, keep, tokens)
-        if keep == "end":
-            self.lengths += self.padded(torch.full((len(tokens),), tokens.shape[1]))
-            context.lengths = context.lengths + tokens.shape[1]
+        def read(lengths, tokens):
+            at = self.behind(lengths, L, self.capacity, causal=True, keep=keep)
+            hidden = self.model.context_tower(tokens, context.states, at)
+            hidden = hidden[:, -1:] if logits == "last" else hidden
+            return self.model.context_lm_head(hidden).float() if logits else None
+
+        L = tokens.shape[1]
+        out = self._run(context, (L, logits, keep), read, context.lengths, tokens)
+        context.lengths = context.lengths + L * (keep == "end")
         context.logits = None if out is None else out[:, -1]
         return out
 
     def denoise(self, context, block: Tensor, t: Tensor) -> Tensor:
         """block (R, Q) int64, t (R,) -> (R, Q, V) float32."""
-        return self._pass(context, "all", "none", block, t)
+        def predict(lengths, block, t):
+            at = self.behind(lengths, Q, self.capacity, causal=False)
+            modulations = self.model._modulations(t)
+            hidden = self.model.denoiser_tower(block, context.states, at, modulations)
+            return self.model.lm_head(hidden).float()
+
+        Q, t = block.shape[1], t.to(self.model.lm_head.weight.dtype)    # as t_embedder rounds it
+        return self._run(context, (Q,), predict, context.lengths, block, t)
 
     def settle(self, context, counts: Tensor):
         """As MambaState.settle for all layers: of the draft just read counts (R,) tokens stay."""
-        drafts = self.drafts
-
         def settle(counts):
             for state, state.inputs in zip(mamba_states(context), drafts):
                 state.settle(counts)
-            return None, drafts
 
-        self._run(context, ("settle", *(drafts and drafts[0][0].shape)), settle, counts)
-        self.lengths += self.padded(counts)
+        drafts = self.drafts
+        self._run(context, (0, *(drafts and drafts[0][0].shape)), settle, counts)
 
-    def _pass(self, context, logits: str | None, keep: str, tokens: Tensor, *t: Tensor):
-        """Of the denoiser where there is a t."""
-        L, model = tokens.shape[1], self.model
+    def _run(self, context, key: tuple, function, *inputs: Tensor) -> Tensor | None:
+        """function(*inputs) of the live rows; key: how many tokens are new, what else differs."""
+        def run(*inputs):
+            out = function(*(x.to(device) for x in inputs))
+            return out, [state.inputs for state in mamba_states(context)]
 
-        def run(tokens, *t):
-            at = self.behind(self.lengths, L, self.capacity, causal=not t, keep=keep)
-            tower, head = ((model.denoiser_tower, model.lm_head) if t else
-                           (model.context_tower, model.context_lm_head))
-            hidden = tower(tokens, context.states, at, model._modulations(*t) if t else None)
-            hidden = hidden[:, -1:] if logits == "last" else hidden
-            return head(hidden).float() if logits else None, [
-                state.inputs for state in mamba_states(context)]
-
-        needed = int(context.lengths.max()) + L
-        if needed > self.capacity:                  # what was recorded has the old addresses
-            caches = [state for state in context.states if hasattr(state, "key_cache")]
-            for cache in caches:
-                cache.reserve(needed)
-            self.capacity = max((cache.key_cache.shape[2] for cache in caches), default=needed)
-            self.recorded.clear()
-        return self._run(context, (L, logits, keep, len(t)), run, tokens, *t)
-
-    def _run(self, context, key, function, *inputs: Tensor) -> Tensor | None:
-        inputs = [self.padded(x) for x in inputs]
-        if not self.recording:
-            out, self.drafts = function(*inputs)
-        else:
-            if key not in self.recorded:
-                changed = [x for state in mamba_states(context)
-                           for x in (state.conv_state, state.ssm_state)]
-                self.recorded[key] = record(function, [x.clone() for x in inputs], changed)
-            graph, buffers, (out, self.drafts) = self.recorded[key]
-            for buffer, x in zip(buffers, inputs):
-                buffer.copy_(x, non_blocking=True)
-            graph.replay()
-        ended = out is not None and len(self.live) < len(out)
-        return out[self.live.to(out.device)] if ended else out
+        assert int(context.lengths.max()) + key[0] <= self.capacity, "prefill must reserve more"
+        device, padded = context.device, len(self.live) < self.rows
+        if padded:
+            inputs = [x.new_zeros(self.rows, *x.shape[1:]).index_copy_(0, self.live.to(x.device), x)
+                      for x in inputs]
+        if self.recording and key not in self.recorded:
+            self.recorded[key] = record(run, [x.to(device, copy=True) for x in inputs], [
+                x for state in mamba_states(context) for x in (state.conv_state, state.ssm_state)])
+        out, self.drafts = (self.recorded[key] if self.recording else run)(*inputs)
+        return out[self.live.to(device)] if padded and out is not None else out
 
 
 def mamba_states(context) -> list:
@@ -924,19 +892,25 @@ def mamba_states(context) -> list:
 capture_stream = functools.cache(torch.cuda.Stream)         # one a GPU
 
 
-def record(function, inputs: list[Tensor], changed=()):
-    """function(*inputs) as a CUDA graph, which keeps its own memory; returns it, its inputs'
-    buffers and its output.
+def record(function, buffers: list[Tensor], changed=()):
+    """function(*buffers) as a CUDA graph, which keeps its own memory. What is returned copies its
+    arguments, if any, to the buffers, replays the graph, and returns the same output again.
 
     changed: tensors that the function updates; what the trial run does to them is undone. (Not that
     to the caches: a replay writes the same slots again.)
     """
-    kept, graph = [tensor.clone() for tensor in changed], torch.cuda.CUDAGraph()
-    with torch.cuda.device(inputs[0].device):
-        function(*inputs)                           # Triton compiles, libraries take their memory
+    kept, graph, device = [x.clone() for x in changed], torch.cuda.CUDAGraph(), buffers[0].device
+    with torch.cuda.device(device):
+        function(*buffers)                          # Triton compiles, libraries take their memory
         for tensor, old in zip(changed, kept):
             tensor.copy_(old)
         # a stream of this GPU: by default it is one of the GPU that recorded first
-        with torch.cuda.graph(graph, stream=capture_stream(inputs[0].device)):
-            out = function(*inputs)
-    return graph, inputs, out
+        with torch.cuda.graph(graph, stream=capture_stream(device)):
+            out = function(*buffers)
+
+    def replay(*inputs):
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x, non_blocking=True)
+        graph.replay()
+        return out
+    return replay
