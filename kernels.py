@@ -1,10 +1,9 @@
 """Triton versions of twotower.py's hot paths, and its passes recorded as CUDA graphs.
 
 Each operation can be copied with the helpers above section 1: why it is hot and what it must move,
-the kernel, the launcher that checks shapes and devices. The reference is the function of the same
-name and signature in twotower.py; test_twotower.py compares the two, `python bench.py kernels` says
-what the compiler makes of every launch and counts them. `model.use("triton")` takes these; nothing
-is patched, and twotower.py does not need this file.
+the kernel, the launcher that checks shapes and devices. `model.use("triton")` takes these instead
+of twotower.py's functions of the same names and signatures, with which test_twotower.py compares
+them; `python bench.py kernels` counts launches and says what the compiler makes of each.
 
     1  moe_experts        grouped matrix products over the experts that were hit
     2  ssd                the Mamba-2 recurrence, chunk by chunk; one token is the smallest chunk
@@ -18,8 +17,8 @@ is patched, and twotower.py does not need this file.
 Conventions: pointers are commented with their shapes; offsets are int64 where they could pass 2^31;
 sums are float32 (float64 where the reference is); tails are masked, so any size works; NaN is kept,
 since decoding stops at it. Letters are those of twotower.py, and F the width of an expert; S counts
-the keys: context and block, or in a recorded pass all of the cache's capacity. On a machine without
-a GPU the kernels run under TRITON_INTERPRET=1, slowly: that is how CI checks them.
+the keys: context and block, or in a recorded pass all of the cache's capacity. Without a GPU the
+kernels run under TRITON_INTERPRET=1, slowly, which is how CI checks them.
 """
 
 from __future__ import annotations
@@ -397,8 +396,8 @@ def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Ten
 #
 # How: with one row and two KV heads there is too little to keep a GPU busy, so the keys are split:
 # each program goes over its share with a running maximum and sum (as FlashAttention does), and a
-# second kernel joins the shares. Exponentials are powers of 2, which is what the hardware has; the
-# scores come multiplied by log2(e).
+# second kernel joins the shares. Exponentials are powers of 2, as the hardware has them, of scores
+# times log2(e).
 
 HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a share with no key
 
@@ -407,14 +406,12 @@ HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a sh
 def _attention_kernel(
         q_ptr,              # (B, H, L, K)
         k_ptr, v_ptr,       # (B, G, S, K)
-        last_ptr,           # (B or 1, L) int64: the last key a query sees
+        last_ptr,           # (B, L) int64: the last key a query sees
         acc_ptr,            # (shares, B, L, H, K) f32
         best_ptr, sum_ptr,  # (shares, B, L, H) f32
         q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, last_row,
-        last_query,         # strides
-        H, G, L, S,
-        share_size,         # keys in a share
-        scale,              # log2(e) / sqrt(K)
+        last_query, H, G, L, S,
+        share_size, scale,  # keys in a share; log2(e) / sqrt(K)
         K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     row, group = tl.program_id(1).to(tl.int64) // G, tl.program_id(1).to(tl.int64) % G
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -479,16 +476,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     """As twotower.attention: q (B,H,L,K), k and v (B,G,S,K), which may be views of a larger cache,
     last_seen (B or 1, L) int64. Every query must see a key."""
     (B, H, L, K), (G, S) = q.shape, k.shape[1:3]
+    if last_seen is not None:
+        last_seen = last_seen.expand(B, L)                      # strides of 0 where one serves all
     check(q.device, q=(q, (B, H, L, K), FLOATS), k=(k, (B, G, S, K), [q.dtype]),
-          v=(v, (B, G, S, K), [q.dtype]))
+          v=(v, (B, G, S, K), [q.dtype]), last_seen=(last_seen, (B, L), LONG))
     if (last_seen is not None) + is_causal + (mask is not None) > 1:
         raise ValueError("attention takes one of last_seen, is_causal and mask")
     if is_causal or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
     if last_seen is None:
-        last_seen = torch.full((1, 1), S - 1, device=q.device).expand(1, L)
-    check(q.device, last_seen=(last_seen, (1 if len(last_seen) == 1 else B, L), LONG))
-    last_row, last_query = last_seen.expand(B, L).stride()          # 0 where one serves all
+        last_seen = torch.full((1, 1), S - 1, device=q.device).expand(B, L)
     q, k, v, queries = dense(q), dense(k), dense(v), H // G * L
     wide = q.dtype == torch.float32                             # more would spill registers
     BLOCK_M, BLOCK_S, num_warps = (
@@ -506,7 +503,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     out = torch.empty(B, L, H, K, dtype=q.dtype, device=q.device)   # as o_proj reads it
     _attention_kernel[tiles, B * G, shares](
         q, k, v, last_seen, acc, best, total, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        last_row, last_query, H, G, L, S, share_size, math.log2(math.e) * K**-0.5, K=K,
+        *last_seen.stride(), H, G, L, S, share_size, math.log2(math.e) * K**-0.5, K=K,
         BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=num_warps)
     _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K, BLOCK_K=BLOCK_K,
                                     BLOCK_SHARES=triton.next_power_of_2(shares))
@@ -518,11 +515,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
 #
 # Why: 53 times a pass: a layer's output is summed over its slots, gated and added to the residual
 # stream, which the next layer modulates and norms. As separate torch operations each of these reads
-# and writes rows of D numbers and costs a launch. A program here does all of it for a token.
-#
-# How: the sum comes at the end of a layer, the norm at the beginning of the next. So add_gated only
-# notes what is to be added, and the norm that follows adds it. The gated norm of a Mamba-2 layer is
-# the same over the channels of a group, as if each were a token with weights of its own.
+# and writes rows of D numbers and costs a launch. A program here does all of it for a token: at the
+# end of a layer add_gated only notes what is to be added, and the norm that follows adds it. The
+# gated norm of a Mamba-2 layer is the same over a group's channels, as if each were a token.
 
 
 @dataclass
@@ -541,12 +536,10 @@ def _norm_kernel(
         h_ptr,              # (tokens, SLOTS, D)
         gate_ptr,           # (B, D), if HAS_GATE
         weight_ptr,         # (groups, D)
-        shift_ptr,          # (B, D), if MODULATE
-        scale_ptr,          # (B, D)
+        shift_ptr, scale_ptr,           # (B, D), if MODULATE
         sum_ptr,            # (tokens, D): x + gate h, if there are SLOTS
         out_ptr,            # (tokens, D)
-        z_row, groups, D, eps,
-        L,                  # tokens of a row, which share a gate, a shift and a scale
+        z_row, groups, D, eps, L,       # L tokens of a row share gate, shift and scale
         GATED: tl.constexpr, SLOTS: tl.constexpr, HAS_GATE: tl.constexpr,
         MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
         BLOCK_D: tl.constexpr):
@@ -584,13 +577,11 @@ def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None 
     """As twotower.norm: x (..., D) -> (..., D), shift and scale (B, 1, D)."""
     stream = x if isinstance(x, Unsummed) else Unsummed(x, None, None)
     x, h, gate = stream.x, stream.h, stream.gate
-    (*rows, D), slots = x.shape, () if h is None else h.shape[2:-1]
-    vector = len(x), 1, D
+    (*rows, D), slots, vector = x.shape, () if h is None else h.shape[2:-1], (len(x), 1, x.shape[-1])
     check(weight.device, x=(x, x.shape, FLOATS), h=(h, (*rows, *slots, D), FLOATS),
           weight=(weight, (D,), FLOATS), gate=(gate, vector, FLOATS),
           shift=(shift, vector, FLOATS), scale=(scale, vector, FLOATS))
-    SLOTS = 0 if h is None else slots[0] if slots else 1
-    flags = dict(GATED=False, SLOTS=SLOTS, HAS_GATE=gate is not None,
+    flags = dict(GATED=False, SLOTS=0 if h is None else math.prod(slots), HAS_GATE=gate is not None,
                  MODULATE=0 if shift is None else 1 if first else 2)
     # what is not read still needs a tensor
     x, weight, h, gate, shift, scale = (x if v is None else v.contiguous()
@@ -599,7 +590,7 @@ def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None 
     _norm_kernel[x.numel() // D,](
         x, x, h, gate, weight, shift, scale, total, out, 0, 1, D, eps, x.numel() // (len(x) * D),
         **flags, BLOCK_D=triton.next_power_of_2(D), num_warps=8)
-    if SLOTS:
+    if stream.h is not None:
         stream.x, stream.h, stream.gate = total, None, None
     return out
 
@@ -628,8 +619,8 @@ def add_gated(x: Tensor | Unsummed, gate: Tensor | None, h: Tensor) -> Unsummed:
 # 5. Causal convolution and SiLU
 #
 # Why: between the first product and the scan of 23 layers. W = 4 multiplications a channel are
-# nothing, but written as shifted products torch copies the history before the new tokens, reads the
-# inputs W times and writes W times. Here every input is read once (neighbours' loads hit the
+# nothing, but as shifted products in torch the history is copied before the new tokens, and inputs
+# and sums pass through memory W times. Here every input is read once (neighbours' loads hit the
 # cache), every output written once, and the new history replaces the old in place.
 
 
@@ -702,11 +693,10 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
 # ---------------------------------------------------------------------------------------------
 # 6. Router
 #
-# Why: 23 of 52 layers. The release computes the scores in float64, as a float32 router would choose
-# others where two experts are closer than that can tell; written as there that is a dozen small
-# operations, among them a float64 copy of the weights (8 E D bytes) for every layer and step. Here,
-# for up to 64 tokens, each reads the float32 weights as they are (hence the limit; for more the
-# library's product is worth the copy), and the choice of A experts is one more kernel.
+# Why: 23 of 52 layers. The release computes the scores in float64, as float32 cannot tell experts
+# apart that are close; written as there that is a dozen small operations, among them a float64 copy
+# of the weights (8 E D bytes) for every layer and step. Here, for up to 64 tokens, each reads the
+# float32 weights as they are, and the choice of A experts is one more kernel.
 
 
 @triton.jit
@@ -729,40 +719,35 @@ def _scores_kernel(
 
 @triton.jit
 def _top_experts_kernel(
-        scores_ptr,         # (T, E) f64
-        bias_ptr,           # (E,) f32
-        ids_ptr,            # (T, A) int64
-        weights_ptr,        # (T, A) f64
-        E, A, size,         # of a group
-        topk_group,
+        scores_ptr,                     # (T, E) f64
+        bias_ptr,                       # (E,) f32
+        ids_ptr, weights_ptr,           # (T, A) int64 and f64
+        E, A, topk_group,
         FACTOR: tl.constexpr,           # as an argument it would be rounded to float32
         NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
-        BLOCK_SIZE: tl.constexpr, BLOCK_A: tl.constexpr):
+        BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    g, place = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_SIZE)[None, :]
-    e, inside = g * size + place, (g < GROUPS) & (place < size)
-    scores = tl.load(scores_ptr + token * E + e, inside, other=0.0)
-    choice = scores + tl.load(bias_ptr + e, inside, other=0.0).to(tl.float64)
+    a, e, g = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_G)
+    scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
+    choice = scores + tl.load(bias_ptr + e, e < E, other=0.0).to(tl.float64)
     choice = tl.where(choice == choice, choice, float("inf"))   # NaN first, as torch's topk has it
-    choice = tl.where(inside, choice, float("-inf"))
+    choice = tl.where(e < E, choice, float("-inf"))
     if GROUPS > 1:          # groups by the sum of their two best; the others' choices become 0
-        best, second = tl.max(choice, 1), tl.argmax(choice, 1)[:, None] != place
-        best += tl.max(tl.where(second, choice, float("-inf")), 1)
-        group, stays = tl.arange(0, BLOCK_G), tl.zeros((BLOCK_G,), tl.int32)
+        member = g[:, None] == (e // (E // GROUPS))[None, :]                # (BLOCK_G, BLOCK_E)
+        own = tl.where(member, choice[None, :], float("-inf"))
+        others = tl.where(e[None, :] == tl.argmax(own, 1)[:, None], float("-inf"), own)
+        best = tl.max(own, 1) + tl.max(others, 1)
         for _ in range(topk_group):
-            chosen = tl.argmax(best, 0)
-            stays = tl.where(group == chosen, 1, stays)
-            best = tl.where(group == chosen, float("-inf"), best)
-        choice = tl.where(inside & (stays[:, None] == 0), 0.0, choice)
-    choice, scores = (tl.reshape(choice, (BLOCK_G * BLOCK_SIZE,)),
-                      tl.reshape(scores, (BLOCK_G * BLOCK_SIZE,)))
-    a, i = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_G * BLOCK_SIZE)
+            chosen = g == tl.argmax(best, 0)
+            best = tl.where(chosen, float("-inf"), best)
+            member &= ~chosen[:, None]                                      # of what is dropped
+        choice = tl.where((tl.max(member.to(tl.int32), 0) > 0) & (e < E), 0.0, choice)
     ids, weights = tl.zeros((BLOCK_A,), tl.int32), tl.zeros((BLOCK_A,), tl.float64)
     for k in range(A):
         chosen = tl.argmax(choice, 0)
-        ids = tl.where(a == k, chosen // BLOCK_SIZE * size + chosen % BLOCK_SIZE, ids)
-        weights = tl.where(a == k, tl.sum(tl.where(i == chosen, scores, 0.0), 0), weights)
-        choice = tl.where(i == chosen, float("-inf"), choice)
+        ids = tl.where(a == k, chosen, ids)
+        weights = tl.where(a == k, tl.sum(tl.where(e == chosen, scores, 0.0), 0), weights)
+        choice = tl.where(e == chosen, float("-inf"), choice)
     if NORMALISE:
         weights /= tl.sum(weights, 0) + 1e-20
     tl.store(ids_ptr + token * A + a, ids, a < A)
@@ -773,22 +758,19 @@ def _top_experts_kernel(
 def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tensor]:
     """As twotower.route: x (T, D) -> topk_ids (T, A) int64 and topk_weights (T, A) float64."""
     (T, D), E, A = x.shape, len(weight), config.num_experts_per_tok
-    size = E // config.n_group
-    check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32),
-          bias=(bias, (size * config.n_group,), F32))
+    check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32), bias=(bias, (E,), F32))
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     ids = torch.empty(T, A, dtype=torch.long, device=x.device)
-    weights = torch.empty(T, A, dtype=torch.float64, device=x.device)
+    scores, weights = (torch.empty(T, n, dtype=torch.float64, device=x.device) for n in (E, A))
     if T > 64:                  # a product large enough for the library's, on float64 tensor cores
         scores = torch.sigmoid(x.double() @ weight.double().T)
     else:
-        scores = torch.empty(T, E, dtype=torch.float64, device=x.device)
         _scores_kernel[T, triton.cdiv(E, 4)](x, weight, scores, D, E, BLOCK_E=4, BLOCK_D=512)
-    _top_experts_kernel[T,](scores, bias, ids, weights, E, A, size, config.topk_group,
-                            FACTOR=config.routed_scaling_factor, NORMALISE=config.norm_topk_prob,
-                            GROUPS=config.n_group, BLOCK_G=triton.next_power_of_2(config.n_group),
-                            BLOCK_SIZE=triton.next_power_of_2(size),
-                            BLOCK_A=triton.next_power_of_2(A), num_warps=1)
+    _top_experts_kernel[T,](
+        scores, bias, ids, weights, E, A, config.topk_group, FACTOR=config.routed_scaling_factor,
+        NORMALISE=config.norm_topk_prob, GROUPS=config.n_group,
+        BLOCK_G=triton.next_power_of_2(config.n_group), BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_A=triton.next_power_of_2(A), num_warps=1)
     return ids, weights
 
 
