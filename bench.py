@@ -345,7 +345,7 @@ def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
         context.passes.recording &= recording
     token, block = (torch.randint(4, model.config.vocab_size, (rows, n), device=context.device)
                     for n in (1, BLOCK))
-    t = torch.full((rows,), 0.5, device=context.device)
+    t = torch.full((rows,), 0.5)
     runs = {"AR token": lambda: model._extend(context, token, "last"),
             "denoiser step": lambda: model._denoise(block, context, t),
             "block extension": lambda: model._extend(context, block, None)}
@@ -531,8 +531,8 @@ class Launches(TorchDispatchMode):
         if op.is_view or "empty" in str(op) or "_unsafe_view" in str(op):
             return out
         given = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
-        if not any(x.is_meta for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            return out                                              # of the host
+        if not all(x.is_meta for x in given):                       # of the host, or copied from it
+            return out
         if "embedding" in str(op) or "index" in str(op):            # rows of a table or cache
             given = sorted(given, key=torch.Tensor.numel)[:2]
         count = flop_registry.get(op.overloadpacket, lambda *_, **__: 0)

@@ -5,14 +5,8 @@ the kernel, the launcher that checks shapes and devices. `model.use("triton")` t
 of twotower.py's functions of the same names and signatures, with which test_twotower.py compares
 them; `python bench.py kernels` counts launches and says what the compiler makes of each.
 
-    1  moe_experts        grouped matrix products over the experts that were hit
-    2  ssd                the Mamba-2 recurrence, chunk by chunk; one token is the smallest chunk
-    3  attention          few queries over many keys, split over the keys
-    4  add_gated, norm    what stands between two mixers: a layer's sum, then the next one's norm;
-                          and gated_rms_norm
-    5  causal_conv1d      depthwise convolution and SiLU
-    6  route              expert scores, group limit, top-k, in float64
-    7  Passes             whole passes recorded as CUDA graphs
+    1 moe_experts   2 ssd   3 attention   4 norm, add_gated, gated_rms_norm   5 causal_conv1d
+    6 route         7 Passes: whole passes recorded as CUDA graphs
 
 Conventions: pointers are commented with their shapes; offsets are int64 where they could pass 2^31;
 sums are float32 (float64 where the reference is); tails are masked, so any size works; NaN is kept,
@@ -35,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+F32, LONG, FLOATS = [torch.float32], [torch.long], [torch.float32, torch.float16, torch.bfloat16]
 
 
 def check(device: torch.device, **arguments: tuple):
@@ -54,15 +49,14 @@ def dense(x: Tensor, axes: int = 1) -> Tensor:
 
 
 def launcher(function):
-    """Run with the first tensor's GPU as the current one, which is where Triton launches; refuse
-    tensors that want gradients, and CPUs unless kernels are interpreted. (Meta tensors are for
-    counting launches.)"""
+    """Run with the first tensor's GPU as the current one, where Triton launches; refuse tensors
+    that want gradients, and CPUs unless interpreted. (Meta tensors are for counting launches.)"""
     @functools.wraps(function)
     def launch(*args, **kwargs):
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise ValueError(f"{function.__name__} of kernels.py has no gradient; use backend="
-                             "'torch' to train, and torch.no_grad() to evaluate")
+            raise ValueError(f"{function.__name__} of kernels.py has no gradient: train with "
+                             "backend 'torch', evaluate under torch.no_grad()")
         device = tensors[0].device
         if not (INTERPRETED or device.type in ("cuda", "meta")):
             raise ValueError(f"kernels.py needs a CUDA device, not {device} (or "
@@ -70,9 +64,6 @@ def launcher(function):
         with torch.cuda.device(device if device.type == "cuda" else -1):            # -1: no change
             return function(*args, **kwargs)
     return launch
-
-
-F32, LONG, FLOATS = [torch.float32], [torch.long], [torch.float32, torch.float16, torch.bfloat16]
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -86,9 +77,7 @@ def multiprocessors(device: torch.device) -> int:
 # 10 bits. In the scan they are "tf32x3": each factor is split into two TF32 numbers, and three
 # products of those keep float32's digits on the tensor cores.
 
-# ---------------------------------------------------------------------------------------------
-# 1. Routed experts
-#
+# ---- 1. Routed experts --------------------------------------------------------------------------
 # Why: 23 of 52 layers, and nine tenths of the weights. A token uses A of E experts, so a block of
 # 16 tokens hits dozens of them, and each expert hit must be read once: 2 F D numbers. At batch 1
 # that reading is the whole cost; the products (4 F D FLOPs a token and expert) are small beside it.
@@ -259,13 +248,10 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     return out
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The Mamba-2 scan
-#
+# ---- 2. The Mamba-2 scan ------------------------------------------------------------------------
 # Why: 23 of 52 layers. A block of 16 tokens needs the layer's state, H P N float32 numbers (2 MB a
-# row at full size), once to read and, in the context tower, once to write; the chunk's products
-# cost c (2 c (N + P) + 4 P N) FLOPs a head. Made of separate matrix products, the state and the
-# c x c weights travel through memory several times.
+# row at full size), to read and in the context tower to write; a chunk's products cost c (2 c (N +
+# P) + 4 P N) FLOPs a head. One by one they would move the state and c x c weights several times.
 #
 # How: in a chunk of c tokens that begins with the state h, with s_l the sum of dt A up to token l,
 #
@@ -281,14 +267,13 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
 
 @triton.jit
 def _scan_kernel(
-        x_ptr,              # (b, L, H, P)
+        x_ptr, y_ptr,       # (b, L, H, P)
         dt_ptr,             # (b, L, H), as in_proj makes it
         B_ptr, C_ptr,       # (b, L, G, N)
         dt_bias_ptr, A_log_ptr, D_ptr,                  # (H,)
         counts_ptr,         # (b,) int64: tokens of each row before its padding, if HAS_COUNTS
         state_ptr,          # (b, H, P, N) f32, or (b, chunks, H, P, N), if state_chunk is not 0:
                             # before each chunk; after the last not written but if UPDATE
-        y_ptr,              # (b, L, H, P)
         x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token, state_row, state_chunk,
         L, chunk_size, H, G, least, most,
         HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -305,15 +290,14 @@ def _scan_kernel(
     end = tl.load(counts_ptr + row).to(tl.int32) if HAS_COUNTS else L
     for first in range(0, L, chunk_size):
         real = (l < chunk_size) & (first + l < L)
-        dt = tl.load(dt_ptr + l * dt_token, real, other=0.0).to(tl.float32)
-        dt = step_sizes(dt + dt_bias, least, most)
-        dt = tl.where(real & (first + l < end), dt, 0.0)        # padding decays and adds nothing
+        dt = tl.load(dt_ptr + l * dt_token, real, other=0.0).to(tl.float32) + dt_bias
+        # a dt of 0 neither decays nor adds: padding
+        dt = tl.where(real & (first + l < end), step_sizes(dt, least, most), 0.0)
         log_decay, log_total = tl.cumsum(dt * A, 0), tl.sum(dt * A, 0)           # s_l and s_c
         there = real[:, None] & (p < P)[None, :]
         x = tl.load(x_ptr + l[:, None] * x_token + p[None, :], there, other=0.0).to(tl.float32)
         faded_x = tl.trans(x * (dt * tl.exp(log_total - log_decay))[:, None])   # to the chunk's end
-        weight = tl.zeros((CHUNK, CHUNK), tl.float32)
-        y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+        weight, y = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             cell, inside = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
@@ -330,8 +314,7 @@ def _scan_kernel(
                 tl.store(state_ptr + state_chunk + cell, state, inside)
         weight *= tl.exp(log_decay[:, None] - log_decay[None, :]) * dt[None, :]
         weight = tl.where(l[:, None] >= l[None, :], weight, 0.0)    # the rest may have overflowed
-        y = y * tl.exp(log_decay)[:, None] + D * x
-        y = tl.dot(weight, x, y, input_precision="tf32x3")
+        y = tl.dot(weight, x, y * tl.exp(log_decay)[:, None] + D * x, input_precision="tf32x3")
         tl.store(y_ptr + l[:, None] * (H * P) + p[None, :], y.to(y_ptr.dtype.element_ty), there)
         tl.debug_barrier()                      # what is stored is read by other threads next
         x_ptr, y_ptr = x_ptr + chunk_size * x_token, y_ptr + chunk_size * (H * P)
@@ -353,31 +336,30 @@ def step_sizes(dt, least, most):
 def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
         state: Tensor, limit: tuple[float, float], counts: Tensor | None, chunk_size: int,
         keep: str) -> tuple[Tensor, Tensor | None]:
-    """As twotower.ssd. chunk_size is that of the states kept with "blocks"; else the chunks are
-    the kernel's own."""
-    (b, L, H, P), (G, N), device = x.shape, B.shape[2:], x.device
-    check(device, x=(x, (b, L, H, P), FLOATS), dt=(dt, (b, L, H), FLOATS),
+    """As twotower.ssd; but for keep "blocks" the chunks have a size of the kernel's own."""
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    check(x.device, x=(x, (b, L, H, P), FLOATS), dt=(dt, (b, L, H), FLOATS),
           B=(B, (b, L, G, N), [x.dtype]), C=(C, (b, L, G, N), [x.dtype]),
           dt_bias=(dt_bias, (H,), FLOATS), A_log=(A_log, (H,), FLOATS), D=(D, (H,), FLOATS),
           state=(state, (b, H, P, N), F32), counts=(counts, (b,), LONG))
     if not state.is_contiguous():
         raise ValueError("state must be contiguous, as it is updated in place")
     x, dt, B, C = dense(x, 2), dense(dt), dense(B, 2), dense(C, 2)
-    y, before = torch.empty(x.shape, dtype=x.dtype, device=device), None
+    y, before = x.new_empty(x.shape), None
     if keep == "blocks":
-        before = torch.empty(b, triton.cdiv(L, chunk_size), H, P, N, device=device)
+        before = state.new_empty(b, triton.cdiv(L, chunk_size), H, P, N)
         before[:, 0], state = state, before
     else:
         chunk_size = 16 if L <= 16 else 32              # longer ones spill registers
         if keep != "end" and L > chunk_size:
             state = state.clone()                       # which goes from chunk to chunk
-    # narrow slices of a head fill the GPU at batch 1; wider ones repeat less of C . B, but in
-    # float32 their chunks of 32 spill registers
-    narrow = P % 32 or b * H < 2 * multiprocessors(device) or chunk_size * x.element_size() > 64
+    # wider slices of a head repeat less of C . B, but leave a GPU idle at batch 1, and in float32
+    # their chunks of 32 spill registers
+    narrow = P % 32 or b * H < 2 * multiprocessors(x.device) or chunk_size * x.element_size() > 64
     BLOCK_P = 16 if narrow else 32
     _scan_kernel[b * H, triton.cdiv(P, BLOCK_P)](
-        x, dt, B, C, dt_bias.contiguous(), A_log.contiguous(), D.contiguous(),
-        dt if counts is None else counts, state, y, *x.stride()[:2], *dt.stride()[:2],
+        x, y, dt, B, C, dt_bias.contiguous(), A_log.contiguous(), D.contiguous(),
+        dt if counts is None else counts, state, *x.stride()[:2], *dt.stride()[:2],
         *B.stride()[:2], *C.stride()[:2], state.stride(0), 0 if before is None else H * P * N, L,
         chunk_size, H, G, *map(float, limit), HAS_COUNTS=counts is not None,
         UPDATE=keep == "end", P=P, N=N, CHUNK=max(16, triton.next_power_of_2(chunk_size)),
@@ -385,14 +367,11 @@ def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Ten
     return y, before
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Attention of few queries
-#
+# ---- 3. Attention of few queries ----------------------------------------------------------------
 # Why: 6 of 52 layers, the only ones whose cost grows with the context: all keys and values, 4 G K
 # bytes a cached token in bfloat16, are read in every pass. The H/G query heads of a KV head and the
 # L queries are rows of one product, 16 H/G = 256 for a block of 16, in tiles of up to 128 rows that
-# each read the keys. (Many queries over their own keys, as in a prefill, are the library's: its
-# fused kernel took 0.4 of this one's time for 2,048 on an H200.)
+# each read the keys. (A prefill is the library's: 0.4 of this one's time for 2,048 on an H200.)
 #
 # How: with one row and two KV heads there is too little to keep a GPU busy, so the keys are split:
 # each program goes over its share with a running maximum and sum (as FlashAttention does), and a
@@ -416,13 +395,11 @@ def _attention_kernel(
     row, group = tl.program_id(1).to(tl.int64) // G, tl.program_id(1).to(tl.int64) % G
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head, query = group * (H // G) + m // L, m % L      # the rows of a KV head: head by head
-    real = m < H // G * L
-    d = tl.arange(0, BLOCK_K)
+    d, real = tl.arange(0, BLOCK_K), m < H // G * L
     inside = real[:, None] & (d < K)[None, :]
     at = row * q_row + head * q_head + query * q_token
     q = tl.load(q_ptr + at[:, None] + d[None, :], inside, other=0.0)    # (BLOCK_M, BLOCK_K)
-    best = tl.full((BLOCK_M,), HIDDEN, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    best, total = tl.full((BLOCK_M,), HIDDEN, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     # keys are counted from the share's first, in 32 bits
     first = tl.program_id(2).to(tl.int64) * share_size
@@ -437,8 +414,7 @@ def _attention_kernel(
         k = tl.load(k_ptr + s[:, None] * k_token + d[None, :], cached, other=0.0)
         v = tl.load(v_ptr + s[:, None] * v_token + d[None, :], cached, other=0.0)
         seen = s[None, :] <= last[:, None]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(seen, scores, HIDDEN)
+        scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, HIDDEN)
         higher = tl.maximum(best, tl.max(scores, 1))
         p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
         faded = tl.exp2(best - higher)
@@ -454,8 +430,7 @@ def _attention_kernel(
 
 @triton.jit
 def _join_shares_kernel(
-        acc_ptr,            # (shares, rows, K) f32
-        best_ptr, sum_ptr,  # (shares, rows) f32
+        acc_ptr, best_ptr, sum_ptr,     # of the other, where B, L and H are rows
         out_ptr,            # (rows, K)
         rows, shares, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SHARES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -476,16 +451,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     """As twotower.attention: q (B,H,L,K), k and v (B,G,S,K), which may be views of a larger cache,
     last_seen (B or 1, L) int64. Every query must see a key."""
     (B, H, L, K), (G, S) = q.shape, k.shape[1:3]
-    if last_seen is not None:
-        last_seen = last_seen.expand(B, L)                      # strides of 0 where one serves all
     check(q.device, q=(q, (B, H, L, K), FLOATS), k=(k, (B, G, S, K), [q.dtype]),
-          v=(v, (B, G, S, K), [q.dtype]), last_seen=(last_seen, (B, L), LONG))
+          v=(v, (B, G, S, K), [q.dtype]))
     if (last_seen is not None) + is_causal + (mask is not None) > 1:
         raise ValueError("attention takes one of last_seen, is_causal and mask")
     if is_causal or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-    if last_seen is None:
-        last_seen = torch.full((1, 1), S - 1, device=q.device).expand(B, L)
+    last_seen = torch.full((1, 1), S - 1, device=q.device) if last_seen is None else last_seen
+    last_seen = last_seen.expand(B, L)                          # strides of 0 where one serves all
+    check(q.device, last_seen=(last_seen, (B, L), LONG))
     q, k, v, queries = dense(q), dense(k), dense(v), H // G * L
     wide = q.dtype == torch.float32                             # more would spill registers
     BLOCK_M, BLOCK_S, num_warps = (
@@ -495,12 +469,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     tiles, BLOCK_K = triton.cdiv(queries, BLOCK_M), max(16, triton.next_power_of_2(K))
     # two programs for each multiprocessor, but shares of at least two tiles of keys
     wanted = triton.cdiv(2 * multiprocessors(q.device), tiles * B * G)
-    shares = max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_S)))
-    share_size = triton.cdiv(triton.cdiv(S, shares), BLOCK_S) * BLOCK_S
-    shares = triton.cdiv(S, share_size)
-    acc = torch.empty(shares, B, L, H, K, dtype=torch.float32, device=q.device)
-    best, total = torch.empty(2, shares, B, L, H, dtype=torch.float32, device=q.device)
-    out = torch.empty(B, L, H, K, dtype=q.dtype, device=q.device)   # as o_proj reads it
+    share_size = max(2, triton.cdiv(triton.cdiv(S, wanted), BLOCK_S)) * BLOCK_S
+    shares, out = triton.cdiv(S, share_size), q.new_empty(B, L, H, K)       # as o_proj reads it
+    acc = q.new_empty(shares, B, L, H, K, dtype=torch.float32)
+    best, total = acc.new_empty(2, shares, B, L, H)
     _attention_kernel[tiles, B * G, shares](
         q, k, v, last_seen, acc, best, total, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *last_seen.stride(), H, G, L, S, share_size, math.log2(math.e) * K**-0.5, K=K,
@@ -510,9 +482,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     return out.transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Norms, and what stands between two mixers
-#
+# ---- 4. Norms, and what stands between two mixers -----------------------------------------------
 # Why: 53 times a pass: a layer's output is summed over its slots, gated and added to the residual
 # stream, which the next layer modulates and norms. As separate torch operations each of these reads
 # and writes rows of D numbers and costs a launch. A program here does all of it for a token: at the
@@ -537,8 +507,7 @@ def _norm_kernel(
         gate_ptr,           # (B, D), if HAS_GATE
         weight_ptr,         # (groups, D)
         shift_ptr, scale_ptr,           # (B, D), if MODULATE
-        sum_ptr,            # (tokens, D): x + gate h, if there are SLOTS
-        out_ptr,            # (tokens, D)
+        sum_ptr, out_ptr,   # (tokens, D): x + gate h, if there are SLOTS; what is normed
         z_row, groups, D, eps, L,       # L tokens of a row share gate, shift and scale
         GATED: tl.constexpr, SLOTS: tl.constexpr, HAS_GATE: tl.constexpr,
         MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
@@ -577,19 +546,18 @@ def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None 
     """As twotower.norm: x (..., D) -> (..., D), shift and scale (B, 1, D)."""
     stream = x if isinstance(x, Unsummed) else Unsummed(x, None, None)
     x, h, gate = stream.x, stream.h, stream.gate
-    (*rows, D), slots, vector = x.shape, () if h is None else h.shape[2:-1], (len(x), 1, x.shape[-1])
+    (*rows, D), slots = x.shape, () if h is None else h.shape[2:-1]
+    vector = len(x), 1, D
     check(weight.device, x=(x, x.shape, FLOATS), h=(h, (*rows, *slots, D), FLOATS),
           weight=(weight, (D,), FLOATS), gate=(gate, vector, FLOATS),
           shift=(shift, vector, FLOATS), scale=(scale, vector, FLOATS))
-    flags = dict(GATED=False, SLOTS=0 if h is None else math.prod(slots), HAS_GATE=gate is not None,
-                 MODULATE=0 if shift is None else 1 if first else 2)
-    # what is not read still needs a tensor
-    x, weight, h, gate, shift, scale = (x if v is None else v.contiguous()
-                                        for v in (x, weight, h, gate, shift, scale))
-    total, out = torch.empty_like(x), torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _norm_kernel[x.numel() // D,](
-        x, x, h, gate, weight, shift, scale, total, out, 0, 1, D, eps, x.numel() // (len(x) * D),
-        **flags, BLOCK_D=triton.next_power_of_2(D), num_warps=8)
+    total, out = x.new_empty(x.shape), x.new_empty(x.shape, dtype=weight.dtype)
+    _norm_kernel[x.numel() // D,](                  # what is not read still needs a tensor
+        *(x if v is None else v.contiguous() for v in (x, x, h, gate, weight, shift, scale)),
+        total, out, 0, 1, D, eps, x.numel() // (len(x) * D), GATED=False,
+        SLOTS=0 if h is None else math.prod(slots), HAS_GATE=gate is not None,
+        MODULATE=0 if shift is None else 1 if first else 2,
+        BLOCK_D=triton.next_power_of_2(D), num_warps=8)
     if stream.h is not None:
         stream.x, stream.h, stream.gate = total, None, None
     return out
@@ -601,8 +569,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     D = y.shape[-1] // groups
     check(y.device, y=(y, (*y.shape[:-1], groups * D), FLOATS), z=(z, y.shape, FLOATS),
           weight=(weight, (groups * D,), FLOATS))
-    y, weight, out = y.contiguous(), weight.contiguous(), torch.empty(
-        y.shape, dtype=y.dtype, device=y.device)
+    y, weight, out = y.contiguous(), weight.contiguous(), y.new_empty(y.shape)
     z = dense(z.flatten(0, -2))                         # a slice: its rows are strided
     _norm_kernel[y.numel() // D,](
         y, z, y, y, weight, y, y, y, out, z.stride(0), groups, D, eps, 1, GATED=True, SLOTS=0,
@@ -615,13 +582,10 @@ def add_gated(x: Tensor | Unsummed, gate: Tensor | None, h: Tensor) -> Unsummed:
     return Unsummed(x.x if isinstance(x, Unsummed) else x, gate, h)
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Causal convolution and SiLU
-#
+# ---- 5. Causal convolution and SiLU -------------------------------------------------------------
 # Why: between the first product and the scan of 23 layers. W = 4 multiplications a channel are
-# nothing, but as shifted products in torch the history is copied before the new tokens, and inputs
-# and sums pass through memory W times. Here every input is read once (neighbours' loads hit the
-# cache), every output written once, and the new history replaces the old in place.
+# nothing, but as shifted products in torch inputs and sums pass through memory W times. Here each
+# does once (neighbours' loads hit the cache), and the new history replaces the old in place.
 
 
 @triton.jit
@@ -635,11 +599,9 @@ def load_inputs(x_ptr, history_ptr, at, W: tl.constexpr, x_token, channels, c, w
 @triton.jit
 def _conv_kernel(
         history_ptr,        # (B, W-1, channels)
-        x_ptr,              # (B, L, channels)
-        weight_ptr,         # (channels, W)
-        bias_ptr,           # (channels,), if HAS_BIAS
+        x_ptr, out_ptr,     # (B, L, channels)
+        weight_ptr, bias_ptr,           # (channels, W) and, if HAS_BIAS, (channels,)
         counts_ptr,         # (B,) int64: tokens of each row before its padding, if HAS_COUNTS
-        out_ptr,            # (B, L, channels)
         x_row, x_token, L, channels, W: tl.constexpr, HAS_BIAS: tl.constexpr,
         HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, BLOCK_L: tl.constexpr,
         BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -650,8 +612,7 @@ def _conv_kernel(
     x_ptr += row * x_row
     history_ptr += row * (W - 1) * channels
     acc = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(bias_ptr + c, HAS_BIAS & (c < channels), other=0.0).to(tl.float32)[None, :]
     for w in tl.static_range(W):                                                 # W-1-w before t
         tap = tl.load(weight_ptr + c * W + w, c < channels, other=0.0).to(tl.float32)
         x = load_inputs(x_ptr, history_ptr, t[:, None] + w - (W - 1), W, x_token, channels, c, real)
@@ -678,25 +639,22 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
           counts=(counts, (B,), LONG))
     if not history.is_contiguous():
         raise ValueError("history must be contiguous, as it is updated in place")
-    x, weight = dense(x), weight.contiguous()           # x is a slice of what in_proj made
+    x, weight, out = dense(x), weight.contiguous(), x.new_empty(B, L, channels)
     bias = weight if bias is None else bias.contiguous()
-    out = torch.empty(B, L, channels, dtype=x.dtype, device=x.device)
     BLOCK_W, BLOCK_C = triton.next_power_of_2(max(1, W - 1)), 128
     BLOCK_L = min(max(16, BLOCK_W), triton.next_power_of_2(L))      # the first alone reads history
     _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
-        history, x, weight, bias, x if counts is None else counts, out, *x.stride()[:2], L,
+        history, x, out, weight, bias, x if counts is None else counts, *x.stride()[:2], L,
         channels, W=W, HAS_BIAS=bias is not weight, HAS_COUNTS=counts is not None,
         UPDATE=update and W > 1, BLOCK_L=BLOCK_L, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
     return out
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Router
-#
+# ---- 6. Router ----------------------------------------------------------------------------------
 # Why: 23 of 52 layers. The release computes the scores in float64, as float32 cannot tell experts
-# apart that are close; written as there that is a dozen small operations, among them a float64 copy
-# of the weights (8 E D bytes) for every layer and step. Here, for up to 64 tokens, each reads the
-# float32 weights as they are, and the choice of A experts is one more kernel.
+# apart that are close: a dozen small operations, among them a float64 copy of the weights (8 E D
+# bytes) for every layer and step. Here, for up to 64 tokens, each reads the float32 weights as they
+# are, and the choice of A experts is one more kernel.
 
 
 @triton.jit
@@ -719,8 +677,7 @@ def _scores_kernel(
 
 @triton.jit
 def _top_experts_kernel(
-        scores_ptr,                     # (T, E) f64
-        bias_ptr,                       # (E,) f32
+        scores_ptr, bias_ptr,           # (T, E) f64 and (E,) f32
         ids_ptr, weights_ptr,           # (T, A) int64 and f64
         E, A, topk_group,
         FACTOR: tl.constexpr,           # as an argument it would be rounded to float32
@@ -760,8 +717,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
     (T, D), E, A = x.shape, len(weight), config.num_experts_per_tok
     check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32), bias=(bias, (E,), F32))
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    ids = torch.empty(T, A, dtype=torch.long, device=x.device)
-    scores, weights = (torch.empty(T, n, dtype=torch.float64, device=x.device) for n in (E, A))
+    ids = x.new_empty(T, A, dtype=torch.long)
+    scores, weights = (x.new_empty(T, n, dtype=torch.float64) for n in (E, A))
     if T > 64:                  # a product large enough for the library's, on float64 tensor cores
         scores = torch.sigmoid(x.double() @ weight.double().T)
     else:
@@ -774,14 +731,12 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
     return ids, weights
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Passes recorded as CUDA graphs
-#
+# ---- 7. Passes recorded as CUDA graphs ----------------------------------------------------------
 # Why: a pass makes some three hundred launches, most of them small; at batch 1 the host cannot
 # launch them as fast as the GPU runs them. By `python bench.py gpu` on an H200 an AR token of the
-# full-size model took 27 ms so, and 3.5 ms recorded once and replayed by one call (2026-11-26, with
-# twice the launches). Whatever a pass reads and writes must then stay where it is: inputs are
-# copied into buffers, Mamba states are updated in place, the rows' lengths are on the device.
+# full-size model took 20.0 ms so, and 2.93 ms recorded once and replayed by one call (2026-11-26).
+# Whatever a pass reads and writes must then stay where it is: inputs, among them the rows' lengths,
+# are copied into buffers, and states are updated in place.
 
 
 class Passes:
@@ -789,9 +744,9 @@ class Passes:
     step, a block extension, a draft read and settled. On a GPU each is recorded when it first
     comes, for every number of tokens anew; elsewhere it just runs. Rows that end stay, as padding
     of length 0, until no more than half are left: recording costs as much as dozens of passes.
+    What is returned, and so context.logits, stays valid until the same pass comes again.
 
     behind: Pass.behind of twotower.py, which this file does not import.
-    What they return, and so context.logits, stays valid until the same pass comes again.
     Raises: ValueError if the towers are on different devices.
     """
 
@@ -815,15 +770,14 @@ class Passes:
         return kept
 
     def extend(self, context, tokens: Tensor, logits: str | None, keep: str) -> Tensor | None:
-        """tokens (R, L) int64 are read by the context tower; logits and keep as for
-        TwoTower._extend. Returns (R, 1 or L, V) float32, or None without logits."""
+        """As TwoTower._extend: tokens (R, L) int64 -> (R, 1 or L, V) float32, or None."""
         def read(lengths, tokens):
             at = self.behind(lengths, L, self.capacity, causal=True, keep=keep)
-            hidden = self.model.context_tower(tokens, context.states, at)
+            hidden = model.context_tower(tokens, context.states, at)
             hidden = hidden[:, -1:] if logits == "last" else hidden
-            return self.model.context_lm_head(hidden).float() if logits else None
+            return model.context_lm_head(hidden).float() if logits else None
 
-        L = tokens.shape[1]
+        model, L = self.model, tokens.shape[1]
         out = self._run(context, (L, logits, keep), read, context.lengths, tokens)
         context.lengths = context.lengths + L * (keep == "end")
         context.logits = None if out is None else out[:, -1]
@@ -833,11 +787,11 @@ class Passes:
         """block (R, Q) int64, t (R,) -> (R, Q, V) float32."""
         def predict(lengths, block, t):
             at = self.behind(lengths, Q, self.capacity, causal=False)
-            modulations = self.model._modulations(t)
-            hidden = self.model.denoiser_tower(block, context.states, at, modulations)
-            return self.model.lm_head(hidden).float()
+            hidden = model.denoiser_tower(block, context.states, at, model._modulations(t))
+            return model.lm_head(hidden).float()
 
-        Q, t = block.shape[1], t.to(self.model.lm_head.weight.dtype)    # as t_embedder rounds it
+        model, Q = self.model, block.shape[1]
+        t = t.to(model.lm_head.weight.dtype)                # as t_embedder would, here on the host
         return self._run(context, (Q,), predict, context.lengths, block, t)
 
     def settle(self, context, counts: Tensor):
@@ -876,10 +830,8 @@ capture_stream = functools.cache(torch.cuda.Stream)         # one a GPU
 
 def record(function, buffers: list[Tensor], changed=()):
     """function(*buffers) as a CUDA graph, which keeps its own memory. What is returned copies its
-    arguments, if any, to the buffers, replays the graph, and returns the same output again.
-
-    changed: tensors that the function updates; what the trial run does to them is undone. (Not that
-    to the caches: a replay writes the same slots again.)
+    arguments, if any, to the buffers, replays the graph, and returns the same output again. What a
+    trial run does to `changed` is undone, but not what it writes to caches: a replay does the same.
     """
     kept, graph, device = [x.clone() for x in changed], torch.cuda.CUDAGraph(), buffers[0].device
     with torch.cuda.device(device):
