@@ -4487,7 +4487,7 @@ def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
     bench.concentrate_routing(model, 3)
     with torch.no_grad():
         rows, table = bench.table_of_passes(
-            model, (1, 2), 40, lambda run: (run(), float(next(times)))[1], 1e9, 1e9)
+            model, (1, 2), 40, lambda run: (run(), float(next(times)))[1], (1e9, 1e9))
     assert [row["pass"] for row in rows[:3]] == ["AR token", "denoiser step", "block extension"]
     assert rows[0]["experts"] == 2 and rows[2]["experts"] == 3
     ar, denoise, extension = (row["graphs_ms"] for row in rows[3:])
