@@ -36,7 +36,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -286,21 +285,22 @@ def bench_gpu() -> dict:
     def seconds_of(run) -> float:
         return do_bench(run, warmup=50, rep=300, return_mode="median") / 1e3
 
-    print(torch.cuda.get_device_name())
-    bandwidth, rate = roof(seconds_of)
+    result = {"gpu": torch.cuda.get_device_name()}
+    bandwidth, rate = result["bandwidth"], result["rate"] = roof(seconds_of)
+    print(f"{result['gpu']}: copies {bandwidth / 1e9:.0f} GB/s, products {rate / 1e12:.0f} TFLOP/s")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = TwoTower(TwoTowerConfig()).eval().use("triton")
     torch.set_default_dtype(torch.float32)
-    result = {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth, "rate": rate}
-    prompts = [torch.randint(4, model.config.vocab_size, (1, 2**n)) for n in (9, 11, 13, 15)]
-    seconds = [seconds_of(lambda: model.prefill(prompt)) for prompt in prompts]
-    result["prefill"] = [{"tokens": prompt.numel(), "ms": 1e3 * s, "per_second": prompt.numel() / s}
-                         for prompt, s in zip(prompts, seconds)]
-    show("prefill", result["prefill"])
-    result["launches"] = time_launches(model, seconds_of, bandwidth, rate)
+    result["prefill"] = rows = []
+    for n in (512, 2048, 8192, 32768):
+        prompt = torch.randint(4, model.config.vocab_size, (1, n))
+        seconds = seconds_of(lambda: model.prefill(prompt))
+        rows.append({"tokens": n, "ms": 1e3 * seconds, "per_second": n / seconds})
+    show("prefill", rows)
+    result["launches"] = time_launches(model, seconds_of, (bandwidth, rate))
     measure = functools.partial(table_of_passes, model, length=2048, seconds_of=seconds_of,
-                                bandwidth=bandwidth, rate=rate)
+                                roof=(bandwidth, rate))
     result["random"], result["random_speed_up"] = measure(batches=(1, 4, 16, 64))
     concentrate_routing(model, POOL)
     print(f"\nrouting is now held to {POOL} experts a layer, so that {BLOCK} tokens hit 34, as is "
@@ -316,10 +316,8 @@ def roof(seconds_of) -> tuple[float, float]:
     """What this GPU reaches: bytes a second in a copy, FLOPs a second in bfloat16 products."""
     large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     square = torch.randn(8192, 8192, device="cuda").bfloat16()
-    bandwidth = 2 * large.numel() / seconds_of(large.clone)
-    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
-    print(f"copying {bandwidth / 1e9:.0f} GB/s, products {rate / 1e12:.0f} TFLOP/s: the roof")
-    return bandwidth, rate
+    return (2 * large.numel() / seconds_of(large.clone),
+            2 * len(square)**3 / seconds_of(lambda: square @ square))
 
 
 def concentrate_routing(model: TwoTower, experts: int):
@@ -345,18 +343,15 @@ def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
         context.passes.recording &= recording
     token, block = (torch.randint(4, model.config.vocab_size, (rows, n), device=context.device)
                     for n in (1, BLOCK))
-    t = torch.full((rows,), 0.5, device=context.device)
-    runs = {"AR token": lambda: model._extend(context, token, "last"),
-            "denoiser step": lambda: model._denoise(block, context, t),
-            "block extension": lambda: model._extend(context, block, None)}
+    runs = (lambda: model._extend(context, token, "last"),
+            lambda: model._denoise(block, context, torch.full((rows,), 0.5)),
+            lambda: model._extend(context, block, None))
 
-    def run(name):
+    def again(run):
         context.lengths = lengths
-        if graphs:
-            context.passes.lengths.copy_(lengths, non_blocking=True)
-        return runs[name]()
+        return run()
 
-    return {name: functools.partial(run, name) for name in PASSES}
+    return {name: functools.partial(again, run) for name, run in zip(PASSES, runs)}
 
 
 def check_replays(model: TwoTower, rows: int, length: int):
@@ -379,13 +374,13 @@ def check_replays(model: TwoTower, rows: int, length: int):
             raise ValueError(f"recorded passes differ from plain ones by {gap:.1e}")
 
 
-def table_of_passes(model: TwoTower, batches, length: int, seconds_of, bandwidth: float,
-                    rate: float) -> tuple[list[dict], list[dict]]:
-    """A row for every batch and pass, without and with CUDA graphs, against the roof: what bytes
-    and FLOPs take at `bandwidth` bytes, as measured of a copy, and `rate` FLOPs a second; and the
-    `speed_ups` that follow."""
+def table_of_passes(model: TwoTower, batches, length: int, seconds_of,
+                    roof: tuple[float, float]) -> tuple[list[dict], list[dict]]:
+    """A row for every batch and pass, without and with CUDA graphs, against the `roof` of bytes and
+    FLOPs a second; and of every batch diffusion's speed over AR's by passes a block, as follows
+    from these times, and the passes at which it would be 1 and 2.42."""
     check_replays(model, batches[0], length)
-    rows = []
+    rows, table = [], []
     for batch in batches:
         by_pass = {name: {"batch": batch, "pass": name} for name in PASSES}
         for kind in ("", "graphs_"):
@@ -396,29 +391,19 @@ def table_of_passes(model: TwoTower, batches, length: int, seconds_of, bandwidth
                     cost = cost_of_pass(model.config, experts, cached=length, rows=batch,
                                         **PASSES[name])
                     row |= {"experts": experts, "gigabytes": cost.bytes / 1e9,
-                            "roof_ms": 1e3 * cost.seconds(bandwidth, rate)}
+                            "roof_ms": 1e3 * cost.seconds(*roof)}
                 ms = 1e3 * seconds_of(runs[name])
                 row |= {f"{kind}ms": ms, f"{kind}share_of_roof": row["roof_ms"] / ms}
             del runs                            # and their memory, before the next take theirs
         rows += by_pass.values()
-    table = speed_ups(rows)
-    show(f"passes after {length} tokens", rows)
-    show("speed of diffusion over AR if a block takes so many denoiser passes (assumed)", table)
-    return rows, table
-
-
-def speed_ups(rows: list[dict]) -> list[dict]:
-    """From the times of the passes, by batch: diffusion's speed over AR's by passes a block, and
-    the passes at which it would be 1 and 2.42."""
-    table = []
-    for i in range(0, len(rows), len(PASSES)):
-        ar, step, extend = (row["graphs_ms"] for row in rows[i:i + len(PASSES)])
-        batch = rows[i]["batch"]
+        ar, step, extend = (row["graphs_ms"] for row in by_pass.values())
         table.append(
             {"batch": batch, "ar_tokens_per_second": 1e3 * batch / ar}
             | {f"{n} passes": BLOCK * ar / (n * step + extend) for n in (1, 2, 4, 6, 8, 12, 16)}
             | {f"{speed}x at": (BLOCK * ar / speed - extend) / step for speed in (1, 2.42)})
-    return table
+    show(f"passes after {length} tokens", rows)
+    show("speed of diffusion over AR if a block takes so many denoiser passes (assumed)", table)
+    return rows, table
 
 
 def time_decoding(model: TwoTower, new: int = 512) -> list[dict]:
@@ -479,9 +464,9 @@ class Launch(NamedTuple):
     name: str
     bytes: float                # of the tensors it is given and makes, each once
     flops: float
-    kernel: object = None       # of kernels.py: the JITFunction, its arguments and options by name
-    values: dict | None = None
-    again: Callable | None = None       # the same launch
+    kernel: object = None       # of kernels.py: the JITFunction,
+    values: dict | None = None  # its arguments and options by name,
+    again: Callable | None = None       # and the same launch
 
 
 class Launches(TorchDispatchMode):
@@ -497,34 +482,32 @@ class Launches(TorchDispatchMode):
         from triton import JITFunction
         run = JITFunction.run
 
-        def enter(module, _, kind=""):
-            if isinstance(module, Layer):
-                self.kind = kind or module.kind
+        def enter(module, *args):
+            if isinstance(module, Layer):               # after it there is an output, too
+                self.kind = module.kind if len(args) == 1 else ""
 
         self.hooks = contextlib.ExitStack()
-        self.hooks.enter_context(register_module_forward_pre_hook(enter))
-        self.hooks.enter_context(register_module_forward_hook(
-            lambda module, args, out: enter(module, args, " ")))
-        self.hooks.enter_context(mock.patch.object(
-            JITFunction, "run", lambda kernel, *args, **options: self.launch(
-                kernel, dict(zip(kernel.arg_names, args)) | options,
-                functools.partial(run, kernel, *args, **options))))
+        for hook in (register_module_forward_pre_hook(enter), register_module_forward_hook(enter),
+                     mock.patch.object(JITFunction, "run", lambda *args, **options: self.launch(
+                         functools.partial(run, *args, **options)))):
+            self.hooks.enter_context(hook)
         return super().__enter__()
 
     def __exit__(self, *error):
         self.hooks.close()
         return super().__exit__(*error)
 
-    def launch(self, kernel, values: dict, again: Callable):
-        tensors, name = {id(v): v for v in values.values() if isinstance(v, torch.Tensor)}, (
-            kernel.fn.__name__)
+    def launch(self, again: functools.partial):
+        kernel, *args = again.args
+        name, values = kernel.fn.__name__, dict(zip(kernel.arg_names, args)) | again.keywords
+        tensors = {id(v): v for v in values.values() if isinstance(v, torch.Tensor)}
         moved = sum(v.nbytes for v in tensors.values())
         if name == "_grouped_product_kernel":
             moved -= values["w_ptr"].nbytes * (1 - self.share)
         if name == "_scan_kernel" and values["UPDATE"]:         # read and written
             moved += values["state_ptr"].nbytes
-        self.found.append(Launch(self.kind.strip(), name, moved,
-                                 FLOPS.get(name, lambda v: 0)(values), kernel, values, again))
+        self.found.append(Launch(self.kind, name, moved, FLOPS.get(name, lambda v: 0)(values),
+                                 kernel, values, again))
         if not any(v.is_meta for v in tensors.values()):
             again()
 
@@ -533,18 +516,19 @@ class Launches(TorchDispatchMode):
         if op.is_view or "empty" in str(op) or "_unsafe_view" in str(op):
             return out
         given = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
-        if not any(x.is_meta for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            return out                                              # of the host
+        if not all(x.is_meta for x in given):                       # of the host, or copied from it
+            return out
         if "embedding" in str(op) or "index" in str(op):            # rows of a table or cache
             given = sorted(given, key=torch.Tensor.numel)[:2]
         count = flop_registry.get(op.overloadpacket, lambda *_, **__: 0)
-        self.found.append(Launch(self.kind.strip(), str(op), sum({id(x): x.nbytes for x in given}
-                                 .values()), count(*args, **(kwargs or {}), out_val=out)))
+        self.found.append(Launch(
+            self.kind, str(op), sum({id(x): x.nbytes for x in given}.values()),
+            count(*args, **(kwargs or {}), out_val=out)))
         return out
 
 
 def variant(launch: Launch) -> tuple:
-    """What Triton compiles for a launch: types, constants, alignment, options, and the tile."""
+    """What Triton compiles for a launch: types, constants, alignment, options."""
     from triton.runtime.jit import mangle_type
 
     signature, constants, aligned = {}, {}, {}
@@ -561,28 +545,25 @@ def variant(launch: Launch) -> tuple:
         name: launch.values[name] for name in ("num_warps", "num_stages") if name in launch.values}
 
 
-def compiled(kernel, card: int, signature: dict, constants: dict, aligned: dict,
-             options: dict) -> dict:
+def compiled(launch: Launch, card: int) -> dict:
     """What the compiler makes of it for a card of compute capability card / 10."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    code = triton.compile(ASTSource(kernel, signature, constants, aligned),
+    signature, constants, aligned, options = variant(launch)
+    code = triton.compile(ASTSource(launch.kernel, signature, constants, aligned),
                           target=GPUTarget("cuda", card, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(code.asm["ptx"])
-        arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
-        tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
-        said = subprocess.run([tool.path, "-v", f"-arch={arch}", ptx, "-o", folder + "/cubin"],
-                              capture_output=True, text=True).stderr
-    tile = [f"{name.lower()} {value}" for name, value in constants.items()
-            if name.startswith(("BLOCK", "CHUNK", "SLOTS", "FEW"))]
-    return {"kernel": kernel.fn.__name__, "card": card,
+    arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
+    tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+    said = subprocess.run([tool.path, "-v", f"-arch={arch}", "/dev/stdin", "-o", "/dev/null"],
+                          input=code.asm["ptx"], capture_output=True, text=True).stderr
+    return {"kernel": launch.name, "card": card,
             "registers": int(re.search(r"Used (\d+) registers", said)[1]),
             "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
-            "shared": code.metadata.shared, "tile": " ".join(tile)}
+            "shared": code.metadata.shared,
+            "tile": " ".join(f"{name.lower()} {value}" for name, value in constants.items()
+                             if name.startswith(("BLOCK", "CHUNK", "SLOTS", "FEW")))}
 
 
 @torch.no_grad()
@@ -594,7 +575,9 @@ def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 floa
         with torch.device("meta"):
             model = TwoTower(config).eval().use("triton")
         torch.set_default_dtype(torch.float32)
-        found = []
+        with Launches(config, 0) as prefill:
+            model.prefill(torch.randint(4, config.vocab_size, (1, 4096)))
+        found = prefill.found
         for batch in (1, 4, 64):
             for name, run in passes_over(model, batch, 2048, graphs=True).items():
                 tokens = batch * PASSES[name]["tokens"]
@@ -604,11 +587,8 @@ def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 floa
                 found += launches.found
                 if dtype == "bfloat16":
                     counts += table_of_launches(batch, name, launches.found)
-        with Launches(config, 0) as launches:
-            model.prefill(torch.randint(4, config.vocab_size, (1, 4096)))
-        variants = {str((one.name, variant(one))): one for one in found + launches.found
-                    if one.kernel is not None}
-        table += [{"dtype": dtype} | compiled(one.kernel, card, *variant(one))
+        variants = {str((one.name, variant(one))): one for one in found if one.kernel}
+        table += [{"dtype": dtype} | compiled(one, card)
                   for card in map(int, cards.split()) for one in variants.values()]
     show("launches by pass and kind of layer", counts)
     show("by the compiler", table)
@@ -619,7 +599,7 @@ def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 floa
     return {"launches": counts, "compiled": table}
 
 
-def time_launches(model: TwoTower, seconds_of, bandwidth: float, rate: float) -> list[dict]:
+def time_launches(model: TwoTower, seconds_of, roof: tuple[float, float]) -> list[dict]:
     """The kernels of passes at batch 1 after 2,048 tokens, each many times within a CUDA graph, as
     the launch of a graph takes longer than many of them. What fits the cache is then read from it,
     which in a pass it may not be."""
@@ -629,24 +609,22 @@ def time_launches(model: TwoTower, seconds_of, bandwidth: float, rate: float) ->
             run()
         kinds = {(one.name, str(variant(one)[1])): one for one in launches.found if one.kernel}
         for (kernel, _), one in kinds.items():
-            graph, *_ = kernels().record(lambda _: [one.again() for _ in range(many)],
-                                         [torch.zeros(1, device=model.context_tower.device)])
-            seconds = seconds_of(graph.replay) / many
+            replay = kernels().record(lambda _: [one.again() for _ in range(many)],
+                                      [torch.zeros(1, device=model.context_tower.device)])
+            seconds = seconds_of(replay) / many
             rows.append({"pass": name, "kernel": kernel, "microseconds": 1e6 * seconds,
-                         "gigabytes_a_second": one.bytes / seconds / 1e9, "share_of_roof":
-                         Cost(one.bytes, one.flops).seconds(bandwidth, rate) / seconds})
+                         "gigabytes_a_second": one.bytes / seconds / 1e9,
+                         "share_of_roof": Cost(one.bytes, one.flops).seconds(*roof) / seconds})
     show("kernels of passes at batch 1", rows)
     return rows
 
 
 def table_of_launches(batch: int, name: str, found: list[Launch]) -> list[dict]:
-    rows = []
-    for kind in ("M", "*", "E", "", "all"):
-        own = [one for one in found if kind in (one.kind, "all")]
-        rows.append({"batch": batch, "pass": name, "layers": kind or "other",
-                     "launches": len(own), "megabytes": sum(one.bytes for one in own) / 1e6,
-                     "gigaflops": sum(one.flops for one in own) / 1e9})
-    return rows
+    of = {kind or "other": [one for one in found if kind in (one.kind, "all")]
+          for kind in ("M", "*", "E", "", "all")}
+    return [{"batch": batch, "pass": name, "layers": layers, "launches": len(own),
+             "megabytes": sum(one.bytes for one in own) / 1e6,
+             "gigaflops": sum(one.flops for one in own) / 1e9} for layers, own in of.items()]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,25 +1,18 @@
 """Triton versions of twotower.py's hot paths, and its passes recorded as CUDA graphs.
 
 Each operation can be copied with the helpers above section 1: why it is hot and what it must move,
-the kernel, the launcher that checks shapes and devices. The reference is the function of the same
-name and signature in twotower.py; test_twotower.py compares the two, `python bench.py kernels` says
-what the compiler makes of every launch and counts them. `model.use("triton")` takes these; nothing
-is patched, and twotower.py does not need this file.
+the kernel, the launcher that checks shapes and devices. `model.use("triton")` takes these instead
+of twotower.py's functions of the same names and signatures, with which test_twotower.py compares
+them; `python bench.py kernels` counts launches and says what the compiler makes of each.
 
-    1  moe_experts        grouped matrix products over the experts that were hit
-    2  ssd                the Mamba-2 recurrence, chunk by chunk; one token is the smallest chunk
-    3  attention          few queries over many keys, split over the keys
-    4  add_gated, norm    what stands between two mixers: a layer's sum, then the next one's norm;
-                          and gated_rms_norm
-    5  causal_conv1d      depthwise convolution and SiLU
-    6  route              expert scores, group limit, top-k, in float64
-    7  Passes             whole passes recorded as CUDA graphs
+    1 moe_experts   2 ssd   3 attention   4 norm, add_gated, gated_rms_norm   5 causal_conv1d
+    6 route         7 Passes: whole passes recorded as CUDA graphs
 
 Conventions: pointers are commented with their shapes; offsets are int64 where they could pass 2^31;
 sums are float32 (float64 where the reference is); tails are masked, so any size works; NaN is kept,
 since decoding stops at it. Letters are those of twotower.py, and F the width of an expert; S counts
-the keys: context and block, or in a recorded pass all of the cache's capacity. On a machine without
-a GPU the kernels run under TRITON_INTERPRET=1, slowly: that is how CI checks them.
+the keys: context and block, or in a recorded pass all of the cache's capacity. Without a GPU the
+kernels run under TRITON_INTERPRET=1, slowly, which is how CI checks them.
 """
 
 from __future__ import annotations
@@ -36,20 +29,18 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+F32, LONG, FLOATS = [torch.float32], [torch.long], [torch.float32, torch.float16, torch.bfloat16]
 
 
 def check(device: torch.device, **arguments: tuple):
     """Raise ValueError unless a launcher's arguments are what its kernel reads: by name a tensor
     (or None), its shape and its dtypes."""
     for name, (tensor, shape, dtypes) in arguments.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {device}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+        for what, got, expected in () if tensor is None else (
+                ("has shape", tuple(tensor.shape), [tuple(shape)]),
+                ("is on", tensor.device, [device]), ("is", tensor.dtype, dtypes)):
+            if got not in expected:
+                raise ValueError(f"{name} {what} {got}, expected {' or '.join(map(str, expected))}")
 
 
 def dense(x: Tensor, axes: int = 1) -> Tensor:
@@ -58,15 +49,14 @@ def dense(x: Tensor, axes: int = 1) -> Tensor:
 
 
 def launcher(function):
-    """Run with the first tensor's GPU as the current one, which is where Triton launches; refuse
-    tensors that want gradients, and CPUs unless kernels are interpreted. (Meta tensors are for
-    counting launches.)"""
+    """Run with the first tensor's GPU as the current one, where Triton launches; refuse tensors
+    that want gradients, and CPUs unless interpreted. (Meta tensors are for counting launches.)"""
     @functools.wraps(function)
     def launch(*args, **kwargs):
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise ValueError(f"{function.__name__} of kernels.py has no gradient; use backend="
-                             "'torch' to train, and torch.no_grad() to evaluate")
+            raise ValueError(f"{function.__name__} of kernels.py has no gradient: train with "
+                             "backend 'torch', evaluate under torch.no_grad()")
         device = tensors[0].device
         if not (INTERPRETED or device.type in ("cuda", "meta")):
             raise ValueError(f"kernels.py needs a CUDA device, not {device} (or "
@@ -74,9 +64,6 @@ def launcher(function):
         with torch.cuda.device(device if device.type == "cuda" else -1):            # -1: no change
             return function(*args, **kwargs)
     return launch
-
-
-F32, LONG, FLOATS = [torch.float32], [torch.long], [torch.float32, torch.float16, torch.bfloat16]
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -90,9 +77,7 @@ def multiprocessors(device: torch.device) -> int:
 # 10 bits. In the scan they are "tf32x3": each factor is split into two TF32 numbers, and three
 # products of those keep float32's digits on the tensor cores.
 
-# ---------------------------------------------------------------------------------------------
-# 1. Routed experts
-#
+# ---- 1. Routed experts --------------------------------------------------------------------------
 # Why: 23 of 52 layers, and nine tenths of the weights. A token uses A of E experts, so a block of
 # 16 tokens hits dozens of them, and each expert hit must be read once: 2 F D numbers. At batch 1
 # that reading is the whole cost; the products (4 F D FLOPs a token and expert) are small beside it.
@@ -263,13 +248,10 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     return out
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The Mamba-2 scan
-#
+# ---- 2. The Mamba-2 scan ------------------------------------------------------------------------
 # Why: 23 of 52 layers. A block of 16 tokens needs the layer's state, H P N float32 numbers (2 MB a
-# row at full size), once to read and, in the context tower, once to write; the chunk's products
-# cost c (2 c (N + P) + 4 P N) FLOPs a head. Made of separate matrix products, the state and the
-# c x c weights travel through memory several times.
+# row at full size), to read and in the context tower to write; a chunk's products cost c (2 c (N +
+# P) + 4 P N) FLOPs a head. One by one they would move the state and c x c weights several times.
 #
 # How: in a chunk of c tokens that begins with the state h, with s_l the sum of dt A up to token l,
 #
@@ -279,21 +261,19 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
 # A program owns a slice of a head's P channels and goes from chunk to chunk; in each it walks over
 # the N columns of the state, a few at a time: h C, the new state and C . B (which every slice
 # repeats) come from that one walk. A block is one chunk, a single token the smallest, padded to the
-# 16 rows of a tensor core's product: the state is read once and written once. Between the chunks of
-# a prompt it stays where it is, most likely in the cache. (Chunks could be done at the same time,
-# as in arXiv 2405.21060, section 6; their states would then move through memory.)
+# 16 rows of a tensor core's product. Between the chunks of a prompt the state most likely stays in
+# the cache. (Chunks at the same time, as in arXiv 2405.21060, section 6, would move their states.)
 
 
 @triton.jit
 def _scan_kernel(
-        x_ptr,              # (b, L, H, P)
+        x_ptr, y_ptr,       # (b, L, H, P)
         dt_ptr,             # (b, L, H), as in_proj makes it
         B_ptr, C_ptr,       # (b, L, G, N)
         dt_bias_ptr, A_log_ptr, D_ptr,                  # (H,)
         counts_ptr,         # (b,) int64: tokens of each row before its padding, if HAS_COUNTS
         state_ptr,          # (b, H, P, N) f32, or (b, chunks, H, P, N), if state_chunk is not 0:
                             # before each chunk; after the last not written but if UPDATE
-        y_ptr,              # (b, L, H, P)
         x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token, state_row, state_chunk,
         L, chunk_size, H, G, least, most,
         HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -302,26 +282,22 @@ def _scan_kernel(
     group = head // (H // G)
     p, l = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
     # where the row's first chunk begins; what lies within a chunk takes 32 bits
-    x_ptr += row * x_row + head * P
-    dt_ptr += row * dt_row + head
-    B_ptr += row * B_row + group * N
-    C_ptr += row * C_row + group * N
-    state_ptr += row * state_row + head * P * N
-    y_ptr += (row * L * H + head) * P
+    x_ptr, y_ptr = x_ptr + row * x_row + head * P, y_ptr + (row * L * H + head) * P
+    B_ptr, C_ptr = B_ptr + row * B_row + group * N, C_ptr + row * C_row + group * N
+    dt_ptr, state_ptr = dt_ptr + row * dt_row + head, state_ptr + row * state_row + head * P * N
     dt_bias, D = tl.load(dt_bias_ptr + head).to(tl.float32), tl.load(D_ptr + head).to(tl.float32)
     A = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     end = tl.load(counts_ptr + row).to(tl.int32) if HAS_COUNTS else L
     for first in range(0, L, chunk_size):
         real = (l < chunk_size) & (first + l < L)
-        dt = tl.load(dt_ptr + l * dt_token, real, other=0.0).to(tl.float32)
-        dt = step_sizes(dt + dt_bias, least, most)
-        dt = tl.where(real & (first + l < end), dt, 0.0)        # padding decays and adds nothing
+        dt = tl.load(dt_ptr + l * dt_token, real, other=0.0).to(tl.float32) + dt_bias
+        # a dt of 0 neither decays nor adds: padding
+        dt = tl.where(real & (first + l < end), step_sizes(dt, least, most), 0.0)
         log_decay, log_total = tl.cumsum(dt * A, 0), tl.sum(dt * A, 0)           # s_l and s_c
         there = real[:, None] & (p < P)[None, :]
         x = tl.load(x_ptr + l[:, None] * x_token + p[None, :], there, other=0.0).to(tl.float32)
         faded_x = tl.trans(x * (dt * tl.exp(log_total - log_decay))[:, None])   # to the chunk's end
-        weight = tl.zeros((CHUNK, CHUNK), tl.float32)
-        y = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+        weight, y = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, BLOCK_P), tl.float32)
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             cell, inside = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
@@ -338,16 +314,12 @@ def _scan_kernel(
                 tl.store(state_ptr + state_chunk + cell, state, inside)
         weight *= tl.exp(log_decay[:, None] - log_decay[None, :]) * dt[None, :]
         weight = tl.where(l[:, None] >= l[None, :], weight, 0.0)    # the rest may have overflowed
-        y = y * tl.exp(log_decay)[:, None] + D * x
-        y = tl.dot(weight, x, y, input_precision="tf32x3")
+        y = tl.dot(weight, x, y * tl.exp(log_decay)[:, None] + D * x, input_precision="tf32x3")
         tl.store(y_ptr + l[:, None] * (H * P) + p[None, :], y.to(y_ptr.dtype.element_ty), there)
         tl.debug_barrier()                      # what is stored is read by other threads next
-        state_ptr += state_chunk
-        x_ptr += chunk_size * x_token
-        dt_ptr += chunk_size * dt_token
-        B_ptr += chunk_size * B_token
-        C_ptr += chunk_size * C_token
-        y_ptr += chunk_size * (H * P)
+        x_ptr, y_ptr = x_ptr + chunk_size * x_token, y_ptr + chunk_size * (H * P)
+        B_ptr, C_ptr = B_ptr + chunk_size * B_token, C_ptr + chunk_size * C_token
+        dt_ptr, state_ptr = dt_ptr + chunk_size * dt_token, state_ptr + state_chunk
 
 
 @triton.jit
@@ -364,31 +336,30 @@ def step_sizes(dt, least, most):
 def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
         state: Tensor, limit: tuple[float, float], counts: Tensor | None, chunk_size: int,
         keep: str) -> tuple[Tensor, Tensor | None]:
-    """As twotower.ssd. chunk_size is that of the states kept with "blocks"; else the chunks are
-    the kernel's own."""
-    (b, L, H, P), (G, N), device = x.shape, B.shape[2:], x.device
-    check(device, x=(x, (b, L, H, P), FLOATS), dt=(dt, (b, L, H), FLOATS),
+    """As twotower.ssd; but for keep "blocks" the chunks have a size of the kernel's own."""
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    check(x.device, x=(x, (b, L, H, P), FLOATS), dt=(dt, (b, L, H), FLOATS),
           B=(B, (b, L, G, N), [x.dtype]), C=(C, (b, L, G, N), [x.dtype]),
           dt_bias=(dt_bias, (H,), FLOATS), A_log=(A_log, (H,), FLOATS), D=(D, (H,), FLOATS),
           state=(state, (b, H, P, N), F32), counts=(counts, (b,), LONG))
     if not state.is_contiguous():
         raise ValueError("state must be contiguous, as it is updated in place")
     x, dt, B, C = dense(x, 2), dense(dt), dense(B, 2), dense(C, 2)
-    if keep != "blocks":
-        chunk_size = 16 if L <= 16 else 32              # longer ones spill registers
-    y, before = torch.empty(x.shape, dtype=x.dtype, device=device), None
+    y, before = x.new_empty(x.shape), None
     if keep == "blocks":
-        before = torch.empty(b, triton.cdiv(L, chunk_size), H, P, N, device=device)
+        before = state.new_empty(b, triton.cdiv(L, chunk_size), H, P, N)
         before[:, 0], state = state, before
-    elif keep != "end" and L > chunk_size:
-        state = state.clone()                           # which goes from chunk to chunk
-    # narrow slices of a head fill the GPU at batch 1; wider ones repeat less of C . B, but in
-    # float32 their chunks of 32 spill registers
-    narrow = P % 32 or b * H < 2 * multiprocessors(device) or chunk_size * x.element_size() > 64
+    else:
+        chunk_size = 16 if L <= 16 else 32              # longer ones spill registers
+        if keep != "end" and L > chunk_size:
+            state = state.clone()                       # which goes from chunk to chunk
+    # wider slices of a head repeat less of C . B, but leave a GPU idle at batch 1, and in float32
+    # their chunks of 32 spill registers
+    narrow = P % 32 or b * H < 2 * multiprocessors(x.device) or chunk_size * x.element_size() > 64
     BLOCK_P = 16 if narrow else 32
     _scan_kernel[b * H, triton.cdiv(P, BLOCK_P)](
-        x, dt, B, C, dt_bias.contiguous(), A_log.contiguous(), D.contiguous(),
-        dt if counts is None else counts, state, y, *x.stride()[:2], *dt.stride()[:2],
+        x, y, dt, B, C, dt_bias.contiguous(), A_log.contiguous(), D.contiguous(),
+        dt if counts is None else counts, state, *x.stride()[:2], *dt.stride()[:2],
         *B.stride()[:2], *C.stride()[:2], state.stride(0), 0 if before is None else H * P * N, L,
         chunk_size, H, G, *map(float, limit), HAS_COUNTS=counts is not None,
         UPDATE=keep == "end", P=P, N=N, CHUNK=max(16, triton.next_power_of_2(chunk_size)),
@@ -396,19 +367,16 @@ def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Ten
     return y, before
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Attention of few queries
-#
+# ---- 3. Attention of few queries ----------------------------------------------------------------
 # Why: 6 of 52 layers, the only ones whose cost grows with the context: all keys and values, 4 G K
 # bytes a cached token in bfloat16, are read in every pass. The H/G query heads of a KV head and the
 # L queries are rows of one product, 16 H/G = 256 for a block of 16, in tiles of up to 128 rows that
-# each read the keys. (Many queries over their own keys, as in a prefill, are the library's: its
-# fused kernel took 0.4 of this one's time for 2,048 on an H200.)
+# each read the keys. (A prefill is the library's: 0.4 of this one's time for 2,048 on an H200.)
 #
 # How: with one row and two KV heads there is too little to keep a GPU busy, so the keys are split:
 # each program goes over its share with a running maximum and sum (as FlashAttention does), and a
-# second kernel joins the shares. Exponentials are powers of 2, which is what the hardware has; the
-# scores come multiplied by log2(e).
+# second kernel joins the shares. Exponentials are powers of 2, as the hardware has them, of scores
+# times log2(e).
 
 HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a share with no key
 
@@ -417,25 +385,21 @@ HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a sh
 def _attention_kernel(
         q_ptr,              # (B, H, L, K)
         k_ptr, v_ptr,       # (B, G, S, K)
-        last_ptr,           # (B or 1, L) int64: the last key a query sees
+        last_ptr,           # (B, L) int64: the last key a query sees
         acc_ptr,            # (shares, B, L, H, K) f32
         best_ptr, sum_ptr,  # (shares, B, L, H) f32
         q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, last_row,
-        last_query,         # strides
-        H, G, L, S,
-        share_size,         # keys in a share
-        scale,              # log2(e) / sqrt(K)
+        last_query, H, G, L, S,
+        share_size, scale,  # keys in a share; log2(e) / sqrt(K)
         K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     row, group = tl.program_id(1).to(tl.int64) // G, tl.program_id(1).to(tl.int64) % G
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head, query = group * (H // G) + m // L, m % L      # the rows of a KV head: head by head
-    real = m < H // G * L
-    d = tl.arange(0, BLOCK_K)
+    d, real = tl.arange(0, BLOCK_K), m < H // G * L
     inside = real[:, None] & (d < K)[None, :]
     at = row * q_row + head * q_head + query * q_token
     q = tl.load(q_ptr + at[:, None] + d[None, :], inside, other=0.0)    # (BLOCK_M, BLOCK_K)
-    best = tl.full((BLOCK_M,), HIDDEN, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    best, total = tl.full((BLOCK_M,), HIDDEN, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     # keys are counted from the share's first, in 32 bits
     first = tl.program_id(2).to(tl.int64) * share_size
@@ -450,8 +414,7 @@ def _attention_kernel(
         k = tl.load(k_ptr + s[:, None] * k_token + d[None, :], cached, other=0.0)
         v = tl.load(v_ptr + s[:, None] * v_token + d[None, :], cached, other=0.0)
         seen = s[None, :] <= last[:, None]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(seen, scores, HIDDEN)
+        scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, HIDDEN)
         higher = tl.maximum(best, tl.max(scores, 1))
         p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
         faded = tl.exp2(best - higher)
@@ -467,8 +430,7 @@ def _attention_kernel(
 
 @triton.jit
 def _join_shares_kernel(
-        acc_ptr,            # (shares, rows, K) f32
-        best_ptr, sum_ptr,  # (shares, rows) f32
+        acc_ptr, best_ptr, sum_ptr,     # of the other, where B, L and H are rows
         out_ptr,            # (rows, K)
         rows, shares, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SHARES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -495,10 +457,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
         raise ValueError("attention takes one of last_seen, is_causal and mask")
     if is_causal or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-    if last_seen is None:
-        last_seen = torch.full((1, 1), S - 1, device=q.device).expand(1, L)
-    check(q.device, last_seen=(last_seen, (1 if len(last_seen) == 1 else B, L), LONG))
-    last_row, last_query = last_seen.expand(B, L).stride()          # 0 where one serves all
+    last_seen = torch.full((1, 1), S - 1, device=q.device) if last_seen is None else last_seen
+    last_seen = last_seen.expand(B, L)                          # strides of 0 where one serves all
+    check(q.device, last_seen=(last_seen, (B, L), LONG))
     q, k, v, queries = dense(q), dense(k), dense(v), H // G * L
     wide = q.dtype == torch.float32                             # more would spill registers
     BLOCK_M, BLOCK_S, num_warps = (
@@ -508,31 +469,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
     tiles, BLOCK_K = triton.cdiv(queries, BLOCK_M), max(16, triton.next_power_of_2(K))
     # two programs for each multiprocessor, but shares of at least two tiles of keys
     wanted = triton.cdiv(2 * multiprocessors(q.device), tiles * B * G)
-    shares = max(1, min(wanted, triton.cdiv(S, 2 * BLOCK_S)))
-    share_size = triton.cdiv(triton.cdiv(S, shares), BLOCK_S) * BLOCK_S
-    shares = triton.cdiv(S, share_size)
-    acc = torch.empty(shares, B, L, H, K, dtype=torch.float32, device=q.device)
-    best, total = torch.empty(2, shares, B, L, H, dtype=torch.float32, device=q.device)
-    out = torch.empty(B, L, H, K, dtype=q.dtype, device=q.device)   # as o_proj reads it
+    share_size = max(2, triton.cdiv(triton.cdiv(S, wanted), BLOCK_S)) * BLOCK_S
+    shares, out = triton.cdiv(S, share_size), q.new_empty(B, L, H, K)       # as o_proj reads it
+    acc = q.new_empty(shares, B, L, H, K, dtype=torch.float32)
+    best, total = acc.new_empty(2, shares, B, L, H)
     _attention_kernel[tiles, B * G, shares](
         q, k, v, last_seen, acc, best, total, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        last_row, last_query, H, G, L, S, share_size, math.log2(math.e) * K**-0.5, K=K,
+        *last_seen.stride(), H, G, L, S, share_size, math.log2(math.e) * K**-0.5, K=K,
         BLOCK_K=BLOCK_K, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=num_warps)
     _join_shares_kernel[B * H * L,](acc, best, total, out, B * H * L, shares, K=K, BLOCK_K=BLOCK_K,
                                     BLOCK_SHARES=triton.next_power_of_2(shares))
     return out.transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Norms, and what stands between two mixers
-#
+# ---- 4. Norms, and what stands between two mixers -----------------------------------------------
 # Why: 53 times a pass: a layer's output is summed over its slots, gated and added to the residual
 # stream, which the next layer modulates and norms. As separate torch operations each of these reads
-# and writes rows of D numbers and costs a launch. A program here does all of it for a token.
-#
-# How: the sum comes at the end of a layer, the norm at the beginning of the next. So add_gated only
-# notes what is to be added, and the norm that follows adds it. The gated norm of a Mamba-2 layer is
-# the same over the channels of a group, as if each were a token with weights of its own.
+# and writes rows of D numbers and costs a launch. A program here does all of it for a token: at the
+# end of a layer add_gated only notes what is to be added, and the norm that follows adds it. The
+# gated norm of a Mamba-2 layer is the same over a group's channels, as if each were a token.
 
 
 @dataclass
@@ -551,12 +506,9 @@ def _norm_kernel(
         h_ptr,              # (tokens, SLOTS, D)
         gate_ptr,           # (B, D), if HAS_GATE
         weight_ptr,         # (groups, D)
-        shift_ptr,          # (B, D), if MODULATE
-        scale_ptr,          # (B, D)
-        sum_ptr,            # (tokens, D): x + gate h, if there are SLOTS
-        out_ptr,            # (tokens, D)
-        z_row, groups, D, eps,
-        L,                  # tokens of a row, which share a gate, a shift and a scale
+        shift_ptr, scale_ptr,           # (B, D), if MODULATE
+        sum_ptr, out_ptr,   # (tokens, D): x + gate h, if there are SLOTS; what is normed
+        z_row, groups, D, eps, L,       # L tokens of a row share gate, shift and scale
         GATED: tl.constexpr, SLOTS: tl.constexpr, HAS_GATE: tl.constexpr,
         MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
         BLOCK_D: tl.constexpr):
@@ -599,17 +551,14 @@ def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None 
     check(weight.device, x=(x, x.shape, FLOATS), h=(h, (*rows, *slots, D), FLOATS),
           weight=(weight, (D,), FLOATS), gate=(gate, vector, FLOATS),
           shift=(shift, vector, FLOATS), scale=(scale, vector, FLOATS))
-    SLOTS = 0 if h is None else slots[0] if slots else 1
-    flags = dict(GATED=False, SLOTS=SLOTS, HAS_GATE=gate is not None,
-                 MODULATE=0 if shift is None else 1 if first else 2)
-    # what is not read still needs a tensor
-    x, weight, h, gate, shift, scale = (x if v is None else v.contiguous()
-                                        for v in (x, weight, h, gate, shift, scale))
-    total, out = torch.empty_like(x), torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _norm_kernel[x.numel() // D,](
-        x, x, h, gate, weight, shift, scale, total, out, 0, 1, D, eps, x.numel() // (len(x) * D),
-        **flags, BLOCK_D=triton.next_power_of_2(D), num_warps=8)
-    if SLOTS:
+    total, out = x.new_empty(x.shape), x.new_empty(x.shape, dtype=weight.dtype)
+    _norm_kernel[x.numel() // D,](                  # what is not read still needs a tensor
+        *(x if v is None else v.contiguous() for v in (x, x, h, gate, weight, shift, scale)),
+        total, out, 0, 1, D, eps, x.numel() // (len(x) * D), GATED=False,
+        SLOTS=0 if h is None else math.prod(slots), HAS_GATE=gate is not None,
+        MODULATE=0 if shift is None else 1 if first else 2,
+        BLOCK_D=triton.next_power_of_2(D), num_warps=8)
+    if stream.h is not None:
         stream.x, stream.h, stream.gate = total, None, None
     return out
 
@@ -620,8 +569,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     D = y.shape[-1] // groups
     check(y.device, y=(y, (*y.shape[:-1], groups * D), FLOATS), z=(z, y.shape, FLOATS),
           weight=(weight, (groups * D,), FLOATS))
-    y, weight, out = y.contiguous(), weight.contiguous(), torch.empty(
-        y.shape, dtype=y.dtype, device=y.device)
+    y, weight, out = y.contiguous(), weight.contiguous(), y.new_empty(y.shape)
     z = dense(z.flatten(0, -2))                         # a slice: its rows are strided
     _norm_kernel[y.numel() // D,](
         y, z, y, y, weight, y, y, y, out, z.stride(0), groups, D, eps, 1, GATED=True, SLOTS=0,
@@ -634,13 +582,10 @@ def add_gated(x: Tensor | Unsummed, gate: Tensor | None, h: Tensor) -> Unsummed:
     return Unsummed(x.x if isinstance(x, Unsummed) else x, gate, h)
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Causal convolution and SiLU
-#
+# ---- 5. Causal convolution and SiLU -------------------------------------------------------------
 # Why: between the first product and the scan of 23 layers. W = 4 multiplications a channel are
-# nothing, but written as shifted products torch copies the history before the new tokens, reads the
-# inputs W times and writes W times. Here every input is read once (neighbours' loads hit the
-# cache), every output written once, and the new history replaces the old in place.
+# nothing, but as shifted products in torch inputs and sums pass through memory W times. Here each
+# does once (neighbours' loads hit the cache), and the new history replaces the old in place.
 
 
 @triton.jit
@@ -654,11 +599,9 @@ def load_inputs(x_ptr, history_ptr, at, W: tl.constexpr, x_token, channels, c, w
 @triton.jit
 def _conv_kernel(
         history_ptr,        # (B, W-1, channels)
-        x_ptr,              # (B, L, channels)
-        weight_ptr,         # (channels, W)
-        bias_ptr,           # (channels,), if HAS_BIAS
+        x_ptr, out_ptr,     # (B, L, channels)
+        weight_ptr, bias_ptr,           # (channels, W) and, if HAS_BIAS, (channels,)
         counts_ptr,         # (B,) int64: tokens of each row before its padding, if HAS_COUNTS
-        out_ptr,            # (B, L, channels)
         x_row, x_token, L, channels, W: tl.constexpr, HAS_BIAS: tl.constexpr,
         HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, BLOCK_L: tl.constexpr,
         BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -669,8 +612,7 @@ def _conv_kernel(
     x_ptr += row * x_row
     history_ptr += row * (W - 1) * channels
     acc = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(bias_ptr + c, HAS_BIAS & (c < channels), other=0.0).to(tl.float32)[None, :]
     for w in tl.static_range(W):                                                 # W-1-w before t
         tap = tl.load(weight_ptr + c * W + w, c < channels, other=0.0).to(tl.float32)
         x = load_inputs(x_ptr, history_ptr, t[:, None] + w - (W - 1), W, x_token, channels, c, real)
@@ -697,26 +639,22 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
           counts=(counts, (B,), LONG))
     if not history.is_contiguous():
         raise ValueError("history must be contiguous, as it is updated in place")
-    x, weight = dense(x), weight.contiguous()           # x is a slice of what in_proj made
+    x, weight, out = dense(x), weight.contiguous(), x.new_empty(B, L, channels)
     bias = weight if bias is None else bias.contiguous()
-    out = torch.empty(B, L, channels, dtype=x.dtype, device=x.device)
     BLOCK_W, BLOCK_C = triton.next_power_of_2(max(1, W - 1)), 128
     BLOCK_L = min(max(16, BLOCK_W), triton.next_power_of_2(L))      # the first alone reads history
     _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
-        history, x, weight, bias, x if counts is None else counts, out, *x.stride()[:2], L,
+        history, x, out, weight, bias, x if counts is None else counts, *x.stride()[:2], L,
         channels, W=W, HAS_BIAS=bias is not weight, HAS_COUNTS=counts is not None,
         UPDATE=update and W > 1, BLOCK_L=BLOCK_L, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
     return out
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Router
-#
-# Why: 23 of 52 layers. The release computes the scores in float64, as a float32 router would choose
-# others where two experts are closer than that can tell; written as there that is a dozen small
-# operations, among them a float64 copy of the weights (8 E D bytes) for every layer and step. Here,
-# for up to 64 tokens, each reads the float32 weights as they are (hence the limit; for more the
-# library's product is worth the copy), and the choice of A experts is one more kernel.
+# ---- 6. Router ----------------------------------------------------------------------------------
+# Why: 23 of 52 layers. The release computes the scores in float64, as float32 cannot tell experts
+# apart that are close: a dozen small operations, among them a float64 copy of the weights (8 E D
+# bytes) for every layer and step. Here, for up to 64 tokens, each reads the float32 weights as they
+# are, and the choice of A experts is one more kernel.
 
 
 @triton.jit
@@ -739,40 +677,34 @@ def _scores_kernel(
 
 @triton.jit
 def _top_experts_kernel(
-        scores_ptr,         # (T, E) f64
-        bias_ptr,           # (E,) f32
-        ids_ptr,            # (T, A) int64
-        weights_ptr,        # (T, A) f64
-        E, A, size,         # of a group
-        topk_group,
+        scores_ptr, bias_ptr,           # (T, E) f64 and (E,) f32
+        ids_ptr, weights_ptr,           # (T, A) int64 and f64
+        E, A, topk_group,
         FACTOR: tl.constexpr,           # as an argument it would be rounded to float32
         NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
-        BLOCK_SIZE: tl.constexpr, BLOCK_A: tl.constexpr):
+        BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    g, place = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_SIZE)[None, :]
-    e, inside = g * size + place, (g < GROUPS) & (place < size)
-    scores = tl.load(scores_ptr + token * E + e, inside, other=0.0)
-    choice = scores + tl.load(bias_ptr + e, inside, other=0.0).to(tl.float64)
+    a, e, g = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_G)
+    scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
+    choice = scores + tl.load(bias_ptr + e, e < E, other=0.0).to(tl.float64)
     choice = tl.where(choice == choice, choice, float("inf"))   # NaN first, as torch's topk has it
-    choice = tl.where(inside, choice, float("-inf"))
+    choice = tl.where(e < E, choice, float("-inf"))
     if GROUPS > 1:          # groups by the sum of their two best; the others' choices become 0
-        best, second = tl.max(choice, 1), tl.argmax(choice, 1)[:, None] != place
-        best += tl.max(tl.where(second, choice, float("-inf")), 1)
-        group, stays = tl.arange(0, BLOCK_G), tl.zeros((BLOCK_G,), tl.int32)
+        member = g[:, None] == (e // (E // GROUPS))[None, :]                # (BLOCK_G, BLOCK_E)
+        own = tl.where(member, choice[None, :], float("-inf"))
+        others = tl.where(e[None, :] == tl.argmax(own, 1)[:, None], float("-inf"), own)
+        best = tl.max(own, 1) + tl.max(others, 1)
         for _ in range(topk_group):
-            chosen = tl.argmax(best, 0)
-            stays = tl.where(group == chosen, 1, stays)
-            best = tl.where(group == chosen, float("-inf"), best)
-        choice = tl.where(inside & (stays[:, None] == 0), 0.0, choice)
-    choice, scores = (tl.reshape(choice, (BLOCK_G * BLOCK_SIZE,)),
-                      tl.reshape(scores, (BLOCK_G * BLOCK_SIZE,)))
-    a, i = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_G * BLOCK_SIZE)
+            chosen = g == tl.argmax(best, 0)
+            best = tl.where(chosen, float("-inf"), best)
+            member &= ~chosen[:, None]                                      # of what is dropped
+        choice = tl.where((tl.max(member.to(tl.int32), 0) > 0) & (e < E), 0.0, choice)
     ids, weights = tl.zeros((BLOCK_A,), tl.int32), tl.zeros((BLOCK_A,), tl.float64)
     for k in range(A):
         chosen = tl.argmax(choice, 0)
-        ids = tl.where(a == k, chosen // BLOCK_SIZE * size + chosen % BLOCK_SIZE, ids)
-        weights = tl.where(a == k, tl.sum(tl.where(i == chosen, scores, 0.0), 0), weights)
-        choice = tl.where(i == chosen, float("-inf"), choice)
+        ids = tl.where(a == k, chosen, ids)
+        weights = tl.where(a == k, tl.sum(tl.where(e == chosen, scores, 0.0), 0), weights)
+        choice = tl.where(e == chosen, float("-inf"), choice)
     if NORMALISE:
         weights /= tl.sum(weights, 0) + 1e-20
     tl.store(ids_ptr + token * A + a, ids, a < A)
@@ -783,33 +715,28 @@ def _top_experts_kernel(
 def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tensor]:
     """As twotower.route: x (T, D) -> topk_ids (T, A) int64 and topk_weights (T, A) float64."""
     (T, D), E, A = x.shape, len(weight), config.num_experts_per_tok
-    size = E // config.n_group
-    check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32),
-          bias=(bias, (size * config.n_group,), F32))
+    check(x.device, x=(x, (T, D), FLOATS), weight=(weight, (E, D), F32), bias=(bias, (E,), F32))
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    ids = torch.empty(T, A, dtype=torch.long, device=x.device)
-    weights = torch.empty(T, A, dtype=torch.float64, device=x.device)
+    ids = x.new_empty(T, A, dtype=torch.long)
+    scores, weights = (x.new_empty(T, n, dtype=torch.float64) for n in (E, A))
     if T > 64:                  # a product large enough for the library's, on float64 tensor cores
         scores = torch.sigmoid(x.double() @ weight.double().T)
     else:
-        scores = torch.empty(T, E, dtype=torch.float64, device=x.device)
         _scores_kernel[T, triton.cdiv(E, 4)](x, weight, scores, D, E, BLOCK_E=4, BLOCK_D=512)
-    _top_experts_kernel[T,](scores, bias, ids, weights, E, A, size, config.topk_group,
-                            FACTOR=config.routed_scaling_factor, NORMALISE=config.norm_topk_prob,
-                            GROUPS=config.n_group, BLOCK_G=triton.next_power_of_2(config.n_group),
-                            BLOCK_SIZE=triton.next_power_of_2(size),
-                            BLOCK_A=triton.next_power_of_2(A), num_warps=1)
+    _top_experts_kernel[T,](
+        scores, bias, ids, weights, E, A, config.topk_group, FACTOR=config.routed_scaling_factor,
+        NORMALISE=config.norm_topk_prob, GROUPS=config.n_group,
+        BLOCK_G=triton.next_power_of_2(config.n_group), BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_A=triton.next_power_of_2(A), num_warps=1)
     return ids, weights
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Passes recorded as CUDA graphs
-#
+# ---- 7. Passes recorded as CUDA graphs ----------------------------------------------------------
 # Why: a pass makes some three hundred launches, most of them small; at batch 1 the host cannot
 # launch them as fast as the GPU runs them. By `python bench.py gpu` on an H200 an AR token of the
-# full-size model took 27 ms so, and 3.5 ms recorded once and replayed by one call (2026-11-26, with
-# twice the launches). Whatever a pass reads and writes must then stay where it is: inputs are
-# copied into buffers, Mamba states are updated in place, the rows' lengths are on the device.
+# full-size model took 20.0 ms so, and 2.93 ms recorded once and replayed by one call (2026-11-26).
+# Whatever a pass reads and writes must then stay where it is: inputs, among them the rows' lengths,
+# are copied into buffers, and states are updated in place.
 
 
 class Passes:
@@ -817,104 +744,81 @@ class Passes:
     step, a block extension, a draft read and settled. On a GPU each is recorded when it first
     comes, for every number of tokens anew; elsewhere it just runs. Rows that end stay, as padding
     of length 0, until no more than half are left: recording costs as much as dozens of passes.
+    What is returned, and so context.logits, stays valid until the same pass comes again.
 
     behind: Pass.behind of twotower.py, which this file does not import.
-    What they return, and so context.logits, stays valid until the same pass comes again.
     Raises: ValueError if the towers are on different devices.
     """
 
     def __init__(self, model, context, behind):
-        tower = model.denoiser_tower
-        if tower is not None and tower.device != context.device:
+        if model.denoiser_tower is not None and model.denoiser_tower.device != context.device:
             raise ValueError("recorded passes need both towers on one device")
-        self.model, self.behind = model, behind
+        self.model, self.behind, self.recorded, self.drafts = model, behind, {}, []
         self.recording = context.device.type == "cuda"      # False: run them as they are
-        self.lengths = context.lengths.to(context.device, copy=True)        # (rows,) int64
-        self.live = torch.arange(len(self.lengths))         # (R,) of these rows the context's
-        self.capacity, self.recorded, self.drafts = 0, {}, []
+        self.rows = len(context.lengths)
+        self.live = torch.arange(self.rows)                 # (R,) of these rows the context's
+        self.capacity = min((state.key_cache.shape[2] for state in context.states
+                             if hasattr(state, "key_cache")), default=math.inf)
 
     def select(self, rows: list[int]) -> list[int] | slice:
         """Only these rows of the context go on; returns which rows of its states stay."""
         self.live = self.live[rows]
-        if 2 * len(self.live) > len(self.lengths):
-            self.lengths *= self.padded(torch.ones(len(rows), dtype=torch.long))
+        if 2 * len(rows) > self.rows:
             return slice(None)
-        kept, self.lengths = self.live.tolist(), self.lengths[self.live.to(self.lengths.device)]
-        self.live = torch.arange(len(kept))
+        kept, self.rows, self.live = self.live.tolist(), len(rows), torch.arange(len(rows))
         self.recorded.clear()
         return kept
 
-    def padded(self, x: Tensor) -> Tensor:
-        """x (R, ...) on the device, with zeros in the places of rows that have ended."""
-        x = x.to(self.lengths.device)
-        if len(x) == len(self.lengths):
-            return x
-        out = x.new_zeros(len(self.lengths), *x.shape[1:])
-        return out.index_copy_(0, self.live.to(x.device), x)
-
     def extend(self, context, tokens: Tensor, logits: str | None, keep: str) -> Tensor | None:
-        """tokens (R, L) int64 are read by the context tower; logits and keep as for
-        TwoTower._extend. Returns (R, 1 or L, V) float32, or None without logits."""
-        out = self._pass(context, logits, keep, tokens)
-        if keep == "end":
-            self.lengths += self.padded(torch.full((len(tokens),), tokens.shape[1]))
-            context.lengths = context.lengths + tokens.shape[1]
+        """As TwoTower._extend: tokens (R, L) int64 -> (R, 1 or L, V) float32, or None."""
+        def read(lengths, tokens):
+            at = self.behind(lengths, L, self.capacity, causal=True, keep=keep)
+            hidden = model.context_tower(tokens, context.states, at)
+            hidden = hidden[:, -1:] if logits == "last" else hidden
+            return model.context_lm_head(hidden).float() if logits else None
+
+        model, L = self.model, tokens.shape[1]
+        out = self._run(context, (L, logits, keep), read, context.lengths, tokens)
+        context.lengths = context.lengths + L * (keep == "end")
         context.logits = None if out is None else out[:, -1]
         return out
 
     def denoise(self, context, block: Tensor, t: Tensor) -> Tensor:
         """block (R, Q) int64, t (R,) -> (R, Q, V) float32."""
-        return self._pass(context, "all", "none", block, t)
+        def predict(lengths, block, t):
+            at = self.behind(lengths, Q, self.capacity, causal=False)
+            hidden = model.denoiser_tower(block, context.states, at, model._modulations(t))
+            return model.lm_head(hidden).float()
+
+        model, Q = self.model, block.shape[1]
+        t = t.to(model.lm_head.weight.dtype)                # as t_embedder would, here on the host
+        return self._run(context, (Q,), predict, context.lengths, block, t)
 
     def settle(self, context, counts: Tensor):
         """As MambaState.settle for all layers: of the draft just read counts (R,) tokens stay."""
-        drafts = self.drafts
-
         def settle(counts):
             for state, state.inputs in zip(mamba_states(context), drafts):
                 state.settle(counts)
-            return None, drafts
 
-        self._run(context, ("settle", *(drafts and drafts[0][0].shape)), settle, counts)
-        self.lengths += self.padded(counts)
+        drafts = self.drafts
+        self._run(context, (0, *(drafts and drafts[0][0].shape)), settle, counts)
 
-    def _pass(self, context, logits: str | None, keep: str, tokens: Tensor, *t: Tensor):
-        """Of the denoiser where there is a t."""
-        L, model = tokens.shape[1], self.model
+    def _run(self, context, key: tuple, function, *inputs: Tensor) -> Tensor | None:
+        """function(*inputs) of the live rows; key: how many tokens are new, what else differs."""
+        def run(*inputs):
+            out = function(*(x.to(device) for x in inputs))
+            return out, [state.inputs for state in mamba_states(context)]
 
-        def run(tokens, *t):
-            at = self.behind(self.lengths, L, self.capacity, causal=not t, keep=keep)
-            tower, head = ((model.denoiser_tower, model.lm_head) if t else
-                           (model.context_tower, model.context_lm_head))
-            hidden = tower(tokens, context.states, at, model._modulations(*t) if t else None)
-            hidden = hidden[:, -1:] if logits == "last" else hidden
-            return head(hidden).float() if logits else None, [
-                state.inputs for state in mamba_states(context)]
-
-        needed = int(context.lengths.max()) + L
-        if needed > self.capacity:                  # what was recorded has the old addresses
-            caches = [state for state in context.states if hasattr(state, "key_cache")]
-            for cache in caches:
-                cache.reserve(needed)
-            self.capacity = max((cache.key_cache.shape[2] for cache in caches), default=needed)
-            self.recorded.clear()
-        return self._run(context, (L, logits, keep, len(t)), run, tokens, *t)
-
-    def _run(self, context, key, function, *inputs: Tensor) -> Tensor | None:
-        inputs = [self.padded(x) for x in inputs]
-        if not self.recording:
-            out, self.drafts = function(*inputs)
-        else:
-            if key not in self.recorded:
-                changed = [x for state in mamba_states(context)
-                           for x in (state.conv_state, state.ssm_state)]
-                self.recorded[key] = record(function, [x.clone() for x in inputs], changed)
-            graph, buffers, (out, self.drafts) = self.recorded[key]
-            for buffer, x in zip(buffers, inputs):
-                buffer.copy_(x, non_blocking=True)
-            graph.replay()
-        ended = out is not None and len(self.live) < len(out)
-        return out[self.live.to(out.device)] if ended else out
+        assert int(context.lengths.max()) + key[0] <= self.capacity, "prefill must reserve more"
+        device, padded = context.device, len(self.live) < self.rows
+        if padded:
+            inputs = [x.new_zeros(self.rows, *x.shape[1:]).index_copy_(0, self.live.to(x.device), x)
+                      for x in inputs]
+        if self.recording and key not in self.recorded:
+            self.recorded[key] = record(run, [x.to(device, copy=True) for x in inputs], [
+                x for state in mamba_states(context) for x in (state.conv_state, state.ssm_state)])
+        out, self.drafts = (self.recorded[key] if self.recording else run)(*inputs)
+        return out[self.live.to(device)] if padded and out is not None else out
 
 
 def mamba_states(context) -> list:
@@ -924,19 +828,23 @@ def mamba_states(context) -> list:
 capture_stream = functools.cache(torch.cuda.Stream)         # one a GPU
 
 
-def record(function, inputs: list[Tensor], changed=()):
-    """function(*inputs) as a CUDA graph, which keeps its own memory; returns it, its inputs'
-    buffers and its output.
-
-    changed: tensors that the function updates; what the trial run does to them is undone. (Not that
-    to the caches: a replay writes the same slots again.)
+def record(function, buffers: list[Tensor], changed=()):
+    """function(*buffers) as a CUDA graph, which keeps its own memory. What is returned copies its
+    arguments, if any, to the buffers, replays the graph, and returns the same output again. What a
+    trial run does to `changed` is undone, but not what it writes to caches: a replay does the same.
     """
-    kept, graph = [tensor.clone() for tensor in changed], torch.cuda.CUDAGraph()
-    with torch.cuda.device(inputs[0].device):
-        function(*inputs)                           # Triton compiles, libraries take their memory
+    kept, graph, device = [x.clone() for x in changed], torch.cuda.CUDAGraph(), buffers[0].device
+    with torch.cuda.device(device):
+        function(*buffers)                          # Triton compiles, libraries take their memory
         for tensor, old in zip(changed, kept):
             tensor.copy_(old)
         # a stream of this GPU: by default it is one of the GPU that recorded first
-        with torch.cuda.graph(graph, stream=capture_stream(inputs[0].device)):
-            out = function(*inputs)
-    return graph, inputs, out
+        with torch.cuda.graph(graph, stream=capture_stream(device)):
+            out = function(*buffers)
+
+    def replay(*inputs):
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x, non_blocking=True)
+        graph.replay()
+        return out
+    return replay

@@ -2199,7 +2199,7 @@ def test_bench_kernels_compiles_and_counts():
         row = launches[1, name, "all"]
         assert cost.bytes / 1e6 < row["megabytes"] < 1.34 * cost.bytes / 1e6
         assert cost.flops / 1e9 < row["gigaflops"] < 1.34 * cost.flops / 1e9
-        assert row["launches"] <= 335
+        assert row["launches"] <= 330
 
 
 @needs_kernels
@@ -2245,19 +2245,19 @@ def test_other_models_of_the_family_through_the_kernels():
 class Recorded:
     """As kernels.record, on a CPU: a replay reads the buffers and writes to the same outputs."""
 
-    def __init__(self, function, inputs, changed):
-        kept, self.run, self.inputs = [x.clone() for x in changed], function, inputs
+    def __init__(self, function, buffers, changed):
+        kept, self.run, self.buffers = [x.clone() for x in changed], function, buffers
         for _ in range(2):                              # a trial, then what CUDA would capture
-            self.out = function(*inputs)
+            self.out = function(*buffers)
             for x, old in zip(changed, kept):
                 x.copy_(old)
 
-    def __iter__(self):                                 # graph, buffers, output
-        return iter((self, self.inputs, self.out))
-
-    def replay(self):
-        for x, new in zip(tree_leaves(self.out), tree_leaves(self.run(*self.inputs)), strict=True):
+    def __call__(self, *inputs):
+        for x, new in zip(self.buffers, inputs, strict=True):
+            x.copy_(new)
+        for x, new in zip(tree_leaves(self.out), tree_leaves(self.run(*self.buffers)), strict=True):
             assert x is None or x is new or x.data_ptr() != new.data_ptr() and x.copy_(new) is x
+        return self.out
 
 
 @needs_kernels
@@ -2265,7 +2265,7 @@ class Recorded:
 @pytest.mark.parametrize("lengths", [(20,), (40, 20, 33)])
 def test_fixed_passes_decode_the_same(lengths, recording, monkeypatch):
     """What CUDA graphs record, run as it is and replayed from the same memory; with rows that end,
-    at first as padding, and caches that grow."""
+    at first as padding."""
     _, _, model = golden("cfg1")
     prompts, taken = [ids(n, seed=n) for n in (5, 17, 1)][:len(lengths)], []
     monkeypatch.setattr(twotower, "kernels", lambda: kernels)
@@ -2290,12 +2290,6 @@ def test_fixed_passes_decode_the_same(lengths, recording, monkeypatch):
         # of three rows the second that ends makes them be recorded anew, the first does not
         assert recording == (0 < taken.count("record") <= kinds * (1 + len(lengths) // 3))
         taken.clear()
-    context = model.prefill([ids(3)])
-    context.passes = kernels.Passes(model, context, Pass.behind)
-    for token in ids(30):
-        model._extend(context, token.view(1, 1), logits="last")
-    whole = model.context_logits(torch.cat([ids(3), ids(30)])[None])
-    check(context.logits, whole[:, -1], 1e-5)
 
 
 @needs_kernels
@@ -4506,7 +4500,7 @@ def test_bench_gpu_counts_what_must_move(capsys, monkeypatch):
     bench.concentrate_routing(model, 3)
     with torch.no_grad():
         rows, table = bench.table_of_passes(
-            model, (1, 2), 40, lambda run: (run(), float(next(times)))[1], 1e9, 1e9)
+            model, (1, 2), 40, lambda run: (run(), float(next(times)))[1], (1e9, 1e9))
     assert [row["pass"] for row in rows[:3]] == ["AR token", "denoiser step", "block extension"]
     assert rows[0]["experts"] == 2 and rows[2]["experts"] == 3
     ar, denoise, extension = (row["graphs_ms"] for row in rows[3:])

@@ -862,7 +862,7 @@ class TimestepEmbedder(nn.Module):
         """(B,) -> (B, 256) float32. Frequencies and angles must be float32: at 1000 t more digits
         give another phase."""
         places = torch.arange(128, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * places / 128)
+        frequencies = torch.exp(places * (-math.log(10000) / 128))
         angles = (t * 1000)[:, None].float() * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
