@@ -16,7 +16,7 @@
                                 bytes and share of the roof of every pass; speed-up over AR
 
 On one idle thread of an AMD EPYC samples takes a quarter of a minute, cpu about one minute,
-templates two, batch ten. miniature takes longest; --items and --timed shorten it. kernels takes
+templates two, batch nine. miniature takes longest; --items and --timed shorten it. kernels takes
 some minutes, gpu 78 s on one H200.
 
 Whatever is timed takes turns within a run, so that a machine that slows down slows all of it;
