@@ -91,7 +91,7 @@ def holds_lines(where: str, text: str) -> bool:
         return True
     with contextlib.suppress(ValueError, RecursionError):
         first = json.loads(text.lstrip().split("\n")[0])
-        return isinstance(first, dict) and "text" in first
+        return isinstance(first, dict) and bool({"text", "prompt", "messages"} & first.keys())
     return False
 
 
@@ -186,6 +186,8 @@ class Row:
     context_passes: int = 0
     before: list[int] = field(default_factory=list)     # ids whose text is whole, and what follows,
     pending: list[int] = field(default_factory=list)    # whose text may end in half a letter
+    seen: str = ""                      # the text with names of special tokens, for stops, and
+    places: list[int] = field(default_factory=list)     # where in the text its letters stand
 
     def take(self, written: Written, tokenizer: Tokenizer, eos: list[int], stops: list[str]):
         """Add new tokens, up to a stop string, or a special token of that name."""
@@ -196,9 +198,14 @@ class Row:
             self.pending += [token] * (token not in eos)    # the last one, or inside a template
             text = text_of(tokenizer, self.pending, self.before)
             if text and text[-1] != "\ufffd" or written.ended and n == len(written.new):
+                self.places += range(len(self.text), len(self.text) + len(text))
                 self.text, self.before, self.pending = self.text + text, self.pending, []
-            special = "" if text_of(tokenizer, [token]) else tokenizer.id_to_token(token) or ""
-            found = [(self.text + special).index(s) for s in stops if s in self.text + special]
+                self.seen += text
+            if not (text_of(tokenizer, [token]) or text_of(tokenizer, [token], self.before)):
+                self.seen += tokenizer.id_to_token(token) or ""
+                self.places += [len(self.text)] * (len(self.seen) - len(self.places))
+            found = [self.places[self.seen.index(stop)] for stop in stops if stop in self.seen]
+            found += [self.text.index(stop) for stop in stops if stop in self.text]
             if found:
                 self.text, self.ended = self.text[:min(found)], "stop"
                 return

@@ -58,7 +58,6 @@ MASKED = "\u2591"                                   # a shaded box
 
 # ---------------------------------------------------------------------------------------- arguments
 
-
 X = {"type": float, "metavar": "X"}
 FINITE = Kind(X, "a number of 0 or more", lambda x: 0 <= x < math.inf)
 FRACTION = Kind(X, "a number in (0, 1]", lambda x: 0 < x <= 1)
@@ -95,9 +94,9 @@ KNOBS = "decoding, as in twotower.py"
 FLAGS = {"what to write": [
     Flag("--prompt -p", TEXT, MODES, "text to continue, - for standard input; without any, what a "
          "pipe brings, or a demonstration", bars="--prompt-file"),
-    Flag("--prompt-file", FILE, MODES, "the prompt, or as JSON lines many (.jsonl, .ndjson, or a "
-         "first line that is such an object; - reads standard input): objects with text and, if "
-         "wanted, max_new_tokens, seed, template; to score, continuation or choices"),
+    Flag("--prompt-file -f --file", FILE, MODES, "the prompt, or as JSON lines many (.jsonl, "
+         ".ndjson, or a first line that is such an object; - reads standard input): objects with "
+         "text, if wanted max_new_tokens, seed, template; to score, continuation or choices"),
     Flag("--interactive -i", SWITCH, WRITING, "ask for prompt after prompt", False,
          bars="--prompt --prompt-file --output --json --num-samples --trace"),
     Flag("--literal", SWITCH, MODES, "in prompts and templates, </s> is four letters, not that "
@@ -108,9 +107,8 @@ FLAGS = {"what to write": [
          f"default {NEW_TOKENS}, or the template's length"),
     Flag("--stop", STOPS, WRITING, "end before any such text or special token", []),
     Flag("--mode", choice("MODE", *MODES), MODES, "mask_diffusion; speculative, what ar writes, "
-         "sooner; mock_ar, for weights trained for it; ar; score, how likely given texts are",
-         MASKS[0]),
-    Flag("--seed", NATURAL, WRITING, "of the first row, the next has the next; default random"),
+         "sooner; mock_ar, for weights trained for it; ar; score, how likely texts are", MASKS[0]),
+    Flag("--seed -s", NATURAL, WRITING, "of the first row, the next has the next; default random"),
     Flag("--num-samples", COUNT, WRITING, "texts for each prompt", 1,
          ("--temperature above 0", lambda args: args.temperature)),
     Flag("--batch-size", COUNT, MODES, "rows decoded at once; alters rounding", 16, bars="--watch"),
@@ -125,11 +123,10 @@ FLAGS = {"what to write": [
     Flag("--top-p", FRACTION, WRITING, "draw among the most likely tokens holding p"),
 ], "the model": [
     Flag("--checkpoint -m --model", NAME, MODES, "a directory of config.json, tokenizer.json and "
-         "safetensors, or OWNER/NAME on the Hugging Face Hub; default miniature/, for which a "
-         "prompt gets the newline at its end that its tasks need"),
-    Flag("--revision", NAME, MODES, "on the Hub; default main",
-         needs=("--checkpoint OWNER/NAME",
-         lambda args: args.checkpoint and not os.path.isdir(args.checkpoint))),
+         "safetensors, or OWNER/NAME on the Hugging Face Hub; without it miniature/, and a prompt "
+         "gets the newline at its end that its tasks need"),
+    Flag("--revision", NAME, MODES, "on the Hub; default main", needs=(
+         "--checkpoint OWNER/NAME", lambda a: a.checkpoint and not os.path.isdir(a.checkpoint))),
     Flag("--context-device", NAME, MODES, "default cuda:0, or cpu without a GPU"),
     Flag("--denoiser-device", NAME, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
     Flag("--dtype", choice("DTYPE", "bfloat16", "float16", "float32"), MODES,
@@ -153,9 +150,8 @@ FLAGS = {"what to write": [
     Flag("--quiet -q", SWITCH, MODES, "nothing on standard error but errors", False),
     Flag("--verbose", SWITCH, MODES, "also devices, memory and settings", False, bars="--quiet"),
 ], "instead": [
-    Flag("--plan", SWITCH, MODES, "print what would go where, in how much memory, and whether it "
-         "fits", False),
-    Flag("--count", TEXT, MODES, "print how many tokens a text has"),
+    Flag("--plan", SWITCH, MODES, "print what goes where, and whether it fits the memory", False),
+    Flag("--count", TEXT, MODES, "print how many tokens a text has, - for standard input"),
     Flag("--version", Kind({"action": "version", "version": f"torch {torch.__version__}, Python "
                             f"{platform.python_version()}"}), MODES, "print what this runs on"),
     Flag("--help -h", Kind({"action": "help"}), MODES, "print this"),
@@ -171,7 +167,7 @@ def defaults(mode: str) -> dict:
 
 
 def help_text() -> str:
-    width = min(shutil.get_terminal_size().columns, 110)
+    width = min(max(shutil.get_terminal_size().columns, 60), 110)
     lines = ["usage: python sample.py [PROMPT] [flags]"]
     for title, flags in FLAGS.items():
         lines.append(f"\n{title}")
@@ -200,7 +196,8 @@ def parse(argv: list[str] | None) -> Namespace:
     names = [name for flag in ALL for name in flag.names.split()]
     close = get_close_matches((unknown or [""])[0].split("=")[0], names, 1)
     require(not unknown, f"unrecognized arguments: {' '.join(unknown)}"
-            + "".join(f"; did you mean {name}?" for name in close))
+            + "".join(f"; did you mean {name}?" for name in close)
+            + "; a prompt of several words needs quotes" * (not "".join(unknown).startswith("-")))
     require(args.words is None or args.prompt is None, "PROMPT does nothing with --prompt")
     args.prompt = args.words if args.prompt is None else args.prompt
     if str(args.output) in ("-", "/dev/stdout"):
@@ -220,7 +217,7 @@ def parse(argv: list[str] | None) -> Namespace:
             "--prompt-file, --output and --trace must be different files")
     for path in filter(None, (args.output, args.trace)):
         require(path.parent.is_dir(), f"{path}: its directory does not exist")
-        require(path.is_file() or not path.exists(), f"{path} is not a file")
+        require(path.is_file() or not path.exists() and path.name != "-", f"{path} is not a file")
         require(args.resume or not path.exists() or path.stat().st_size == 0,
                 f"{path} exists; give another name" + ", or --resume" * (path == args.output))
     return args
@@ -409,7 +406,7 @@ def decode(model: TwoTower, batch: list[Row], args: Namespace, knobs: dict, outp
             seed=None if args.seed is None else [row.settings["seed"] for row in batch],
             on_tokens=output.on_tokens, **knobs, **more)
     except ValueError as error:                     # its rows count from the batch's first
-        raise ValueError(f"prompts from {batch[0].index}: {error}") from None
+        raise ValueError(f"prompts from {batch[0].index}: " * output.many + str(error)) from None
     finally:
         hook.remove()
 
@@ -480,7 +477,7 @@ def run(args: Namespace, argv: list[str]) -> int:
             directory = fetch(name, towers, revision=args.revision, weights=False)
         tokenizer = load_tokenizer(directory)
         tokenizer.encode_special_tokens = args.literal
-        print(len(tokenizer.encode(args.count).ids))
+        print(len(tokenizer.encode(sys.stdin.read() if args.count == "-" else args.count).ids))
         return 0
     prompts = read_prompts(args, [flag.dest for flag in ALL])
     prompts += [{"text": DEFAULT_PROMPT}] * args.demonstrate
@@ -489,8 +486,7 @@ def run(args: Namespace, argv: list[str]) -> int:
         directory, disk = look(name, towers, args.revision, Path(scratch))
         require(directory.is_dir(), f"--checkpoint {name} is not a directory"
                 + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
-        tokenizer = (load_tokenizer(directory) if prompts or args.interactive
-                     else None)
+        tokenizer = load_tokenizer(directory) if prompts or args.interactive else None
         model, files = TwoTower.skeleton(
             directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
             layout="any" if towers == "context" else "released")
@@ -582,13 +578,16 @@ def talk(args: Namespace, argv: list[str], model: TwoTower, tokenizer: Tokenizer
     with contextlib.suppress(ImportError):          # history and editing
         __import__("readline")
     changed = {}
-    print("A prompt goes on after a \\ at the end of a line. /temperature 0.7, /mode ar or /watch "
-          "set a flag, /temperature takes it back. Ctrl-D ends.", file=sys.stderr)
+    if not args.quiet:
+        print("A prompt goes on after a \\ at the end of a line. /mode ar or /watch set a flag, "
+              "/mode takes it back, /help names all. Ctrl-D or /quit ends.", file=sys.stderr)
     while True:
         try:
             line = input("> ")
             while line.endswith("\\"):
                 line = line[:-1] + "\n" + input("  ")
+            if line in ("/quit", "/exit"):
+                raise EOFError
             if line.startswith("/"):
                 new = setting(line[1:], changed)
                 args, changed = parse([*argv, *new.values()]), new
@@ -608,11 +607,11 @@ def talk(args: Namespace, argv: list[str], model: TwoTower, tokenizer: Tokenizer
 def setting(line: str, changed: dict[str, str]) -> dict[str, str]:
     """The changed flags, as argparse reads them, after another one or, without a value, without."""
     word, *value = line.split(maxsplit=1) or [""]
-    flags = [flag for title in list(FLAGS)[:2] for flag in FLAGS[title]] + [
+    flags = FLAGS["what to write"][3:] + FLAGS[KNOBS] + [      # but for those of the prompt
         flag for flag in ALL if flag.name in ("--watch", "--verbose", "--quiet")]
-    found = ([flag for flag in flags if "--" + word in flag.names.split()] or
+    found = ([flag for flag in flags if {"-" + word, "--" + word} & {*flag.names.split()}] or
              [flag for flag in flags if word and word in flag.name])
-    require(len(found) == 1, f"/{word} is none of "
+    require(len(found) == 1, ("flags are " if word == "help" else f"/{word} is not one of ")
             + ", ".join("/" + flag.dest.replace("_", "-") for flag in flags))
     name, new = found[0].name, dict(changed)
     if new.pop(name, None) is None or value:

@@ -2451,7 +2451,9 @@ def taken(tokenizer, prompt: list[int], pieces: list[list[int]], stops: tuple = 
     """A `Row` that has got its new tokens piece by piece, as blocks end."""
     row = sample_rows.Row(0, "", prompt)
     for i, new in enumerate(pieces):
-        row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2], list(stops))
+        if not row.ended:
+            row.take(twotower.Written(0, new, i + 1 == len(pieces), 1, 1), tokenizer, [2],
+                     list(stops))
     return row
 
 
@@ -2493,13 +2495,17 @@ def test_text_that_tokenizers_cannot_decode_loses_only_itself():
 
 
 def test_sample_stops_at_special_tokens():
-    """They are no part of the text, nor is what comes after them."""
+    """They are no part of the text, nor is what comes after them; a stop may go on behind them."""
     new = tokenizer().encode("hello<s>world").ids
-    before = new.index(1)
-    for stop, text in (("<s>", "hello"), ("lo<s>", "hel"), ("</s>", "helloworld")):
-        row = taken(tokenizer(), [300], [new[:2], new[2:] + [2]], (stop, "never"))
-        assert (row.text, row.ended) == (text, "stop")
-        assert row.tokens == (new[:before + 1] if "<s>" in stop else new + [2])
+    for stop, text, count in (("<s>", "hello", 4), ("lo<s>", "hel", 4), ("</s>", "helloworld", 9),
+                              ("<s>world", "hello", 8), ("o<s>w", "hell", 5), ("low", "hel", 5)):
+        for cut in range(1, len(new)):
+            row = taken(tokenizer(), [300], [new[:cut], new[cut:] + [2]], (stop, "never"))
+            assert (row.text, row.ended, row.tokens) == (text, "stop", (new + [2])[:count])
+    # a space, which the decoder strips where it comes first, is no special token
+    stripping = decoded_by(decoders.Fuse(), decoders.Strip(" ", 1, 0))
+    row = taken(stripping, [5], [[6, 4, 6, 1, 6]], ("b  a", " <s>"))
+    assert (row.text, row.ended) == ("ab abab", "length")
 
 
 def test_sample_is_seeded():
@@ -2558,12 +2564,20 @@ def test_json_lines_in_and_out(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
     (tmp_path / name).write_bytes(data.encode()) if name != "-" else None
     file = "-" if name == "-" else tmp_path / name
-    out = ["--output", "-"] if name == "-" else ["--json"]
+    out = {"-": ["--output", "-"], "lines.txt": ["--output", "/dev/stdout"]}.get(name, ["--json"])
     run = sample("--mode", "ar", "-n", 3, "--prompt-file", file, *out)
     first, second = results_of(run.stdout)
     assert (first["id"], second["tags"]) == (7, ["a"]) and "id" not in second
     for result in (first, second):
         assert result["tokens"] == written("ar", result["prompt"], 3)
+
+
+def test_objects_of_other_programs_are_not_continued_as_prose(tmp_path):
+    for given, ends in (('{"prompt": "a"}', 2), ('{"messages": []}', 2), ('{"a": "b"}', 0)):
+        (tmp_path / "in.txt").write_text(given)
+        run = sample("-f", tmp_path / "in.txt", "-n", 1)
+        assert run.returncode == ends
+        assert not ends or "in.txt line 1 must be an object with text" in run.stderr
 
 
 def test_samples_and_logprobs(tmp_path):
@@ -2589,9 +2603,12 @@ def test_counts_special_tokens_and_help(monkeypatch):
     assert sample("--count", "Hi</s>").stdout == f"{len(tokenizer().encode('Hi</s>').ids)}\n"
     assert int(sample("--count", "Hi</s>", "--literal").stdout) > len(
         tokenizer().encode("Hi</s>").ids)
-    monkeypatch.setenv("COLUMNS", "80")
-    text = cli.help_text()
-    assert len(text.splitlines()) < 2 * 40 and max(map(len, text.splitlines())) <= 80
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi</s>"))
+    assert sample("--count", "-").stdout == sample("--count", "Hi</s>").stdout
+    for columns, width, lines in ((80, 80, 2 * 40), (20, 60, 150)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = cli.help_text()
+        assert len(text.splitlines()) < lines and max(map(len, text.splitlines())) <= width
     for flag in cli.ALL:
         assert all(name in text for name in flag.names.split())
         assert flag.default in (None, False, []) or f"default {flag.default}" in text.replace(
@@ -2811,21 +2828,38 @@ def test_interactive(tmp_path):
         read("> ")
         for line, expected in (
                 ("Hello", answer("Hello", "mask_diffusion", 9)), ("/mode ar", ""),
-                ("/nothing", "/nothing is none of /prompt, "), ("/max 12", ""), ("/tokens 13", ""),
+                ("/nothing", "/nothing is not one of /literal, "), ("/max 12", ""),
+                ("/tokens 13", ""),
                 ("/top-p 7", "--top-p is 7.0, but it must be a number in (0, 1]\n"),
                 ("\x1b[A5", "--top-p is 75.0, but"),
                 ("two\\\nlines", answer("two\nlines", "ar", 13)),
                 ("/template ___", "--template does nothing with --mode ar\n"), ("/max", ""),
-                ("/mode", ""), ("Hello", answer("Hello", "mask_diffusion", 9)), ("/max 4000", "")):
+                ("/mode", ""), ("Hello", answer("Hello", "mask_diffusion", 9)), ("/max 5", "")):
             write(line + "\n")
             shown = read("> ")
             assert shown.endswith("\n" + expected) or expected and expected in shown, (line, shown)
-        write("Hello\n")
+        for line, shows in (("/max", False), ("/watch", True), ("/watch", False)):
+            write(f"{line}\nHello\n")
+            read("> ")
+            shown = read("> ")
+            assert shown.endswith(answer("Hello", "mask_diffusion", 9))
+            assert ("\u2591" in shown and "\x1b[1;4m" in shown) == shows, (line, shown)
+        write("/max 4000\nHello\n")
+        read("> ")
         read(answer("Hello", "mask_diffusion", 16).split()[1])
         process.send_signal(signal.SIGINT)
         read("> ")
         write("\x04")
         assert "Traceback" not in read()
+
+
+def test_interactive_names(monkeypatch):
+    """Short names of flags, a list of them, and a way out; quiet, but for what is wrong."""
+    lines = iter(["/help", "/n 3", "Hello", "/quit", "never"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    run = sample("-i", "-q")
+    assert run.stdout == tokenizer().decode(written("mask_diffusion", "Hello", 3)) + "\n\n"
+    assert re.fullmatch("flags are /literal, .*/top-p, /watch, /quiet, /verbose\n", run.stderr)
 
 
 @posix
@@ -2897,13 +2931,14 @@ def test_sample_scores(tmp_path):
     right = "Dear Dora,\nyour order 2203 of 16 maps"
     lines = [{"text": LETTER, "choices": [right.replace("Dora", "Adam"), right, "Dear"]},
              {"text": "import", "continuation": " \u00e9tat"},
+             {"text": "", "continuation": "class Item:"},       # behind </s>, its id 2
              {"text": LETTER, "choices": [right.replace("2203", "7140"), "Q"]}]
     flags = ["--mode", "score", "--prompt-file", prompts_file(tmp_path / "ask.jsonl", lines)]
     results = results_of(sample(*flags, "--batch-size", 3).stdout)
     for line, result in zip(lines, results, strict=True):
         texts = line.get("choices", [line.get("continuation")])
         prompt, *asked = (tokenizer().encode(text).ids for text in (line["text"], *texts))
-        scores = miniature()[0].score([prompt] * len(asked), asked).total.tolist()
+        scores = miniature()[0].score([prompt or [2]] * len(asked), asked).total.tolist()
         counts, nbytes = list(map(len, asked)), [len(text.encode()) for text in texts]
         assert result["token_counts"] == counts
         assert result["log_likelihoods"] == pytest.approx(scores, abs=1e-4)
@@ -2915,7 +2950,7 @@ def test_sample_scores(tmp_path):
         assert result["best_per_byte"] == per_byte.index(max(per_byte))
     wrong, likely, _ = results[0]["perplexity_per_byte"]
     assert likely < wrong and results[0]["best_per_byte"] != 0
-    assert (results[2]["best"], results[2]["best_per_byte"]) == (1, 0)
+    assert (results[3]["best"], results[3]["best_per_byte"]) == (1, 0)
     out = tmp_path / "out.jsonl"
     assert sample(*flags, "--output", out).returncode == 0
     whole = out.read_bytes()
@@ -2952,6 +2987,8 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
     ("--mode score Hi", "--mode score needs prompts as JSON lines, by --prompt-file or on"),
     ("--mode fast Hi", "invalid choice: 'fast'"),
     ("--blocksize 8 Hi", "unrecognized arguments: --blocksize Hi; did you mean --block-size?"),
+    ("Hi there Ho", "unrecognized arguments: there Ho; a prompt of several words needs quotes"),
+    ("--trace - Hi", "- is not a file"),
     ("--block-size eight Hi", "argument --block-size: invalid int value: 'eight'"),
     *[(f"{flag} {value} --temperature 1 Hi", f"{flag} is {value}, but it must be {rule}")
       for flag, value, rule in (
