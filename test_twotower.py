@@ -504,7 +504,7 @@ def by_hand(integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor,
     """Of an expert: its integers (out, in), number by number, and the scale of each, in float64."""
     q = integers.tolist()
     if len(scales) > 1:                                 # two to a byte: the low halves come first
-        q = [[(b + 8) % 16 - 8 for b in row] + [b // 16 for b in row] for row in q]
+        q = [[b % 16 - 8 for b in row] + [b // 16 for b in row] for row in q]
     q, s = torch.tensor(q, dtype=torch.float64), scales.double().T
     return q, s.repeat_interleave(q.shape[1] // s.shape[1], dim=1)
 
@@ -2110,6 +2110,15 @@ def moe(ops, x, ids, weights, up, down, shared_up, shared_down, *biases):
     return [out.sum(1) if out.dim() == 3 else out]      # slots, which kernels.py leaves unsummed
 
 
+def moe_quantized(kind: str, ops, x, ids, weights, up, up_scales, down, down_scales, *others):
+    E, (outputs, inputs) = len(up), (up.shape[1], x.shape[1])
+    held = [twotower.Quantized(shape, kind) for shape in ((E, outputs, inputs),
+                                                          (E, inputs, outputs))]
+    (held[0].integers, held[0].scales), (held[1].integers, held[1].scales) = (
+        (up, up_scales), (down, down_scales))
+    return moe(ops, x, ids, weights, *held, *others)
+
+
 def between(ops, first: bool, weight, x, h, *vectors):
     """A sum and its norm, and the same once more, which shows what became of the first sum."""
     gate, *modulation = vectors or [None]
@@ -2135,18 +2144,23 @@ def kernel_cases(dtype: torch.dtype):
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=DEVICE)
 
-    D, E, A, width = 600, 8, 3, 40
-    for T, shared, biases, same in (
-            (1, 0, 0, 0), (1, 80, 0, 0), (5, 0, 1, 0), (16, 80, 0, 0), (16, 56, 0, 1),
-            (17, 0, 0, 1), (57, 80, 0, 0), (57, 0, 1, 0), (260, 0, 0, 0), (260, 0, 0, 1)):
-        experts = rand(T, E).topk(A).indices
+    E, A = 8, 3
+    for (T, shared, biases, same), kind in itertools.product((
+            (1, 0, 0, 0), (1, 2, 0, 0), (5, 0, 1, 0), (16, 2, 0, 0), (16, 1.4, 0, 1),
+            (17, 0, 0, 1), (57, 2, 0, 0), (57, 0, 1, 0), (260, 0, 0, 0), (260, 0, 0, 1)),
+            (None, "int8", "int4")):
+        D, width = (192, 64) if kind == "int4" else (600, 40)
+        shared, experts = int(shared * width), rand(T, E).topk(A).indices
         if same:
             experts = torch.arange(A, device=DEVICE).expand(T, A)
-        yield Case(f"moe_experts, {T} tokens, {shared} wide" + ", biases" * biases
-                   + ", one expert" * same, moe,
-                   (randn(T, D), experts, rand(T, A), randn(E, width, D) / D**0.5,
-                    randn(E, D, width) / width, randn(shared, D) / D**0.5,
+        up, down = randn(E, width, D) / D**0.5, randn(E, D, width) / width
+        held = [up, down] if kind is None else [part for w in (up, down) for part in vars(
+            quantized(w, kind)[0])["_buffers"].values()]
+        yield Case(f"moe_experts, {T} tokens, {shared} wide, {kind}" + ", biases" * biases
+                   + ", one expert" * same, functools.partial(moe_quantized, kind) if kind else moe,
+                   (randn(T, D), experts, rand(T, A), *held, randn(shared, D) / D**0.5,
                     randn(D, shared) / width) + (randn(E, width), randn(E, D)) * biases, limit)
+    D = 600
     H, G = 4, 2
     for b, L, P, N, keep, bounds, counts in (
             (2, 1, 32, 64, "end", (0.0, math.inf), None), (1, 1, 80, 24, "none", (0.1, 2.0), None),

@@ -409,7 +409,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     q = q.flatten(1).to(torch.int8)
     if kind == "int4":
         low, high = q.chunk(2, dim=1)
-        q = low & 15 | high << 4
+        q = low + 8 | high << 4
     return q, scales[..., 0].T
 
 
@@ -811,7 +811,7 @@ class Quantized(nn.Module):
     """The weights (E, out, in) of experts as integers times scales; weight[e] is an expert's again.
 
     int8: integers (E, out, in) int8, scales (E, 1, out), one for each output. int4: integers
-    (E, out, in/2) int8, which hold input i in their low four bits and input i + in/2 in the high
+    (E, out, in/2) int8, input i, plus 8, in the low four bits of one and input i + in/2 in the high
     ones; scales (E, in/32, out), one for every 32 inputs. Scales are bfloat16.
     """
 
@@ -824,7 +824,7 @@ class Quantized(nn.Module):
 
     def __getitem__(self, e: int) -> Tensor:
         q, scales = self.integers[e], wide(self.scales[e])
-        q = q if self.kind == "int8" else torch.cat([q << 4 >> 4, q >> 4], dim=1)
+        q = q if self.kind == "int8" else torch.cat([(q & 15) - 8, q >> 4], dim=1)
         return (q.unflatten(1, (len(scales), -1)) * scales.T[..., None]).flatten(1)
 
 
