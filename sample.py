@@ -127,13 +127,13 @@ FLAGS = {"what to write": [
     Flag("--checkpoint -m --model", NAME, MODES, "a directory of config.json, tokenizer.json and "
          "safetensors, or OWNER/NAME on the Hugging Face Hub; default miniature/, for which a "
          "prompt gets the newline at its end that its tasks need"),
-    Flag("--revision", NAME, MODES, "on the Hub; default main",
-         needs=("--checkpoint OWNER/NAME",
+    Flag("--revision", NAME, MODES, "on the Hub; default main", needs=("--checkpoint OWNER/NAME",
          lambda args: args.checkpoint and not os.path.isdir(args.checkpoint))),
     Flag("--context-device", NAME, MODES, "default cuda:0, or cpu without a GPU"),
     Flag("--denoiser-device", NAME, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
     Flag("--dtype", choice("DTYPE", "bfloat16", "float16", "float32"), MODES,
          "of all weights but the router's: bfloat16, float16, float32; default the checkpoint's"),
+    Flag("--experts", choice("FORM", "int8", "int4"), MODES, "hold routed experts so: int8, int4"),
     Flag("--backend", choice("NAME", "auto", "torch", "triton"), MODES, "torch; triton: "
          "kernels.py; auto: that on GPUs, where triton is there", "torch"),
     Flag("--graphs", SWITCH, (*MASKS, *DRAFTS, "ar"), "record the passes that repeat as CUDA "
@@ -467,7 +467,7 @@ def prepare(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
             f"{args.mask_token_id}, but it must be below vocab_size {config.vocab_size}")
     settings = {"checkpoint": args.checkpoint or MINIATURE, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),
-                "backend": args.backend} | knobs
+                "backend": args.backend, "experts": config.experts} | knobs
     return make_rows(prompts, args, tokenizer, config, settings), knobs
 
 
@@ -489,11 +489,10 @@ def run(args: Namespace, argv: list[str]) -> int:
         directory, disk = look(name, towers, args.revision, Path(scratch))
         require(directory.is_dir(), f"--checkpoint {name} is not a directory"
                 + "; give --checkpoint (train.py makes one)" * (name == MINIATURE))
-        tokenizer = (load_tokenizer(directory) if prompts or args.interactive
-                     else None)
+        tokenizer = load_tokenizer(directory) if prompts or args.interactive else None
         model, files = TwoTower.skeleton(
             directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
-            layout="any" if towers == "context" else "released")
+            layout="any" if towers == "context" else "released", experts=args.experts)
     rows, knobs = prepare(prompts, args, tokenizer, model)
     done, kept = finished(args.output, rows) if args.resume else (0, (0, 0))
     if args.resume and done == len(rows):
@@ -506,7 +505,8 @@ def run(args: Namespace, argv: list[str]) -> int:
     if args.plan and args.json:
         print(json.dumps({"devices": table, "disk": disk, "problem": problem}))
     elif args.plan or args.verbose:
-        print("\n".join(in_words(table, disk)), file=None if args.plan else sys.stderr)
+        print(*in_words(table, disk, args.plan and model), sep="\n",
+              file=None if args.plan else sys.stderr)
     require(not problem, problem)
     if args.plan:
         return 0
