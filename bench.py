@@ -88,9 +88,9 @@ def cost_of_pass(config: TwoTowerConfig, experts: float, tokens: int = 1, cached
     """What one pass of one tower over `tokens` new tokens of each row cannot do without.
 
     Bytes: the weights outside the routed experts (but for the embedding, of which it takes rows),
-    `experts` distinct ones in each MoE layer, of so many bits a weight (0: as the rest), the head unless there are no logits; for each row
-    keys and values of `cached` tokens and the Mamba-2 states, which a pass that extends the
-    context also writes. Activations are not counted.
+    `experts` distinct ones in each MoE layer, of `bits` a weight (0: those of dtype), the head
+    unless there are no logits; for each row keys and values of `cached` tokens and the Mamba-2
+    states, which a pass that extends the context also writes. Activations are not counted.
     FLOPs: 2 for each weight that a token uses, the head for `logits` tokens a row; attention over
     what is cached and half of the new tokens; 5 for each number of a state and token.
     """

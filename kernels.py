@@ -113,6 +113,11 @@ def multiprocessors(device: torch.device) -> int:
 # slots among the T A choices. The shared expert is then more experts, as many as it is wide, that
 # every token chooses, so that its weights stream together with the others'. With more tokens it is
 # the library's.
+#
+# Quantized weights come as the integers they are and become numbers of x's dtype in registers. A
+# scale never touches them: one for each output multiplies the sum at its end; one for every 32
+# inputs the product of those 32, at the cost of a second accumulator. Which half of a byte belongs
+# to which half of a row is no shuffle: they are two products with the same lanes.
 
 # Up to so many slots for each expert: rows of a tile, outputs and inputs of a step, warps, stages;
 # of 4-byte inputs a step takes half as many
@@ -259,7 +264,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
                 up_bias: Tensor | None = None, down_bias: Tensor | None = None,
                 shared=None) -> Tensor:
     """As twotower.moe_experts, but unsummed: (T, slots, D) float32, whose sum over the slots is
-    what that returns. x, up and down share a dtype; no token may choose an expert twice."""
+    what that returns. x, up and down share a dtype, or both weights are Quantized, of one kind;
+    no token may choose an expert twice."""
     (T, D), (E, width, _), A = x.shape, up.shape, topk_ids.shape[1]
     BITS = {"int8": 8, "int4": 4}.get(getattr(up, "kind", None), 16)
     (up, up_scale), (down, down_scale) = ((w, w) if BITS == 16 else (w.integers, w.scales)
@@ -298,7 +304,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
             inputs, A, SLOTS, BITS=BITS, GROUPS=w_scale.shape[1], FIRST=first, FEW=FEW,
             SHARED=SHARED, HAS_BIAS=bias is not None, BLOCK_A=triton.next_power_of_2(A),
             BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT,
-            BLOCK_IN=max(64 * (BITS == 4), BLOCK_IN * 2 // x.element_size()), num_warps=num_warps, num_stages=num_stages)
+            BLOCK_IN=max(64 * (BITS == 4), BLOCK_IN * 2 // x.element_size()),
+            num_warps=num_warps, num_stages=num_stages)
     if SLOTS > A + SHARED:
         out[:, A] = shared(x)
     return out

@@ -158,7 +158,8 @@ def on_one_gpu(model: TwoTower) -> list[str]:
         tensor.nbytes for tensor in model.state_dict().values())
     for kind in (None, "int8", "int4") if large and "E" in c.hybrid_override_pattern else ():
         with torch.device("meta"):
-            held = TwoTower(replace(c, experts=kind), towers="both" if both else "context").to(dtype)
+            held = TwoTower(replace(c, experts=kind), towers="both" if both else "context")
+            held.to(dtype)
 
         def needed(rows: int, length: int) -> int:
             return memory(held, rows, length, 16, ["cpu"] * (1 + both))["cpu"]["together"]
