@@ -38,7 +38,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -399,8 +399,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tu
 
 
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """An expert's weight (out, in) as integers and scales, as `Quantized` holds them: of the weights
-    that share a scale the largest, of either sign, becomes -128 or -8."""
+    """An expert's weight (out, in) as integers and scales, as `Quantized` holds them; the largest
+    of the weights that share a scale, of either sign, becomes -128 or -8."""
     most, size = (128, weight.shape[1]) if kind == "int8" else (8, 32)
     groups = weight.to(torch.float32, copy=True).unflatten(1, (-1, size))   # (out, in/size, size)
     low, high = groups.aminmax(dim=-1, keepdim=True)
@@ -424,11 +424,10 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor | 
     Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
     experts, order = topk_ids.flatten().sort(stable=True)       # T*A slots grouped by expert
-    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
-    if (isinstance(up, Quantized) or x.dtype == torch.float64 or not aligned
-            or x.is_cpu and len(experts) < len(up)):
-        # a loop over the experts hit: grouped_mm takes no integers, no float64 and no rows that
-        # begin between 16 bytes, and on a CPU visits all experts, which a few slots do not repay
+    fits = isinstance(up, Tensor) and all(n * x.element_size() % 16 == 0 for n in up.shape[1:])
+    if x.dtype == torch.float64 or not fits or x.is_cpu and len(experts) < len(up):
+        # a loop over the experts hit: grouped_mm takes no float64, integers or rows that begin
+        # between 16 bytes, and on a CPU visits all experts, which a few slots do not repay
         hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
 
         def product(rows: Tensor, weight: Tensor) -> Tensor:    # each row times its expert's weight
@@ -798,24 +797,13 @@ class Router(Module):
         return self.ops.route(x, self.weight, self.e_score_correction_bias, self.config)
 
 
-class StackedLinear(nn.Module):
-    """The same projection of every expert: weight (E, out, in), bias (E, out) or None."""
-
-    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
-
-
 class Quantized(nn.Module):
-    """The weights (E, out, in) of experts as integers times scales; weight[e] is an expert's again.
+    """Expert weights (E, out, in) as int8 integers times bfloat16 scales; weight[e] is one again.
 
-    int8: integers (E, out, in) int8, scales (E, 1, out), one for each output. int4: integers
-    (E, out, in/2) int8, input i, plus 8, in the low four bits of one and input i + in/2 in the high
-    ones; scales (E, in/32, out), one for every 32 inputs. Scales are bfloat16.
-    """
+    "int8": integers (E, out, in), a scale for each output (E, 1, out). "int4": (E, out, in/2), in
+    the low four bits input i plus 8, in the high ones input i + in/2; scales (E, in/32, out)."""
 
-    def __init__(self, shape: torch.Size, kind: str):
+    def __init__(self, shape: tuple[int, int, int], kind: str):
         super().__init__()
         (E, out, inputs), self.shape, self.kind = shape, shape, kind
         inputs, groups = (inputs, 1) if kind == "int8" else (inputs // 2, inputs // 32)
@@ -828,15 +816,25 @@ class Quantized(nn.Module):
         return (q.unflatten(1, (len(scales), -1)) * scales.T[..., None]).flatten(1)
 
 
+class StackedLinear(nn.Module):
+    """The same projection of every expert: weight (E, out, in), bias (E, out) or None."""
+
+    def __init__(self, config: TwoTowerConfig, inputs: int, outputs: int):
+        super().__init__()
+        shape, kind = (config.n_routed_experts, outputs, inputs), config.experts
+        self.weight = Quantized(shape, kind) if kind else nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[:2])) if config.mlp_bias else None
+
+
 class MoE(Module):
     """Mixture of experts: the routed experts of each token plus the one shared expert."""
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
-        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        D, width = config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
-        self.experts = nn.ModuleDict({"up_proj": StackedLinear(E, D, width, config.mlp_bias),
-                                      "down_proj": StackedLinear(E, width, D, config.mlp_bias)})
+        self.experts = nn.ModuleDict({"up_proj": StackedLinear(config, D, width),
+                                      "down_proj": StackedLinear(config, width, D)})
         self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
 
     def forward(self, x: Tensor, *_) -> Tensor:
@@ -947,15 +945,6 @@ class TwoTower(Module):
             require(config.experts is None, f"experts in {config.experts} cannot be trained; load "
                     "them with TwoTower.from_pretrained")
             self.apply(self._initialise)
-        self._quantize(config.experts)
-
-    def _quantize(self, kind: str | None):
-        """Of a model on the meta device: integers in place of the routed experts' weights."""
-        self.config.experts = kind
-        check_config(self.config)
-        for module in self.modules() if kind else ():
-            if isinstance(module, StackedLinear):
-                module.weight = Quantized(module._parameters.pop("weight").shape, kind)
 
     def _initialise(self, module: nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding | Router | StackedLinear):
@@ -1324,10 +1313,11 @@ class TwoTower(Module):
             check_tensors(model, found, directory)
             set_dtypes(model, {key: DTYPES.get(kind, torch.int8)
                                for key, (_, _, kind) in found.items()}, dtype)
-            if experts != config.experts and experts is not None:
+            if experts not in (None, config.experts):
                 require(config.experts is None, f"{directory} holds experts in {config.experts}, "
                         f"not {experts}: those are made from the released weights")
-                model._quantize(experts)
+                plain, model = model, cls(replace(config, experts=experts), towers=towers)
+                model.load_state_dict(plain.state_dict(), strict=False, assign=True)
         return model, {key: path for key, (path, _, _) in found.items()}
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
