@@ -1555,7 +1555,7 @@ SIXTY_FOUR = TINY | dict(hidden_size=64, moe_intermediate_size=128, initializer_
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quantized_models_save_and_load(kind, tmp_path):
+def test_quantized_models_save_and_load(kind, tmp_path, capsys):
     """Each expert as `quantize` makes it of the file's, all else untouched, from either layout; and
     back from a directory that says so itself, in shards and in one file."""
     torch.manual_seed(0)
@@ -1595,6 +1595,9 @@ def test_quantized_models_save_and_load(kind, tmp_path):
         refuses(f"layout '{layout}' cannot hold experts in {kind}", held.save_pretrained,
                 tmp_path / "new", layout=layout, towers=towers)
     refuses(f"experts in {kind} cannot be trained", TwoTower, held.config)
+    assert f"experts in {kind} cannot be trained" in refused(
+        train, capsys, "--backbone", directory, "--data", HERE / "README.md", "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "new").exists()
     put(key + "_scale", torch.ones(1, 127))(directory)
     refuses(f"tensor {key}_scale is F32 [1, 127], expected", TwoTower.from_pretrained, directory)
     put(key, model.state_dict()[key.replace("7.", "")][7])(directory)
@@ -2336,6 +2339,8 @@ def test_bench_kernels_compiles_and_counts():
             assert sum(part[what] for part in parts) == pytest.approx(row[what])
     # within what must move and be computed, and a third more: activations; keys and values of the
     # whole capacity; padding of the vocabulary's row
+    cost = functools.partial(bench.cost_of_pass, TwoTowerConfig(), 34)
+    assert cost().bytes - cost(bits=8).bytes == 23 * 34 * 2 * 2688 * 1856
     for name, experts in ("AR token", 6), ("denoiser step", 128 * (1 - (1 - 6 / 128)**16)):
         cost = bench.cost_of_pass(TwoTowerConfig(), experts, cached=2048, **bench.PASSES[name])
         row = launches[1, name, "all"]
@@ -2345,12 +2350,15 @@ def test_bench_kernels_compiles_and_counts():
 
 
 @needs_kernels
-@pytest.mark.parametrize("mode, new, knobs", [
-    ("generate_ar", 2, {}), ("generate_speculative", 3, dict(draft_length=3)),
-    ("generate_mask_diffusion", 8, dict(block_size=8, steps_per_block=2))])
-def test_the_miniature_writes_the_same_with_kernels(mode, new, knobs):
-    torch_model, tokenizer = miniature()
-    model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton")
+@pytest.mark.parametrize("mode, new, experts, knobs", [
+    ("generate_ar", 2, None, {}), ("generate_speculative", 3, "int8", dict(draft_length=3)),
+    ("generate_speculative", 3, None, dict(draft_length=3)),
+    ("generate_mask_diffusion", 8, None, dict(block_size=8, steps_per_block=2)),
+    ("generate_mask_diffusion", 8, "int4", dict(block_size=8, steps_per_block=2))])
+def test_the_miniature_writes_the_same_with_kernels(mode, new, experts, knobs):
+    torch_model, tokenizer = bench.load(MINIATURE, experts=experts)
+    model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton",
+                                     experts=experts)
     assert (torch_model.backend, model.backend) == ("torch", "triton")
     prompts = [tokenizer.encode(text).ids for text in ("class Point label:str\n", "import os\n")]
     expected, got = (getattr(m, mode)(prompts, new, **knobs) for m in (torch_model, model))
@@ -3309,6 +3317,14 @@ def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     assert "for 4 rows of 8192 tokens\n" in run.stdout
     run = sample("--plan", "--mode", "ar", "--context-device", "cpu", directory=tmp_path)
     assert "cpu: context tower: weights 58.8 GiB" in run.stdout
+    run = sample("--plan", "--experts", "int4", "--max-new-tokens", 8192, directory=tmp_path)
+    both, *forms = run.stdout.splitlines()
+    assert "weights 39.1 GiB" in both
+    found = [re.findall(r"a GPU of (\d+) GB (?:holds (\d+) rows|is too small)", line)
+             for line in forms]
+    rows = {card: [int(dict(form)[card] or 0) for form in found] for card in ("80", "48")}
+    assert len(forms) == 3 and rows["80"][0] == rows["48"][0] == rows["48"][1] == 0
+    assert 16 < rows["80"][1] < rows["80"][2] and 16 < rows["48"][2] < rows["80"][2]
 
 
 def test_dtype():
@@ -3320,6 +3336,23 @@ def test_dtype():
     run = sample("--verbose", "--dtype", "bfloat16", "--max-new-tokens", 16, LETTER)
     assert run.returncode == 0 and ", dtype bfloat16, " in run.stderr
     assert run.stdout.startswith(f"{LETTER}Dear Dora,\n")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_sample_holds_experts_in_integers(kind, tmp_path):
+    """As read from the miniature, or from a directory that holds them so, which may not be asked
+    for the other kind."""
+    model, tokenizer = bench.load(MINIATURE, experts=kind)
+    model.save_pretrained(tmp_path, files={"tokenizer.json": (
+        MINIATURE / "tokenizer.json").read_bytes()})
+    right = texts(model.generate_ar([tokenizer.encode("import os\n").ids], 12))[0]
+    for directory, flags in ((MINIATURE, ["--experts", kind]), (tmp_path, [])):
+        run = sample("--mode", "ar", "--max-new-tokens", 12, "--json", "--verbose", *flags,
+                     "import os\n", directory=directory)
+        assert json.loads(run.stdout)["tokens"] == right and f", experts {kind}, " in run.stderr
+    other = "int4" if kind == "int8" else "int8"
+    one_line(sample("--experts", other, "Hi", directory=tmp_path), f"holds experts in {kind}, not")
+    one_line(sample("--experts", "int3", "Hi", directory=tmp_path), "invalid choice: 'int3'")
 
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):
