@@ -40,6 +40,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -87,13 +88,13 @@ class Cost(NamedTuple):
 
 def cost_of_pass(config: TwoTowerConfig, experts: float, tokens: int = 1, cached: int = 0,
                  rows: int = 1, *, logits: int = 1, extends: bool = False,
-                 dtype: torch.dtype = torch.bfloat16) -> Cost:
+                 dtype: torch.dtype = torch.bfloat16, bits: float = 0) -> Cost:
     """What one pass of one tower over `tokens` new tokens of each row cannot do without.
 
     Bytes: the weights outside the routed experts (but for the embedding, of which it takes rows),
-    `experts` distinct ones in each MoE layer, the head unless there are no logits; for each row
-    keys and values of `cached` tokens and the Mamba-2 states, which a pass that extends the
-    context also writes. Activations are not counted.
+    `experts` distinct ones in each MoE layer, of `bits` a weight (0: those of dtype), the head
+    unless there are no logits; for each row keys and values of `cached` tokens and the Mamba-2
+    states, which a pass that extends the context also writes. Activations are not counted.
     FLOPs: 2 for each weight that a token uses, the head for `logits` tokens a row; attention over
     what is cached and half of the new tokens; 5 for each number of a state and token.
     """
@@ -110,7 +111,8 @@ def cost_of_pass(config: TwoTowerConfig, experts: float, tokens: int = 1, cached
         head, routed = "lm_head" in name, ".experts." in name
         if "embeddings" in name or head and not logits:
             continue
-        moved += p.nbytes * (experts / c.n_routed_experts if routed else 1)
+        moved += p.nbytes * (experts / c.n_routed_experts * (
+            bits / (8 * p.itemsize) if bits else 1) if routed else 1)
         flops += 2 * p.numel() * rows * (logits if head else tokens) * (
             c.num_experts_per_tok / c.n_routed_experts if routed else 1)
     return Cost(moved, flops)
@@ -507,7 +509,8 @@ class Launches(TorchDispatchMode):
         tensors = {id(v): v for v in values.values() if isinstance(v, torch.Tensor)}
         moved = sum(v.nbytes for v in tensors.values())
         if name == "_grouped_product_kernel":
-            moved -= values["w_ptr"].nbytes * (1 - self.share)
+            moved -= sum({id(values[name]): values[name].nbytes for name in (
+                "w_ptr", "w_scale_ptr")}.values()) * (1 - self.share)
         if name == "_scan_kernel" and values["UPDATE"]:         # read and written
             moved += values["state_ptr"].nbytes
         self.found.append(Launch(self.kind, name, moved, FLOPS.get(name, lambda v: 0)(values),
@@ -558,23 +561,27 @@ def compiled(launch: Launch, card: int) -> dict:
     signature, constants, aligned, options = variant(launch)
     code = triton.compile(ASTSource(launch.kernel, signature, constants, aligned),
                           target=GPUTarget("cuda", card, 32), options=options)
-    arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
-    tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
-    said = subprocess.run([tool.path, "-v", f"-arch={arch}", "/dev/stdin", "-o", "/dev/null"],
-                          input=code.asm["ptx"], capture_output=True, text=True).stderr
+    with tempfile.TemporaryDirectory() as folder:       # not /dev/null, which it may replace
+        arch = re.search(r"\.target (\w+)", code.asm["ptx"])[1]
+        tool = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+        said = subprocess.run(
+            [tool.path, "-v", f"-arch={arch}", "/dev/stdin", "-o", f"{folder}/cubin"],
+            input=code.asm["ptx"], capture_output=True, text=True).stderr
     return {"kernel": launch.name, "card": card,
             "registers": int(re.search(r"Used (\d+) registers", said)[1]),
             "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
             "shared": code.metadata.shared,
             "tile": " ".join(f"{name.lower()} {value}" for name, value in constants.items()
-                             if name.startswith(("BLOCK", "CHUNK", "SLOTS", "FEW")))}
+                             if name.startswith(("BITS", "BLOCK", "CHUNK", "SLOTS", "FEW")))}
 
 
 @torch.no_grad()
 def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 float32") -> dict:
-    """Counts and compiles the launches of passes and a prefill of the full-size model."""
-    config, counts, table = TwoTowerConfig(), [], []
-    for dtype in dtypes.split():
+    """Counts and compiles the launches of passes and a prefill of the full-size model, with its
+    experts in 16 bits (of which alone it counts), in 8 and in 4."""
+    counts, table = [], []
+    for dtype, form in itertools.product(dtypes.split(), (None, "int8", "int4")):
+        config = TwoTowerConfig(experts=form)
         torch.set_default_dtype(getattr(torch, dtype))
         with torch.device("meta"):
             model = TwoTower(config).eval().use("triton")
@@ -589,9 +596,10 @@ def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 floa
                 with Launches(config, config.n_routed_experts * (1 - idle)) as launches:
                     run()
                 found += launches.found
-                if dtype == "bfloat16":
+                if dtype == dtypes.split()[0] and form is None:
                     counts += table_of_launches(batch, name, launches.found)
-        variants = {str((one.name, variant(one))): one for one in found if one.kernel}
+        variants = {str((one.name, variant(one))): one for one in found
+                    if one.kernel and (form is None or "BITS" in one.values)}
         table += [{"dtype": dtype} | compiled(one, card)
                   for card in map(int, cards.split()) for one in variants.values()]
     show("launches by pass and kind of layer", counts)
@@ -657,8 +665,9 @@ def altered(model: TwoTower, name: str) -> contextlib.ExitStack:
     return hooks
 
 
-def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[TwoTower, Tokenizer]:
-    return (TwoTower.from_pretrained(checkpoint, dtype=dtype).eval(),
+def load(checkpoint: str, dtype: torch.dtype = torch.float32,
+         experts: str | None = None) -> tuple[TwoTower, Tokenizer]:
+    return (TwoTower.from_pretrained(checkpoint, dtype=dtype, experts=experts).eval(),
             load_tokenizer(Path(checkpoint)))
 
 
@@ -694,13 +703,13 @@ def is_right(written: str, right: str) -> bool:
 
 
 def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 25,
-                    tasks: str = ",".join(KNOWN)) -> dict:
+                    tasks: str = ",".join(KNOWN), experts: str = "none") -> dict:
     """Accuracy of every mode in batches; then speed at batch 1, all modes taking turns item by
-    item."""
+    item. --experts int8 or int4: the routed ones held so."""
     tasks = tasks.split(",")
     if not set(tasks) <= set(TASKS):
         raise ValueError(f"--tasks: there are only {','.join(TASKS)}")
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, experts=None if experts == "none" else experts)
     kinds = {task: task_prompts(tokenizer, task, items) for task in tasks}
     kinds["library"] = library_prompts(tokenizer, items)
     quality = {(name, kind): answer(model, tokenizer, prompts, name)

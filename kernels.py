@@ -98,6 +98,11 @@ def multiprocessors(device: torch.device) -> int:
 # slots among the T A choices. The shared expert is then more experts, as many as it is wide, that
 # every token chooses, so that its weights stream together with the others'. With more tokens it is
 # the library's.
+#
+# Quantized weights come as the integers they are and become numbers of x's dtype in registers. A
+# scale never touches them: one for each output multiplies the sum at its end; one for every 32
+# inputs the product of those 32, at the cost of a second accumulator. Which half of a byte belongs
+# to which half of a row is no shuffle: they are two products with the same lanes.
 
 # Up to so many slots for each expert: rows of a tile, outputs and inputs of a step, warps, stages;
 # of 4-byte inputs a step takes half as many
@@ -141,9 +146,43 @@ def _group_kernel(
 
 
 @triton.jit
+def product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr, columns, outputs, inputs,
+            BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
+            BLOCK_IN: tl.constexpr):
+    """Rows of x times some columns of an expert (outputs, inputs), held in BITS: (M, OUT) f32."""
+    acc, inside = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32), columns < outputs
+    w_ptr, x_ptr = w_ptr + columns[None, :] * w_row, x_ptr + rows[:, None] * inputs
+    if BITS == 4:                       # a row is half as long: a byte holds two inputs, half apart
+        for start in range(0, w_row, BLOCK_IN // 2):
+            for group in tl.static_range(BLOCK_IN // 64):           # 32 inputs with one scale
+                first = start + 32 * group
+                i = first + tl.arange(0, 32)
+                both = tl.load(w_ptr + i[:, None], inside[None, :] & (i < w_row)[:, None], other=0)
+                for half in tl.static_range(2):
+                    x = tl.load(x_ptr + (half * w_row + i), real[:, None] & (i < w_row), other=0.0)
+                    scale = tl.load(w_scale_ptr + (half * w_row + first) // 32 * outputs + columns,
+                                    inside & (first < w_row), other=0.0).to(tl.float32)
+                    if half:            # 16 times the number, which saves a shift
+                        w, scale = (both & -16).to(x.dtype), scale * 0.0625
+                    else:
+                        w = (both & 15).to(x.dtype) - 8
+                    acc += tl.dot(x, w, input_precision="ieee") * scale
+    else:
+        for start in range(0, inputs, BLOCK_IN):
+            i = start + tl.arange(0, BLOCK_IN)
+            x = tl.load(x_ptr + i, real[:, None] & (i < inputs), other=0.0)
+            w = tl.load(w_ptr + i[:, None], inside[None, :] & (i < inputs)[:, None], other=0)
+            acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+        if BITS == 8:
+            acc *= tl.load(w_scale_ptr + columns, inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def _grouped_product_kernel(
         x_ptr,              # (T, inputs), or (T, SLOTS, inputs) in the second product
-        w_ptr,              # (E, outputs, inputs)
+        w_ptr,              # (E, outputs, inputs); of BITS 4 (E, outputs, inputs/2)
+        w_scale_ptr,        # of BITS 8 and 4 (E, GROUPS, outputs)
         shared_ptr,         # (SHARED*outputs, inputs), in the second product (outputs,
                             # SHARED*inputs): SHARED experts that every token chooses
         bias_ptr,           # (E, outputs), if HAS_BIAS
@@ -152,9 +191,9 @@ def _grouped_product_kernel(
         ids_ptr,            # (T, A) int64, if FEW, else
         slots_ptr, tile_expert_ptr, n_tiles_ptr,        # as _group_kernel writes them
         T, outputs, inputs, A, SLOTS,
-        FIRST: tl.constexpr, FEW: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
-        BLOCK_IN: tl.constexpr):
+        BITS: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, FEW: tl.constexpr,
+        SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
     tile = tl.program_id(1).to(tl.int64)
     shared = tile < SHARED
     if FEW:                             # the rows of a tile are all tokens
@@ -179,19 +218,19 @@ def _grouped_product_kernel(
     rows = token.to(tl.int64) if FIRST else slot
     columns = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)    # an expert takes 32 bits
     inside = columns < outputs
-    w_row = inputs
-    if SHARED and shared:
-        w_ptr = shared_ptr + tile * inputs * (outputs if FIRST else 1)
-        w_row = inputs if FIRST else inputs * SHARED
+    w_row = inputs if BITS > 4 else inputs // 2
+    w_ptr += expert * outputs * w_row
+    w_scale_ptr += expert * GROUPS * outputs
+    shared_ptr += tile * inputs * (outputs if FIRST else 1)
+    shared_row = inputs if FIRST else inputs * SHARED
+    if BITS == 16 and SHARED:           # one loop for both, as each takes its own shared memory
+        w_ptr, w_row = shared_ptr if shared else w_ptr, shared_row if shared else w_row
+    if BITS < 16 and SHARED and shared:
+        acc = product(x_ptr, rows, real, shared_ptr, shared_row, shared_ptr, columns, outputs,
+                      inputs, 16, BLOCK_M, BLOCK_OUT, BLOCK_IN)
     else:
-        w_ptr += expert * outputs * inputs
-    acc = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
-    for start in range(0, inputs, BLOCK_IN):
-        i = start + tl.arange(0, BLOCK_IN)
-        x = tl.load(x_ptr + rows[:, None] * inputs + i, real[:, None] & (i < inputs), other=0.0)
-        w = tl.load(w_ptr + columns[None, :] * w_row + i[:, None],
-                    inside[None, :] & (i < inputs)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc = product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr, columns, outputs, inputs, BITS,
+                      BLOCK_M, BLOCK_OUT, BLOCK_IN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * outputs + columns, inside, other=0.0).to(tl.float32)
     if FIRST:
@@ -210,19 +249,25 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
                 up_bias: Tensor | None = None, down_bias: Tensor | None = None,
                 shared=None) -> Tensor:
     """As twotower.moe_experts, but unsummed: (T, slots, D) float32, whose sum over the slots is
-    what that returns. x, up and down share a dtype; no token may choose an expert twice."""
+    what that returns. x, up and down share a dtype, or both weights are Quantized, of one kind;
+    no token may choose an expert twice."""
     (T, D), (E, width, _), A = x.shape, up.shape, topk_ids.shape[1]
+    BITS = {"int8": 8, "int4": 4}.get(getattr(up, "kind", None), 16)
+    (up, up_scale), (down, down_scale) = ((w, w) if BITS == 16 else (w.integers, w.scales)
+                                          for w in (up, down))
+    kinds, halves = ([x.dtype], 1) if BITS == 16 else ([torch.int8], 8 // BITS)
     check(x.device, x=(x, (T, D), FLOATS), topk_ids=(topk_ids, (T, A), LONG),
           topk_weights=(topk_weights, (T, A), [*FLOATS, torch.float64]),
-          up=(up, (E, width, D), [x.dtype]), down=(down, (E, D, width), [x.dtype]),
+          up=(up, (E, width, D // halves), kinds), down=(down, (E, D, width // halves), kinds),
           up_bias=(up_bias, (E, width), FLOATS), down_bias=(down_bias, (E, D), FLOATS))
     x, topk_ids, scale = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    FEW, SHARED, shared_up, shared_down = T <= 16, 0, up, down
+    FEW, SHARED, shared_up, shared_down = T <= 16, 0, x, x
     if FEW and shared is not None and up_bias is down_bias is shared.up_proj.bias is None:
         shared_up, shared_down = shared.up_proj.weight, shared.down_proj.weight
         SHARED = len(shared_up) // width * (len(shared_up) % width == 0)
     BLOCK_M, BLOCK_OUT, BLOCK_IN, num_warps, num_stages = next(
         tile for most, tile in TILES if FEW or T * A <= most * E)
+    BLOCK_M = min(BLOCK_M, 64) if BITS == 4 else BLOCK_M        # of two accumulators
     groups, tiles, n = [topk_ids] * 3, SHARED + (A if T == 1 else E), T * A
     if not FEW:
         tiles = n if n < E else (n + E * (BLOCK_M - 1)) // BLOCK_M      # the most there can be
@@ -234,15 +279,18 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     SLOTS = A + (SHARED or shared is not None)
     hidden = torch.empty(T, SLOTS, width, dtype=x.dtype, device=x.device)
     out = torch.empty(T, SLOTS, D, dtype=torch.float32, device=x.device)
-    for first, source, w, more, bias, to in ((True, x, up, shared_up, up_bias, hidden),
-                                             (False, hidden, down, shared_down, down_bias, out)):
-        outputs, inputs = w.shape[1:]
+    for first, source, w, w_scale, more, bias, to in (
+            (True, x, up, up_scale, shared_up, up_bias, hidden),
+            (False, hidden, down, down_scale, shared_down, down_bias, out)):
+        outputs, inputs = w.shape[1], source.shape[-1]
         _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), tiles](
-            source, w.contiguous(), more.contiguous(), w if bias is None else bias.contiguous(),
-            to, scale, topk_ids, *groups, T, outputs, inputs, A, SLOTS, FIRST=first, FEW=FEW,
+            source, w.contiguous(), w_scale.contiguous(), more.contiguous(),
+            w if bias is None else bias.contiguous(), to, scale, topk_ids, *groups, T, outputs,
+            inputs, A, SLOTS, BITS=BITS, GROUPS=w_scale.shape[1], FIRST=first, FEW=FEW,
             SHARED=SHARED, HAS_BIAS=bias is not None, BLOCK_A=triton.next_power_of_2(A),
             BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT,
-            BLOCK_IN=BLOCK_IN * 2 // x.element_size(), num_warps=num_warps, num_stages=num_stages)
+            BLOCK_IN=max(64 * (BITS == 4), BLOCK_IN * 2 // x.element_size()),
+            num_warps=num_warps, num_stages=num_stages)
     if SLOTS > A + SHARED:
         out[:, A] = shared(x)
     return out

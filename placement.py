@@ -7,6 +7,8 @@ import inspect
 import json
 import shutil
 from argparse import Namespace
+from bisect import bisect_right
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def activations(c: TwoTowerConfig, size: int, rows: int, L: int) -> int:
         2 * d * (c.ssm_state_size + chunk))
     # MoE: the outputs of all experts in float32, before and after their weights; MLP: twice h
     moe = 8 * T * c.num_experts_per_tok * c.hidden_size * ("E" in c.hybrid_override_pattern)
+    # one expert's integers, its weight in float32 and in the model's dtype
+    moe += 8 * c.hidden_size * c.moe_intermediate_size * (c.experts is not None)
     mlp = 2 * size * T * c.intermediate_size * ("-" in c.hybrid_override_pattern)
     return 2 * size * T * c.hidden_size + max(mamba, moe, mlp)
 
@@ -136,15 +140,39 @@ def plan(model: TwoTower, rows: list, args: Namespace, knobs: dict,
     return table, ""
 
 
-def in_words(table: dict, disk: dict) -> list[str]:
-    """A line for each device of a plan, and one for the disk."""
+def in_words(table: dict, disk: dict, model: TwoTower | None = None) -> list[str]:
+    """A line for each device of a plan, one for the disk, and of a model its `on_one_gpu`."""
     def sizes(parts: dict) -> str:
         return ", ".join(f"{what} {readable(nbytes)}" for what, nbytes in parts.items()
                          if what not in ("holds", "rows", "length"))
 
     return [f"{place}: {parts['holds']}: {sizes(parts)} for {parts['rows']} rows of "
             f"{parts['length']} tokens" for place, parts in table.items()
-            ] + ["disk: " + sizes(disk)] * bool(disk)
+            ] + ["disk: " + sizes(disk)] * bool(disk) + (on_one_gpu(model) if model else [])
+
+
+def on_one_gpu(model: TwoTower) -> list[str]:
+    """A line for each form of a large model's experts: what one GPU could hold beside it."""
+    c, dtype, lines = model.config, model.context_lm_head.weight.dtype, []
+    both, large = model.denoiser_tower is not None, 10**10 < sum(
+        tensor.nbytes for tensor in model.state_dict().values())
+    for kind in (None, "int8", "int4") if large and "E" in c.hybrid_override_pattern else ():
+        with torch.device("meta"):
+            held = TwoTower(replace(c, experts=kind), towers="both" if both else "context")
+            held.to(dtype)
+
+        def needed(rows: int, length: int) -> int:
+            return memory(held, rows, length, 16, ["cpu"] * (1 + both))["cpu"]["together"]
+
+        line = f"experts in {kind or str(dtype)[6:]}: "
+        for size in (80, 48):               # GB of 1e9 bytes, somewhat less than such a GPU has
+            rows, length = (bisect_right(range(1, most + 1), size * 10**9, key=key)
+                            for most, key in ((1024, lambda n: needed(n, 8192)),
+                                              (c.max_position_embeddings, lambda n: needed(1, n))))
+            line += f"a GPU of {size} GB " + (f"holds {rows} rows of 8192 tokens or one of {length}"
+                                              if rows else "is too small") + ", " * (size == 80)
+        lines.append(line)
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ the Hub

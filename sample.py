@@ -131,6 +131,7 @@ FLAGS = {"what to write": [
     Flag("--denoiser-device", NAME, DENOISING, "default: beside cuda:0 cuda:1, else the same"),
     Flag("--dtype", choice("DTYPE", "bfloat16", "float16", "float32"), MODES,
          "of all weights but the router's: bfloat16, float16, float32; default the checkpoint's"),
+    Flag("--experts", choice("FORM", "int8", "int4"), MODES, "hold routed experts so: int8, int4"),
     Flag("--backend", choice("NAME", "auto", "torch", "triton"), MODES, "torch; triton: "
          "kernels.py; auto: that on GPUs, where triton is there", "torch"),
     Flag("--graphs", SWITCH, (*MASKS, *DRAFTS, "ar"), "record the passes that repeat as CUDA "
@@ -213,8 +214,7 @@ def parse(argv: list[str] | None) -> Namespace:
     args.top_k, args.batch_size = args.top_k or None, 1 if args.watch else args.batch_size
     require(args.output or sys.stdout.writable(), "standard output is closed; give --output FILE")
     files = [path.resolve() for path in (args.output, args.trace, args.prompt_file) if path]
-    require(len(set(files)) == len(files),
-            "--prompt-file, --output and --trace must be different files")
+    require(len({*files}) == len(files), "--prompt-file, --output and --trace must differ")
     for path in filter(None, (args.output, args.trace)):
         require(path.parent.is_dir(), f"{path}: its directory does not exist")
         require(path.is_file() or not path.exists() and path.name != "-", f"{path} is not a file")
@@ -464,7 +464,7 @@ def prepare(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
             f"{args.mask_token_id}, but it must be below vocab_size {config.vocab_size}")
     settings = {"checkpoint": args.checkpoint or MINIATURE, "mode": args.mode, "stop": args.stop,
                 "dtype": str(model.context_lm_head.weight.dtype).removeprefix("torch."),
-                "backend": args.backend} | knobs
+                "backend": args.backend, "experts": config.experts} | knobs
     return make_rows(prompts, args, tokenizer, config, settings), knobs
 
 
@@ -489,7 +489,7 @@ def run(args: Namespace, argv: list[str]) -> int:
         tokenizer = load_tokenizer(directory) if prompts or args.interactive else None
         model, files = TwoTower.skeleton(
             directory, dtype=args.dtype and getattr(torch, args.dtype), towers=towers,
-            layout="any" if towers == "context" else "released")
+            layout="any" if towers == "context" else "released", experts=args.experts)
     rows, knobs = prepare(prompts, args, tokenizer, model)
     done, kept = finished(args.output, rows) if args.resume else (0, (0, 0))
     if args.resume and done == len(rows):
@@ -502,7 +502,8 @@ def run(args: Namespace, argv: list[str]) -> int:
     if args.plan and args.json:
         print(json.dumps({"devices": table, "disk": disk, "problem": problem}))
     elif args.plan or args.verbose:
-        print("\n".join(in_words(table, disk)), file=None if args.plan else sys.stderr)
+        print("\n".join(in_words(table, disk, args.plan and model)),
+              file=None if args.plan else sys.stderr)
     require(not problem, problem)
     if args.plan:
         return 0

@@ -500,6 +500,62 @@ def test_moe_experts(T, D, width, dtype, limit):
                 check(ours, right, limit)
 
 
+def by_hand(integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an expert: its integers (out, in), number by number, and the scale of each, in float64."""
+    q = integers.tolist()
+    if len(scales) > 1:                                 # two to a byte: the low halves come first
+        q = [[b % 16 - 8 for b in row] + [b // 16 for b in row] for row in q]
+    q, s = torch.tensor(q, dtype=torch.float64), scales.double().T
+    return q, s.repeat_interleave(q.shape[1] // s.shape[1], dim=1)
+
+
+def quantized(weights: torch.Tensor, kind: str) -> tuple[twotower.Quantized, torch.Tensor]:
+    """Weights (E, out, in) as experts are held, and what they then are, in float64."""
+    held = twotower.Quantized(weights.shape, kind).to(weights.device)
+    for e, weight in enumerate(weights):
+        held.integers[e], held.scales[e] = twotower.quantize(weight, kind)
+    pairs = [by_hand(*parts) for parts in zip(held.integers.cpu(), held.scales.cpu())]
+    return held, torch.stack([q * s for q, s in pairs]).to(weights.device)
+
+
+@pytest.mark.parametrize("kind, most, size", [("int8", 128, 192), ("int4", 8, 32)])
+def test_experts_become_integers(kind, most, size):
+    """Multiples of scales bit for bit, others the nearest there is; zeros, which have no scale."""
+    q = torch.randint(-most, most, (3, 24, 192), generator=seeded(0))
+    q.view(3, 24, -1, size)[..., 1] = -most                         # the largest of a group
+    exact = q * randn(3, 24, 192 // size, seed=1).bfloat16().double().repeat_interleave(size, 2)
+    exact[1, 5] = 0
+    held, found = quantized(exact, kind)
+    assert torch.equal(found, exact)
+    assert held.integers.nbytes == exact.numel() * (1 if kind == "int8" else 0.5)
+    assert all(torch.equal(held[e], exact[e].float()) for e in range(3))
+    weights = randn(3, 24, 192, seed=2)
+    held, found = quantized(weights.bfloat16(), kind)
+    for e, (weight, near) in enumerate(zip(weights.bfloat16().double(), found)):
+        assert torch.equal(held[e].double(), near)
+        q, scale = by_hand(held.integers[e], held.scales[e])
+        off = (near - weight).abs() / scale.abs()
+        assert (off[(q > -most) & (q < most - 1)] <= 0.5).all() and off.max() < 1.3
+        assert (q.view(24, -1, size) == -most).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_experts_multiply(kind, dtype, limit, monkeypatch):
+    """As float64 products by hand; an expert that no token chose stays as it is."""
+    ids = 1 + 2 * torch.rand(40, 4, generator=seeded(0)).argsort(-1)[:, :2]     # of 10: 1, 3, 5, 7
+    x, weights = randn(40, 64).to(dtype), randn(40, 2, seed=5).abs()
+    (up, up64), (down, down64) = (quantized(w, kind) for w in (
+        randn(10, 128, 64, seed=1) / 8, randn(10, 64, 128, seed=2) / 11))
+    used, get = set(), twotower.Quantized.__getitem__
+    monkeypatch.setattr(twotower.Quantized, "__getitem__",
+                        lambda self, e: used.add(e) or get(self, e))
+    ref = torch.stack([sum(w * (down64[e] @ (up64[e] @ x[t].double()).relu().square())
+                           for e, w in zip(ids[t], weights[t])) for t in range(40)])
+    check(twotower.moe_experts(x, ids, weights, up, down), ref, limit)
+    assert used == {1, 3, 5, 7}
+
+
 def test_confidence_is_a_probability_without_the_mask_token():
     """NaN where a logit, be it the mask token's, is not finite; the first of equals is best."""
     logits, drawn = randn(4, 5, 64).float(), ids(4, 5)
@@ -1495,6 +1551,76 @@ def test_save_and_load(tmp_path, odd):
     assert all((f"denoiser_tower.layers.{at}.bias" in index["weight_map"]) == odd for at in biases)
 
 
+SIXTY_FOUR = TINY | dict(hidden_size=64, moe_intermediate_size=128, initializer_range=0.1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_models_save_and_load(kind, tmp_path, capsys):
+    """Each expert as `quantize` makes it of the file's, all else untouched, from either layout; and
+    back from a directory that says so itself, in shards and in one file."""
+    torch.manual_seed(0)
+    model = TwoTower(TwoTowerConfig(**SIXTY_FOUR))
+    model.save_pretrained(tmp_path / "wide", 20_000)
+    held = TwoTower.from_pretrained(tmp_path / "wide", experts=kind, dtype=torch.bfloat16)
+    plain, seen = model.state_dict(), 0
+    for name, tensor in held.state_dict().items():
+        if name.endswith(".integers"):
+            for e, weight in enumerate(plain[name.removesuffix(".integers")]):
+                scales = held.state_dict()[name.replace(".integers", ".scales")]
+                right = twotower.quantize(weight, kind)
+                assert torch.equal(tensor[e], right[0]) and torch.equal(scales[e], right[1])
+                seen += 1
+        elif not name.endswith(".scales"):
+            assert torch.equal(tensor, plain[name].to(tensor.dtype)), name
+    assert seen == 2 * 2 * 2 * 8 and held.config.experts == kind
+    directory = tmp_path / kind
+    for most in (10_000, 10**9):
+        held.save_pretrained(directory, most)
+        again, asked = (TwoTower.from_pretrained(directory, **options)
+                        for options in ({}, {"experts": kind}))
+        assert same_tensors(held, again) and same_tensors(held, asked)
+    assert json.loads((directory / "config.json").read_text())["experts"] == kind
+    key = "denoiser_tower.layers.1.mixer.experts.7.up_proj.weight"
+    found = load_file(directory / "model.safetensors")
+    assert found[key].dtype == torch.int8 and found[key + "_scale"].dtype == torch.bfloat16
+    assert texts(again.generate_mask_diffusion(ids(1, 9), 20)) == texts(
+        held.generate_mask_diffusion(ids(1, 9), 20))
+    alone = TwoTower.from_pretrained(directory, towers="context")
+    assert all(tensor.equal(again.state_dict()[name])
+               for name, tensor in alone.state_dict().items())
+    other = "int4" if kind == "int8" else "int8"
+    refuses(f"holds experts in {kind}, not {other}", TwoTower.from_pretrained, directory,
+            experts=other)
+    for layout, towers in (("released", "both"), ("backbone", "context")):
+        refuses(f"layout '{layout}' cannot hold experts in {kind}", held.save_pretrained,
+                tmp_path / "new", layout=layout, towers=towers)
+    refuses(f"experts in {kind} cannot be trained", TwoTower, held.config)
+    assert f"experts in {kind} cannot be trained" in refused(
+        train, capsys, "--backbone", directory, "--data", HERE / "README.md", "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "new").exists()
+    put(key + "_scale", torch.ones(1, 127))(directory)
+    refuses(f"tensor {key}_scale is F32 [1, 127], expected", TwoTower.from_pretrained, directory)
+    put(key, model.state_dict()[key.replace("7.", "")][7])(directory)
+    refuses(f"tensor {key} is F32 [128, 64], expected I8", TwoTower.from_pretrained, directory)
+    model.save_pretrained(tmp_path / "backbone", towers="context", layout="backbone")
+    for stacked in (False, True):
+        if stacked:
+            edit_tensors(tmp_path / "backbone" / "model.safetensors", stack_experts)
+        both = TwoTower.from_backbone(tmp_path / "backbone", experts=kind).state_dict()
+        for name, tensor in held.state_dict().items():
+            if ".experts." in name and name.startswith("context_"):
+                assert torch.equal(both[name], tensor)
+                assert torch.equal(both[name.replace("context_", "denoiser_")], tensor)
+
+
+def stack_experts(tensors: dict):
+    """As transformers names experts in memory: one tensor for all of a layer."""
+    for key in [key for key in tensors if ".experts.0." in key]:
+        name = key.removesuffix(".weight")
+        tensors[name.replace(".0.", ".")] = torch.stack(
+            [tensors.pop(key.replace(".0.", f".{e}.")) for e in range(8)])
+
+
 class Killed(BaseException):
     pass
 
@@ -1659,22 +1785,27 @@ def test_dtypes(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-def test_memory_while_loading(tmp_path):
-    """Peak host memory of a 2 GB checkpoint: the weights and at most a tenth more."""
-    write_headers(tmp_path, TINY | dict(hidden_size=1024, vocab_size=16384, n_routed_experts=64,
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_memory_while_loading(kind, tmp_path):
+    """Peak host memory of a 2 GB checkpoint: the weights, as they are held, and at most 5 % more
+    and, where they are quantized, an expert in 16 bits."""
+    write_headers(tmp_path, TINY | dict(hidden_size=1024, vocab_size=8192, n_routed_experts=64,
                                         moe_intermediate_size=1920), 4)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     script = """
 import re, sys
 from twotower import TwoTower
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+TwoTower.from_pretrained("miniature", experts=sys.argv[2] or None)      # what torch takes itself
 before = peak()
-model = TwoTower.from_pretrained(sys.argv[1])
-print(peak() - before)
+model = TwoTower.from_pretrained(sys.argv[1], experts=sys.argv[2] or None)
+print(peak() - before, sum(tensor.nbytes for tensor in model.state_dict().values()))
 """
-    run = run_python("-c", script, tmp_path)
+    run = run_python("-c", script, tmp_path, kind or "")
     assert size > 2e9 and run.returncode == 0, run.stderr
-    assert 0.9 * size < int(run.stdout) < 1.1 * size
+    peak, held = map(int, run.stdout.split())
+    assert held / size < {None: 1.01, "int8": 0.6, "int4": 0.4}[kind]
+    assert 0.9 * held < peak < 1.05 * held + 2 * 1920 * 1024 * (kind is not None)
 
 
 def write_headers(directory: Path, fields: dict, shards: int) -> int:
@@ -1982,6 +2113,15 @@ def moe(ops, x, ids, weights, up, down, shared_up, shared_down, *biases):
     return [out.sum(1) if out.dim() == 3 else out]      # slots, which kernels.py leaves unsummed
 
 
+def moe_quantized(kind: str, ops, x, ids, weights, up, up_scales, down, down_scales, *others):
+    E, (outputs, inputs) = len(up), (up.shape[1], x.shape[1])
+    held = [twotower.Quantized(shape, kind) for shape in ((E, outputs, inputs),
+                                                          (E, inputs, outputs))]
+    (held[0].integers, held[0].scales), (held[1].integers, held[1].scales) = (
+        (up, up_scales), (down, down_scales))
+    return moe(ops, x, ids, weights, *held, *others)
+
+
 def between(ops, first: bool, weight, x, h, *vectors):
     """A sum and its norm, and the same once more, which shows what became of the first sum."""
     gate, *modulation = vectors or [None]
@@ -2007,18 +2147,23 @@ def kernel_cases(dtype: torch.dtype):
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=DEVICE)
 
-    D, E, A, width = 600, 8, 3, 40
-    for T, shared, biases, same in (
-            (1, 0, 0, 0), (1, 80, 0, 0), (5, 0, 1, 0), (16, 80, 0, 0), (16, 56, 0, 1),
-            (17, 0, 0, 1), (57, 80, 0, 0), (57, 0, 1, 0), (260, 0, 0, 0), (260, 0, 0, 1)):
-        experts = rand(T, E).topk(A).indices
+    E, A = 8, 3
+    for (T, shared, biases, same), kind in itertools.product((
+            (1, 0, 0, 0), (1, 2, 0, 0), (5, 0, 1, 0), (16, 2, 0, 0), (16, 1.4, 0, 1),
+            (17, 0, 0, 1), (57, 2, 0, 0), (57, 0, 1, 0), (260, 0, 0, 0), (260, 0, 0, 1)),
+            (None, "int8", "int4")):
+        D, width = (192, 64) if kind == "int4" else (600, 40)
+        shared, experts = int(shared * width), rand(T, E).topk(A).indices
         if same:
             experts = torch.arange(A, device=DEVICE).expand(T, A)
-        yield Case(f"moe_experts, {T} tokens, {shared} wide" + ", biases" * biases
-                   + ", one expert" * same, moe,
-                   (randn(T, D), experts, rand(T, A), randn(E, width, D) / D**0.5,
-                    randn(E, D, width) / width, randn(shared, D) / D**0.5,
+        up, down = randn(E, width, D) / D**0.5, randn(E, D, width) / width
+        held = [up, down] if kind is None else [part for w in (up, down) for part in vars(
+            quantized(w, kind)[0])["_buffers"].values()]
+        yield Case(f"moe_experts, {T} tokens, {shared} wide, {kind}" + ", biases" * biases
+                   + ", one expert" * same, functools.partial(moe_quantized, kind) if kind else moe,
+                   (randn(T, D), experts, rand(T, A), *held, randn(shared, D) / D**0.5,
                     randn(D, shared) / width) + (randn(E, width), randn(E, D)) * biases, limit)
+    D = 600
     H, G = 4, 2
     for b, L, P, N, keep, bounds, counts in (
             (2, 1, 32, 64, "end", (0.0, math.inf), None), (1, 1, 80, 24, "none", (0.1, 2.0), None),
@@ -2194,6 +2339,8 @@ def test_bench_kernels_compiles_and_counts():
             assert sum(part[what] for part in parts) == pytest.approx(row[what])
     # within what must move and be computed, and a third more: activations; keys and values of the
     # whole capacity; padding of the vocabulary's row
+    cost = functools.partial(bench.cost_of_pass, TwoTowerConfig(), 34)
+    assert cost().bytes - cost(bits=8).bytes == 23 * 34 * 2 * 2688 * 1856
     for name, experts in ("AR token", 6), ("denoiser step", 128 * (1 - (1 - 6 / 128)**16)):
         cost = bench.cost_of_pass(TwoTowerConfig(), experts, cached=2048, **bench.PASSES[name])
         row = launches[1, name, "all"]
@@ -2203,12 +2350,15 @@ def test_bench_kernels_compiles_and_counts():
 
 
 @needs_kernels
-@pytest.mark.parametrize("mode, new, knobs", [
-    ("generate_ar", 2, {}), ("generate_speculative", 3, dict(draft_length=3)),
-    ("generate_mask_diffusion", 8, dict(block_size=8, steps_per_block=2))])
-def test_the_miniature_writes_the_same_with_kernels(mode, new, knobs):
-    torch_model, tokenizer = miniature()
-    model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton")
+@pytest.mark.parametrize("mode, new, experts, knobs", [
+    ("generate_ar", 2, None, {}), ("generate_speculative", 3, "int8", dict(draft_length=3)),
+    ("generate_speculative", 3, None, dict(draft_length=3)),
+    ("generate_mask_diffusion", 8, None, dict(block_size=8, steps_per_block=2)),
+    ("generate_mask_diffusion", 8, "int4", dict(block_size=8, steps_per_block=2))])
+def test_the_miniature_writes_the_same_with_kernels(mode, new, experts, knobs):
+    torch_model, tokenizer = bench.load(MINIATURE, experts=experts)
+    model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton",
+                                     experts=experts)
     assert (torch_model.backend, model.backend) == ("torch", "triton")
     prompts = [tokenizer.encode(text).ids for text in ("class Point label:str\n", "import os\n")]
     expected, got = (getattr(m, mode)(prompts, new, **knobs) for m in (torch_model, model))
@@ -2694,7 +2844,7 @@ def test_resuming_touches_no_other_file(tmp_path):
              "was made with stop [], not ['q']; --resume needs the same"),
             ([out, "--resume", "--dtype", "bfloat16"], "with dtype 'float32', not 'bfloat16'"),
             ([out, "--resume", "--prompt-file", fewer], "line 2: there are only 1 prompts"),
-            ([prompts, "--resume"], "must be different files"),
+            ([prompts, "--resume"], "must differ"),
             ([notes, "--resume"], "notes.txt line 1 is not a result of sample.py")):
         one_line(sample(*flags, *args), message)
     assert kept == [path.read_bytes() for path in (out, notes, prompts)]
@@ -3027,7 +3177,7 @@ def test_an_option_is_taken_in_the_modes_whose_function_takes_it():
       for flags in ("--block-size", "--mode speculative --draft-length")],
     *[(f"--{flag} {place} Hi", f"device {place} cannot be used") for flag, place in (
         ("context-device", "cuda:99"), ("context-device", "toaster"), ("denoiser-device", "meta"))],
-    ("--output o --trace ./o Hi", "must be different files"),
+    ("--output o --trace ./o Hi", "must differ"),
     ("--output no/where.jsonl Hi", "no/where.jsonl: its directory does not exist"),
     ("--output . Hi", ". is not a file"),
     ("--trace two.jsonl Hi", "two.jsonl exists; give another name"),
@@ -3201,6 +3351,14 @@ def test_the_released_checkpoint_is_planned_from_its_headers(tmp_path):
     assert "for 4 rows of 8192 tokens\n" in run.stdout
     run = sample("--plan", "--mode", "ar", "--context-device", "cpu", directory=tmp_path)
     assert "cpu: context tower: weights 58.8 GiB" in run.stdout
+    run = sample("--plan", "--experts", "int4", "--max-new-tokens", 8192, directory=tmp_path)
+    both, *forms = run.stdout.splitlines()
+    assert "weights 39.1 GiB" in both
+    found = [re.findall(r"a GPU of (\d+) GB (?:holds (\d+) rows|is too small)", line)
+             for line in forms]
+    rows = {card: [int(dict(form)[card] or 0) for form in found] for card in ("80", "48")}
+    assert len(forms) == 3 and rows["80"][0] == rows["48"][0] == rows["48"][1] == 0
+    assert 16 < rows["80"][1] < rows["80"][2] and 16 < rows["48"][2] < rows["80"][2]
 
 
 def test_dtype():
@@ -3212,6 +3370,23 @@ def test_dtype():
     run = sample("--verbose", "--dtype", "bfloat16", "--max-new-tokens", 16, LETTER)
     assert run.returncode == 0 and ", dtype bfloat16, " in run.stderr
     assert run.stdout.startswith(f"{LETTER}Dear Dora,\n")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_sample_holds_experts_in_integers(kind, tmp_path):
+    """As read from the miniature, or from a directory that holds them so, which may not be asked
+    for the other kind."""
+    model, tokenizer = bench.load(MINIATURE, experts=kind)
+    model.save_pretrained(tmp_path, files={"tokenizer.json": (
+        MINIATURE / "tokenizer.json").read_bytes()})
+    right = texts(model.generate_ar([tokenizer.encode("import os\n").ids], 12))[0]
+    for directory, flags in ((MINIATURE, ["--experts", kind]), (tmp_path, [])):
+        run = sample("--mode", "ar", "--max-new-tokens", 12, "--json", "--verbose", *flags,
+                     "import os\n", directory=directory)
+        assert json.loads(run.stdout)["tokens"] == right and f", experts {kind}, " in run.stderr
+    other = "int4" if kind == "int8" else "int8"
+    one_line(sample("--experts", other, "Hi", directory=tmp_path), f"holds experts in {kind}, not")
+    one_line(sample("--experts", "int3", "Hi", directory=tmp_path), "invalid choice: 'int3'")
 
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch):

@@ -640,10 +640,17 @@ def run_miniature(args: argparse.Namespace, how: How):
     train_denoiser(args, how, phase1, second, data, {})
 
 
+def own_config(path: Path) -> TwoTowerConfig:
+    config = TwoTowerConfig.from_json(path)
+    require(config.experts is None, f"{path}: experts in {config.experts} cannot be trained; give "
+            "the weights that they were made of")
+    return config
+
+
 def run_backbone(args: argparse.Namespace, how: How):
     recipe, backbone = own_recipe(args), args.backbone
     check_rows(recipe, how)
-    config = TwoTowerConfig.from_json(backbone / "config.json")
+    config = own_config(backbone / "config.json")
     require(backbone.resolve() != args.out.resolve(), "--out must not be --backbone")
     tokenizer = load_tokenizer(backbone)
     last = max(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -675,7 +682,7 @@ def run(args: argparse.Namespace):
               args.accumulate, args.checkpoint_activations)
     if args.plan:
         path = args.backbone / "config.json" if args.backbone.is_dir() else args.backbone
-        return print(plan.table(TwoTowerConfig.from_json(path), own_recipe(args), how,
+        return print(plan.table(own_config(path), own_recipe(args), how,
                                 args.card or "H100", args.shard))
     if args.recipes is not None:
         return print(json.dumps(compare_recipes(args, how)))

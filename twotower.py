@@ -38,7 +38,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -106,6 +106,7 @@ class TwoTowerConfig:
     eos_token_id: int | list[int] | None = 2            # any of several ends a text
     pad_token_id: int | None = 0
     mask_token_id: int | None = 3                       # a convention, not in the released file
+    experts: str | None = None                          # "int8", "int4": `Quantized`
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -145,7 +146,8 @@ class TwoTowerConfig:
         as by transformers 5."""
         limit = [INFINITY if value == math.inf else value for value in self.time_step_limit]
         fields = dataclasses.asdict(self) | {"time_step_limit": limit}
-        return {name: value for name, value in fields.items() if value != [0.0, INFINITY]}
+        return {name: value for name, value in fields.items()
+                if value != [0.0, INFINITY] and (name != "experts" or value is not None)}
 
     @property
     def d_inner(self) -> int:
@@ -396,25 +398,41 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config: TwoTowerConfig) -> tu
     return topk_ids, topk_weights * config.routed_scaling_factor
 
 
-def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
-                up_bias: Tensor | None = None, down_bias: Tensor | None = None,
-                shared: MLP | None = None) -> Tensor:
+def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """An expert's weight (out, in) as integers and scales, as `Quantized` holds them; the largest
+    of the weights that share a scale, of either sign, becomes -128 or -8."""
+    most, size = (128, weight.shape[1]) if kind == "int8" else (8, 32)
+    groups = weight.to(torch.float32, copy=True).unflatten(1, (-1, size))   # (out, in/size, size)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scales = (high.where(high > -low, low) / -most).bfloat16()
+    q = groups.div_(scales.where(scales != 0, 1)).round_().clamp_(-most, most - 1)
+    q = q.flatten(1).to(torch.int8)
+    if kind == "int4":
+        low, high = q.chunk(2, dim=1)
+        q = low + 8 | high << 4
+    return q, scales[..., 0].T
+
+
+def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor | Quantized,
+                down: Tensor | Quantized, up_bias: Tensor | None = None,
+                down_bias: Tensor | None = None, shared: MLP | None = None) -> Tensor:
     """Sum over each token's experts of weight * down(relu(up(x))^2), plus the shared expert's.
 
     Args:
-        x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F),
+        x (T, D), topk_ids and topk_weights (T, A), up (E, F, D), down (E, D, F) or `Quantized`,
         up_bias (E, F) and down_bias (E, D) or None.
     Returns: (T, D) in x's dtype, summed in f32 in the order of the experts.
     """
     experts, order = topk_ids.flatten().sort(stable=True)       # T*A slots grouped by expert
-    aligned = all(size * x.element_size() % 16 == 0 for size in up.shape[1:])
-    if x.dtype == torch.float64 or not aligned or x.is_cpu and len(experts) < len(up):
-        # a loop over the experts hit: grouped_mm takes no float64 and no rows that begin between
-        # 16 bytes, and on a CPU visits all experts, which a few slots do not repay
+    fits = isinstance(up, Tensor) and all(n * x.element_size() % 16 == 0 for n in up.shape[1:])
+    if x.dtype == torch.float64 or not fits or x.is_cpu and len(experts) < len(up):
+        # a loop over the experts hit: grouped_mm takes no float64, integers or rows that begin
+        # between 16 bytes, and on a CPU visits all experts, which a few slots do not repay
         hit, sizes = (v.tolist() for v in experts.unique_consecutive(return_counts=True))
 
         def product(rows: Tensor, weight: Tensor) -> Tensor:    # each row times its expert's weight
-            return torch.cat([F.linear(part, weight[e]) for e, part in zip(hit, rows.split(sizes))])
+            return torch.cat([F.linear(part, weight[e].to(x.dtype))
+                              for e, part in zip(hit, rows.split(sizes))])
     else:
         ends = torch.searchsorted(experts, torch.arange(len(up), device=x.device), right=True).int()
 
@@ -779,13 +797,33 @@ class Router(Module):
         return self.ops.route(x, self.weight, self.e_score_correction_bias, self.config)
 
 
+class Quantized(nn.Module):
+    """Expert weights (E, out, in) as int8 integers times bfloat16 scales; weight[e] is one again.
+
+    "int8": integers (E, out, in), a scale for each output (E, 1, out). "int4": (E, out, in/2), in
+    the low four bits input i plus 8, in the high ones input i + in/2; scales (E, in/32, out)."""
+
+    def __init__(self, shape: tuple[int, int, int], kind: str):
+        super().__init__()
+        (E, out, inputs), self.shape, self.kind = shape, shape, kind
+        inputs, groups = (inputs, 1) if kind == "int8" else (inputs // 2, inputs // 32)
+        self.register_buffer("integers", torch.empty(E, out, inputs, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(E, groups, out, dtype=torch.bfloat16))
+
+    def __getitem__(self, e: int) -> Tensor:
+        q, scales = self.integers[e], wide(self.scales[e])
+        q = q if self.kind == "int8" else torch.cat([(q & 15) - 8, q >> 4], dim=1)
+        return (q.unflatten(1, (len(scales), -1)) * scales.T[..., None]).flatten(1)
+
+
 class StackedLinear(nn.Module):
     """The same projection of every expert: weight (E, out, in), bias (E, out) or None."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool):
+    def __init__(self, config: TwoTowerConfig, inputs: int, outputs: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
+        shape, kind = (config.n_routed_experts, outputs, inputs), config.experts
+        self.weight = Quantized(shape, kind) if kind else nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[:2])) if config.mlp_bias else None
 
 
 class MoE(Module):
@@ -793,10 +831,10 @@ class MoE(Module):
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__()
-        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        D, width = config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
-        self.experts = nn.ModuleDict({"up_proj": StackedLinear(E, D, width, config.mlp_bias),
-                                      "down_proj": StackedLinear(E, width, D, config.mlp_bias)})
+        self.experts = nn.ModuleDict({"up_proj": StackedLinear(config, D, width),
+                                      "down_proj": StackedLinear(config, width, D)})
         self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
 
     def forward(self, x: Tensor, *_) -> Tensor:
@@ -904,6 +942,8 @@ class TwoTower(Module):
             self.scale_shift_tables = nn.ParameterList(
                 torch.randn(3, D) / D ** 0.5 for _ in range(config.num_hidden_layers))
         if not self.context_lm_head.weight.is_meta:
+            require(config.experts is None, f"experts in {config.experts} cannot be trained; load "
+                    "them with TwoTower.from_pretrained")
             self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module):
@@ -1218,7 +1258,7 @@ class TwoTower(Module):
     def from_pretrained(cls, directory: str | os.PathLike, *, context_device=None,
                         denoiser_device=None, dtype: torch.dtype | None = None,
                         towers: str = "both", backend: str = "torch",
-                        layout: str = "released") -> TwoTower:
+                        layout: str = "released", experts: str | None = None) -> TwoTower:
         """Load a checkpoint directory, config.json and safetensors, one file or indexed shards, or
         what `fetch` gets for the name of one on the Hugging Face Hub.
 
@@ -1228,14 +1268,15 @@ class TwoTower(Module):
         Args: context_device, denoiser_device: None is torch's default device, and the context's;
             dtype: None keeps each tensor's own; the router is float32 at least in any case;
             towers: "both", or "context" to read nothing of the denoiser; backend: see `use`;
-            layout: "backbone" does what `from_backbone` does.
+            layout: "backbone" does what `from_backbone` does; experts: "int8" or "int4" makes
+            `Quantized` of the routed experts, one by one as they are read; None: as in the files.
         Raises: ValueError naming the file or tensor that is missing, unexpected or malformed.
         """
         first = torch.get_default_device() if context_device is None else context_device
         second = first if denoiser_device is None else denoiser_device
         first, second = check_device(first), check_device(second)
         model, files = cls.skeleton(fetch(directory, towers, layout), dtype=dtype,
-                                    towers=towers, layout=layout)
+                                    towers=towers, layout=layout, experts=experts)
         model.use(backend)              # refuses what cannot be had before a tensor is read
         return model.fill(files, first, second).use(backend)
 
@@ -1258,8 +1299,8 @@ class TwoTower(Module):
 
     @classmethod
     def skeleton(cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                 towers: str = "both",
-                 layout: str = "released") -> tuple[TwoTower, dict[str, Path]]:
+                 towers: str = "both", layout: str = "released",
+                 experts: str | None = None) -> tuple[TwoTower, dict[str, Path]]:
         """What `from_pretrained` would load, without data: a model on the meta device, with the
         shapes and dtypes it would have, and the file of every tensor of the checkpoint. layout: of
         the checkpoint, "released", "backbone" or "any"."""
@@ -1270,7 +1311,13 @@ class TwoTower(Module):
             model = cls(config, towers=towers)
             found = read_headers(directory, towers, layout)
             check_tensors(model, found, directory)
-            set_dtypes(model, {key: DTYPES[kind] for key, (_, _, kind) in found.items()}, dtype)
+            set_dtypes(model, {key: DTYPES.get(kind, torch.int8)
+                               for key, (_, _, kind) in found.items()}, dtype)
+            if experts not in (None, config.experts):
+                require(config.experts is None, f"{directory} holds experts in {config.experts}, "
+                        f"not {experts}: those are made from the released weights")
+                plain, model = model, cls(replace(config, experts=experts), towers=towers)
+                model.load_state_dict(plain.state_dict(), strict=False, assign=True)
         return model, {key: path for key, (path, _, _) in found.items()}
 
     def fill(self, files: dict[str, Path], context_device, denoiser_device,
@@ -1280,10 +1327,18 @@ class TwoTower(Module):
         self.load_state_dict({name: torch.empty_like(
             tensor, device=context_device if name.startswith("context_") else denoiser_device)
             for name, tensor in self.state_dict().items()}, assign=True)
-        for key, _, part in checkpoint_tensors(self, files):
-            # opened anew for each tensor, so that pages already read do not stay mapped
-            with safe_open(files[key], "pt", device=str(part.device)) as file:
-                part.copy_(file.get_tensor(key))
+        parts = {(key, name): part for key, name, part in checkpoint_tensors(self, files)}
+        for (key, name), part in parts.items():
+            scales = parts.get((f"{key}_scale", name.replace(".integers", ".scales")))
+            if key in files:            # if not, scales, which are found with the integers
+                # opened anew for each tensor, so that pages already read do not stay mapped
+                with safe_open(files[key], "pt", device=str(part.device)) as file:
+                    if scales is None or f"{key}_scale" in files:
+                        part.copy_(file.get_tensor(key))
+                    else:
+                        read = file.get_slice(key)
+                        for e in range(len(part)) if part.dim() == 3 else [...]:
+                            part[e], scales[e] = quantize(read[e], self.config.experts)
             if on_load is not None:
                 on_load(part.nbytes)
         if self.denoiser_tower is not None and backbone_of(files):
@@ -1294,13 +1349,16 @@ class TwoTower(Module):
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_bytes: int = 5 * 10**9,
                         files: dict[str, bytes] | None = None, *, towers: str = "both",
-                        layout: str = "released"):
+                        layout: str | None = None):
         """Write config.json, safetensors in the released layout, sharded above max_shard_bytes, and
         `files`, such as {"tokenizer.json": b"..."}, in place of an older checkpoint. Interrupted at
         any time, it leaves the older one, the new one, or one that does not load. What two modules
         share is written for each. towers: "context" leaves the denoiser out; then layout "backbone"
-        is what `from_backbone`, transformers and vLLM read. Raises: ValueError for tensors that
-        would not load again; OSError if writing fails."""
+        is what `from_backbone`, transformers and vLLM read; `Quantized` experts make one of their
+        own. Raises: ValueError for tensors that would not load again; OSError if writing fails."""
+        require(None in (self.config.experts, layout), f"layout {layout!r} cannot hold experts in "
+                f"{self.config.experts}, which have a layout of their own; leave it out")
+        layout = layout or "released"
         require((towers, layout) in (("both", "released"), ("context", "released"),
                                      ("context", "backbone")), f"layout {layout!r} cannot hold "
                 f"towers {towers!r}; released can hold both or context, backbone context")
@@ -1670,7 +1728,7 @@ def check_config(c: TwoTowerConfig):
         "str": (lambda v: type(v) is str, "text"),
         "tuple[float, float]": (lambda v: type(v) is tuple and {*map(type, v)} <= {int, float} and
                                 len(v) == 2 and 0 <= v[0] <= v[1], "[low, high], 0 <= low <= high")}
-    for field in dataclasses.fields(c)[:-4]:                # the ids are the last four
+    for field in dataclasses.fields(c)[:-5]:                # ids are four of the last five
         holds, what = types[field.type]
         check(field.name, holds(getattr(c, field.name)), f"it must be {what}")
     for name, other in (("num_attention_heads", "num_key_value_heads"),
@@ -1692,6 +1750,10 @@ def check_config(c: TwoTowerConfig):
     eos_ids(c.eos_token_id, V := c.vocab_size, "config: eos_token_id")
     check("mask_token_id", type(c.mask_token_id) is int and 0 <= c.mask_token_id < V,
           f"it must be an id in [0, {V})")
+    check("experts", c.experts in (None, *["int8", "int4"] * ("E" in pattern)),
+          "it must be int8 or int4, and that only of a model with routed experts")
+    check("experts", c.experts != "int4" or c.hidden_size % 64 == c.moe_intermediate_size % 64 == 0,
+          "hidden_size and moe_intermediate_size are not both multiples of 64")
 
 
 def check_ids(ids, name: str, config: TwoTowerConfig, shape: tuple = (None, None)) -> Tensor:
@@ -1881,11 +1943,12 @@ def checkpoint_tensors(model: nn.Module, files=()) -> list[tuple[str, str, Tenso
     tower, found = backbone_of(files), []
     for name, tensor in model.state_dict().items():
         key = re.sub(r"\b(_orig_mod|module)\.", "", name)
+        key = key.replace(".weight.integers", ".weight").replace(".weight.scales", ".weight_scale")
         if tower is not None:
             key = re.sub("^(context|denoiser)_tower.", tower, key).removeprefix("context_")
-        stack = key.removesuffix(".weight")             # so transformers names it in memory
-        key = stack if stack in files else key
-        if ".mixer.experts." in key and key not in files:
+        stack = key.replace(".weight", "")               # so transformers names it in memory
+        key = stack if stack.removesuffix("_scale") in files else key
+        if ".mixer.experts." in key and key.removesuffix("_scale") not in files:
             found += [(key.replace(".mixer.experts.", f".mixer.experts.{e}."), name, part)
                       for e, part in enumerate(tensor)]
         elif tower is None or not key.startswith(TIME_KEYS):
@@ -1908,13 +1971,14 @@ def shards_of(parts: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor
 
 def check_tensors(model: nn.Module, found: dict[str, tuple], where):
     """Raise unless the tensors found, a place, shape and dtype each, are all of the model."""
-    expected = {key: list(part.shape) for key, _, part in checkpoint_tensors(model, found)}
+    expected = {key: (DTYPES if part.is_floating_point() else {"I8": torch.int8}, list(part.shape))
+                for key, _, part in checkpoint_tensors(model, found)}
     for key in sorted(expected.keys() | found):
         path, shape, kind = found.get(key, (where, None, None))
+        kinds, wanted = expected.get(key, ({}, None))
         there = "missing" if shape is None else f"{kind} {shape}"
-        wanted = f"{' or '.join(DTYPES)} {expected[key]}" if key in expected else "nothing"
-        require(kind in (*DTYPES, *DTYPES.values()) and shape == expected.get(key),
-                f"{path}: tensor {key} is {there}, expected {wanted}")
+        require(kind in (*kinds, *kinds.values()) and shape == wanted, f"{path}: tensor {key} is "
+                f"{there}, expected {' or '.join(kinds)} {wanted or 'nothing'}".replace("  ", " "))
 
 
 def backbone_of(names) -> str | None:
@@ -1969,10 +2033,10 @@ def set_dtypes(model: TwoTower, found: dict[str, torch.dtype], dtype: torch.dtyp
     float32 at least, and A_log, D and dt_bias, which are used so, may be."""
     keys, tensors = {}, model.state_dict()              # keys: one of each dtype
     for key, name, _ in checkpoint_tensors(model, found):
-        own = dtype or found[key]
+        own = found[key] if ".experts." in name and ".weight." in name else dtype or found[key]
         if name.endswith((".gate.weight", ".e_score_correction_bias")):
             own = torch.promote_types(own, torch.float32)
-        elif not name.endswith((".A_log", ".D", ".dt_bias")):
+        elif not name.endswith((".A_log", ".D", ".dt_bias", ".integers", ".scales")):
             keys.setdefault(own, key)
         tensors[name] = tensors[name].to(own)
     require(len(keys) < 2, "the checkpoint mixes dtypes, such as " + " and ".join(

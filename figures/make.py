@@ -201,13 +201,14 @@ def cost():
     left.set(xlabel="tokens in a pass", ylabel="distinct experts a layer", xscale="log")
     left.set_xticks([1, 4, 16, 64, 128], [1, 4, 16, 64, 128])
     passes = torch.arange(1, 17)
-    ar = cost_of_pass(config, A).bytes
-    for hit, style in ((34, "-"), (69, "--"), (E, ":")):
-        block = cost_of_pass(config, hit).bytes
-        right.plot(passes, 16 * ar / ((passes + 1) * block), style, label=f"{hit} experts a layer")
+    for hit, bits, style in ((34, 16, "-"), (34, 8, "-."), (34, 4.5, (0, (5, 1, 1, 1, 1, 1))),
+                             (69, 16, "--"), (E, 16, ":")):          # 4.5: with the scales
+        ar, block = (cost_of_pass(config, n, bits=bits).bytes for n in (A, hit))
+        right.plot(passes, 16 * ar / ((passes + 1) * block), linestyle=style,
+                   label=f"{hit} experts a layer" + f", in {bits:.0f} bits" * (hit == 34))
     right.plot(passes, 16 / (passes + 1), color="grey", label="every pass costs the same")
     right.axhline(2.42, color="#c1121f", linewidth=0.8)
-    right.text(16, 2.5, "2.42", color="#c1121f", ha="right")
+    right.text(9, 2.5, "2.42", color="#c1121f", ha="right")
     right.axhline(1, color="black", linewidth=0.8)
     right.set(xlabel="denoiser passes a block of 16", ylabel="speed-up over AR", yscale="log")
     right.set_yticks([0.25, 0.5, 1, 2, 4, 8], [0.25, 0.5, 1, 2, 4, 8])
