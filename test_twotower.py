@@ -866,6 +866,13 @@ def test_score(tokens_per_pass):
             expected = p[len(prompt) - 1:-1].gather(1, continuation[:, None])[:, 0]
             assert error(scores.tokens[row], expected) < 1e-10
             assert error(scores.total[row], expected.sum()) < 1e-10
+            likeliest = p[len(prompt) - 1:-1].argmax(-1)
+            assert scores.greedy[row] == torch.equal(likeliest, continuation)
+    # one wrong token, the first, and then what AR writes after it
+    wrong = torch.cat([prompt, (p[len(prompt) - 1].argmax() + 1)[None] % TINY["vocab_size"]])
+    written, = model.generate_ar([wrong], 18).tokens
+    assert model.score([wrong, prompt], [written, torch.cat([wrong[-1:], written])],
+                       tokens_per_pass).greedy.tolist() == [True, False]
     assert sum(n for _, n in made) == sum(len(new) for _, new in texts + texts[-1:])
     assert max(n for _, n in made) <= tokens_per_pass
     small = TwoTower(TwoTowerConfig(**TINY | dict(max_position_embeddings=49)))
