@@ -24,6 +24,7 @@ from time import perf_counter
 
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from bench import ALTERED, altered, count, fail, show, without_this_folder
 from placement import asking, devices
@@ -39,7 +40,6 @@ try:
         from lm_eval.models.utils import Collator, normalize_gen_kwargs
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-        from tqdm import tqdm
 except ImportError as missing:
     fail(f"it measures with lm-evaluation-harness: pip install lm_eval ({missing})")
 
@@ -143,8 +143,7 @@ class Harness(TemplateLM):
 
 
 def measure(lm: Harness, shots: int | None, manager: TaskManager, args) -> dict[str, dict]:
-    """By metric its value, of several tasks the mean. Answers are cached by what they depend on; of
-    a weight that is its first numbers."""
+    """By metric its value, of several tasks the mean; answers are cached by what they hang on."""
     what = [lm.mode, lm.knobs, str(lm.model.context_lm_head.weight.dtype), lm.encoder.to_str()]
     what += [part.flatten()[:16].tolist() for name, part in lm.model.state_dict().items()
              if lm.mode != "ar" or "context" in name]
@@ -217,7 +216,7 @@ def run(args: argparse.Namespace):
             for label, mode in modes.items():
                 lm = Harness(model, tokenizer, *mode, args.batch_size, names)
                 scores = measure(lm, shots, manager, args)
-                for key in scores if metric == "" else [metric]:
+                for key in [metric] if metric in scores else scores:
                     add(rows, {"task": task, "metric": key, "published": "/".join(published),
                                "mode": label if lm.spent() else SCORED} | scores[key] | lm.spent())
                 if not lm.spent():
