@@ -4067,7 +4067,8 @@ def test_evaluate_scores_as_the_harness_scores_transformers(tmp_path):
             found, wanted = (torch.tensor(getattr(lm, kind)(
                 asked(kind, *arguments), disable_tqdm=True), dtype=torch.float64)
                 for lm in (ours, other))
-            assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-4
+            # theirs are sums in float32, ours in float64
+            assert ((found - wanted).abs() < 1e-4 + 2**-22 * wanted.abs()).all()
             if kind == "loglikelihood":             # some are what AR writes, some are not
                 assert 0 < found[:, 1].sum() < len(pairs)
                 assert found[:, 0].min() < -10
@@ -4144,6 +4145,7 @@ def test_evaluate_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
         for prompt, text in itertools.islice(corpus.task_items("sort", "cache", True), 6)]))
     write, left = TwoTower.generate_mask_diffusion, 0
 
+    @functools.wraps(write)             # whose defaults are looked up
     def generate(model, prompts, most, **options):
         asked_for.extend([len(prompts)] * (most == 30))     # the first batch is written twice
         on_tokens = options["on_tokens"]
