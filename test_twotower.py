@@ -3993,15 +3993,15 @@ def test_evaluate_agrees_with_a_plain_loop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda self, to: connect(self, to) if isinstance(
         to, (str, bytes)) else tried.append(to))
     folder = with_tasks(tmp_path / "it")
-    corpus.write_tasks(folder / "tasks", tokenizer, ["json", "sort"], 5)
+    corpus.write_tasks(folder / "tasks", tokenizer, ["json", "sort"], 3)
     for task in ("json", "sort", "library"):
         path = folder / "tasks" / f"{task}.jsonl"
         items = [json.loads(line) for line in path.read_text().splitlines()]
-        items[1]["answer"] = items[3]["answer"] = "?"
+        items[1]["answer"] = "?"
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
     modes = {"ar": ("ar", {}), "speculative": ("speculative", {})} | {
         f"mask_diffusion {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
-        for gamma in (0.5, 0.8, 0.95)}
+        for gamma in (0.5, 0.95)}
     expected = {}
     for (label, (mode, knobs)), task in itertools.product(modes.items(), ("json", "sort", "library")):
         right = tokens = passes = 0
@@ -4013,18 +4013,18 @@ def test_evaluate_agrees_with_a_plain_loop(tmp_path, capsys, monkeypatch):
             right += (text.split("\n")[0].strip() if task == "library" else text) == item["answer"]
             tokens += len(result.tokens[0])
             passes += int(result.context_passes if mode == "ar" else result.nfe)
-        expected[task, "exact_match", label] = right / 5, tokens, passes
-    assert 0.4 <= expected["sort", "exact_match", "ar"][0] <= 0.6
+        expected[task, "exact_match", label] = right / 3, tokens, passes
+    assert expected["sort", "exact_match", "ar"][0] == 2 / 3
     for size in (1, 16):
         found = table(program, capsys, "--checkpoint", folder, "--modes",
-                      "speculative,mask_diffusion,ar", "--confidence-threshold", 0.5, 0.8, 0.95,
+                      "speculative,mask_diffusion,ar", "--confidence-threshold", 0.5, 0.95,
                       "--batch-size", size)
         for key, (value, tokens, passes) in expected.items():
             row = found[key]
             assert (row["value"], row["tokens"], row["passes"]) == (value, tokens, passes), key
             assert row["tokens_per_pass"] == tokens / passes and row["tokens_per_second"] > 0
-        of = [found[task, "exact_match", "mask_diffusion 0.8"] for task in ("json", "sort")]
-        both = found["mean", "exact_match", "mask_diffusion 0.8"]
+        of = [found[task, "exact_match", "mask_diffusion 0.95"] for task in ("json", "sort")]
+        both = found["mean", "exact_match", "mask_diffusion 0.95"]
         ar = found["mean", "exact_match", "ar"]
         assert both["value"] == statistics.mean(row["value"] for row in of)
         assert both["share_of_ar"] == both["value"] / ar["value"]
