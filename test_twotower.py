@@ -3647,6 +3647,9 @@ def test_train_runs_end_to_end(tmp_path, capsys):
         log = [json.loads(line) for line in open(out / f"phase{phase}" / "log.jsonl")]
         assert log[-1]["loss"] < min(log[0]["loss"], 0.85 * math.log(1280))
         assert f"phase {phase} step" in printed
+    tasks = {"library", *train.SMOKE[1].tasks()}
+    assert {path.name for path in (out / "tasks").iterdir()} == {
+        f"{task}.{kind}" for task in tasks for kind in ("yaml", "jsonl")}
     model, tokenizer = bench.load(out)
     assert len(model.generate_mask_diffusion([tokenizer.encode("sort 1 ").ids], 20).tokens[0]) == 20
     assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
@@ -4095,9 +4098,10 @@ generation_kwargs:
 """ + METRIC.format("exact_match")
 
 
-def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys):
-    """Multiple choice after an example is scored once, by the context tower; texts end before any
-    of their stops, special tokens too, or at max_gen_toks."""
+def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys, monkeypatch):
+    """Of a suite, multiple choice after an example is scored once, by the context tower, and is part
+    of every mode's mean; texts end before any of their stops, special tokens too, or at
+    max_gen_toks."""
     program, (model, tokenizer) = evaluating(), miniature()
     pairs = list(itertools.islice(corpus.task_items("sort", "harness", True), 6))
     choose = [{"ask": prompt, "choices": [text, text[::-1], text[:9]], "right": i % 2}
@@ -4105,9 +4109,19 @@ def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys):
     first = [{"ask": prompt, "line": text.split("\n")[i % 2]} for i, (prompt, text) in
              enumerate(pairs)]
     folder = with_tasks(tmp_path / "it", choose=(CHOOSE, choose), first=(FIRST, first))
-    found = table(program, capsys, "--checkpoint", folder, "--modes", "ar,mask_diffusion")
-    assert found.keys() == {("choose", "acc", "context tower"), ("first", "exact_match", "ar"),
-                            ("first", "exact_match", "mask_diffusion 0.8")}
+    index = program.TaskManager(include_path=folder / "tasks", include_defaults=False)
+    monkeypatch.setattr(program, "TaskManager", lambda **_: index)
+    monkeypatch.setattr(program, "CARD", {
+        "Choose": ("choo*", 1, "acc,none", "78.56", "78.24"),
+        "First": ("first", None, "exact_match,none", "92.49", "90.14")})
+    found = table(program, capsys, "--checkpoint", folder, "--suite", "card")
+    scored, *written = {key: row["value"] for key, row in found.items() if key[0] != "mean"}.items()
+    assert scored[0] == ("Choose", "acc", "context tower")
+    assert [key for key, _ in written] == [("First", "exact_match", mode)
+                                           for mode in ("ar", "mask_diffusion 0.8")]
+    for (_, _, mode), value in written:
+        assert found["mean", "all", mode]["value"] == (scored[1] + value) / 2
+    assert found["First", "exact_match", "ar"]["published"] == "92.49/90.14"
     right = []
     for item in choose:
         before = choose[0]["ask"] + choose[0]["choices"][0] + "\n\n" + item["ask"]
@@ -4115,10 +4129,10 @@ def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys):
         total = model.score([tokenizer.encode(before).ids] * 3, [
             tokenizer.encode(before + choice).ids[n:] for choice in item["choices"]]).total
         right.append(int(total.argmax()) == item["right"])
-    assert found["choose", "acc", "context tower"]["value"] == statistics.mean(map(int, right)) < 1
+    assert scored[1] == statistics.mean(map(int, right)) < 1
     written = [tokenizer.decode(model.generate_ar([tokenizer.encode(prompt).ids], 30).tokens[0]
                                 .tolist()).split("\n")[0] for prompt, _ in pairs]
-    assert found["first", "exact_match", "ar"]["value"] == statistics.mean(
+    assert found["First", "exact_match", "ar"]["value"] == statistics.mean(
         int(text == item["line"]) for text, item in zip(written, first)) == 0.5
     lm = program.Harness(model, tokenizer, "mask_diffusion")
     requests = [(prompt, {"until": ["gs", "ys,", "</s>", ""], "max_gen_toks": 40})
