@@ -149,8 +149,8 @@ def measure(lm: Harness, shots: int | None, manager: TaskManager, args) -> dict[
              if lm.mode != "ar" or "context" in name]
     name = f"{lm.mode}-{zlib.crc32(json.dumps(what).encode()):08x}"
     results = simple_evaluate(
-        lm, tasks=[lm.task], num_fewshot=shots, limit=args.limit, task_manager=manager,
-        use_cache=args.cache and str(args.cache / name), log_samples=False,
+        lm, tasks=match(manager.all_tasks, lm.task), num_fewshot=shots, limit=args.limit,
+        use_cache=args.cache and str(args.cache / name), log_samples=False, task_manager=manager,
         confirm_run_unsafe_code=args.confirm_run_unsafe_code)["results"]
     found = [results[name] for name in match(results, lm.task) or results]      # or of a tag all
     return {key: {"value": mean(one[key] for one in found)} | (
