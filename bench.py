@@ -3,8 +3,6 @@
     python bench.py cpu         prefill, AR decoding and one denoiser step of a small random model,
                                 beside transformers' NemotronH with the same weights, and what this
                                 processor's matrix products and copies would allow
-    python bench.py miniature   quality and speed of the trained miniature in all modes: exact match
-                                on held-out items, passes, tokens/s, likelihood
     python bench.py samples     what the miniature writes after held-out source
     python bench.py templates   the miniature filling gaps, with and without what follows them
     python bench.py batch       the miniature's tokens/s by number of prompts decoded together, and
@@ -16,12 +14,11 @@
                                 bytes and share of the roof of every pass; speed-up over AR
 
 On one idle thread of an AMD EPYC samples takes a quarter of a minute, cpu about one minute,
-templates two, batch nine. miniature takes longest; --items and --timed shorten it. kernels takes
-some minutes, gpu 78 s on one H200.
+templates two, batch nine, kernels some minutes; gpu 78 s on one H200.
 
 Whatever is timed takes turns within a run, so that a machine that slows down slows all of it;
-compare ratios, not milliseconds. `python figures/make.py FILE` draws what miniature or gpu printed
-into FILE.
+compare ratios, not milliseconds. `python figures/make.py FILE` draws what gpu printed into FILE.
+evaluate.py measures quality.
 """
 
 from __future__ import annotations
@@ -42,7 +39,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from corpus import (FROM_SOURCE, KNOWN, TASKS, library, library_prompts, task_prompts,
-                    texts_with_holes)
+from corpus import KNOWN, library, library_prompts, task_prompts, texts_with_holes
 from rows import load_tokenizer
 from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
                       kernels)
@@ -640,28 +635,21 @@ def table_of_launches(batch: int, name: str, found: list[Launch]) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------
-# bench.py miniature
+# bench.py samples, templates, batch: of a checkpoint
 
-MODES = {"ar": ("ar", {}), "mock-AR": ("mock_ar", {})}
-MODES |= {f"gamma {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
-          for gamma in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
-MODES |= {f"block {size}": ("mask_diffusion", {"block_size": size, "steps_per_block": size})
-          for size in (8, 32, 64)}             # at gamma 0.8; "gamma 0.8" itself has block 16
-MODES |= {"speculative": ("speculative", {})}
-MODES |= {"t frozen": ("mask_diffusion", {}), "no Mamba seeding": ("mask_diffusion", {})}
+ALTERED = "t_frozen", "unseeded"
 
 
 def altered(model: TwoTower, name: str) -> contextlib.ExitStack:
     """The model with t held at 0.5, or with Mamba layers of the denoiser starting from zeros."""
     hooks = contextlib.ExitStack()
-    if name == "t frozen":
+    if name == "t_frozen":
         hooks.enter_context(model.t_embedder.register_forward_pre_hook(
             lambda _, args: torch.full_like(args[0], 0.5)))
-    if name == "no Mamba seeding":
-        for layer in model.denoiser_tower.layers:
-            if layer.kind == "M":
-                hooks.enter_context(layer.mixer.register_forward_pre_hook(
-                    lambda mixer, args: (args[0], mixer.empty_state(len(args[0]), 0), args[2])))
+    for layer in model.denoiser_tower.layers if name == "unseeded" else ():
+        if layer.kind == "M":
+            hooks.enter_context(layer.mixer.register_forward_pre_hook(
+                lambda mixer, args: (args[0], mixer.empty_state(len(args[0]), 0), args[2])))
     return hooks
 
 
@@ -669,89 +657,6 @@ def load(checkpoint: str, dtype: torch.dtype = torch.float32,
          experts: str | None = None) -> tuple[TwoTower, Tokenizer]:
     return (TwoTower.from_pretrained(checkpoint, dtype=dtype, experts=experts).eval(),
             load_tokenizer(Path(checkpoint)))
-
-
-@torch.inference_mode()
-def answer(model: TwoTower, tokenizer, items: list, name: str, batch: int = 50) -> Counter:
-    """Let one mode answer (prompt ids, right answer, new tokens) items, `batch` rows at a time.
-
-    Returns: sums over the items: how many are right; tokens, up to and with </s>; blocks of 16 of
-    them, whatever the mode's own; nats, minus their log-likelihood under the context tower; passes;
-    seconds.
-    """
-    (mode, knobs), score = MODES[name], Counter()
-    for i in range(0, len(items), batch):
-        prompts, answers, lengths = zip(*items[i:i + batch])
-        with altered(model, name):
-            start = time.perf_counter()
-            result = getattr(model, f"generate_{mode}")(
-                prompts, max(lengths), eos_token_id=model.config.eos_token_id, **knobs)
-            seconds = time.perf_counter() - start
-        written = [tokenizer.decode(new.tolist()) for new in result.tokens]
-        score.update(
-            items=len(prompts), right=sum(map(is_right, written, answers)), seconds=seconds,
-            tokens=sum(map(len, result.tokens)),
-            blocks=sum(-(-len(new) // 16) for new in result.tokens),
-            nfe=int(result.nfe.sum()), context_passes=int(result.context_passes.sum()),
-            nats=-float(model.score(prompts, result.tokens).total.sum()))
-    return score
-
-
-def is_right(written: str, right: str) -> bool:
-    """A task's answer must be right to the last character, a source line up to its end."""
-    return written == right or right.endswith("\n") and written.startswith(right)
-
-
-def bench_miniature(checkpoint: str = MINIATURE, items: int = 500, timed: int = 25,
-                    tasks: str = ",".join(KNOWN), experts: str = "none") -> dict:
-    """Accuracy of every mode in batches; then speed at batch 1, all modes taking turns item by
-    item. --experts int8 or int4: the routed ones held so."""
-    tasks = tasks.split(",")
-    if not set(tasks) <= set(TASKS):
-        raise ValueError(f"--tasks: there are only {','.join(TASKS)}")
-    model, tokenizer = load(checkpoint, experts=None if experts == "none" else experts)
-    kinds = {task: task_prompts(tokenizer, task, items) for task in tasks}
-    kinds["library"] = library_prompts(tokenizer, items)
-    quality = {(name, kind): answer(model, tokenizer, prompts, name)
-               for name in MODES for kind, prompts in kinds.items()}
-    speed = {which: Counter() for which in quality}
-    for i in range(-1, min(timed, items)):              # the first round only warms up
-        for kind, prompts in kinds.items():
-            for name in itertools.islice(itertools.cycle(MODES), i + 1, i + 1 + len(MODES)):
-                score = answer(model, tokenizer, [prompts[max(i, 0)]], name)
-                speed[name, kind].update(score if i >= 0 else {})
-    tables = {"rows": tasks, "source": [task for task in tasks if task in FROM_SOURCE],
-              "library": ["library"]}
-    for table, of in tables.items():
-        if not of:
-            continue
-        tables[table] = rows = []
-        for name in MODES:
-            score, timing = (sum((found[name, kind] for kind in of), Counter())
-                             for found in (quality, speed))
-            row = {"mode": name} | {kind: quality[name, kind]["right"] / items for kind in of}
-            rows.append(row | summary(score, timing, rows))
-        show("right to the last character; tokens of a denoiser pass, or in AR of a context pass; "
-             "passes for a block of 16", rows)
-    return tables
-
-
-def summary(score: Counter, timed: Counter, before: list[dict]) -> dict:
-    """Of one mode; `before` are the modes before it, of which the first is AR. The prompts' own
-    passes are not among those of a block."""
-    accuracy, speed = score["right"] / score["items"], timed["tokens"] / timed["seconds"]
-    ar = before[0] if before else {"accuracy": accuracy, "tokens_per_second": speed}
-    context_passes = score["context_passes"] - score["items"]
-    return {"accuracy": accuracy, "share_of_ar": accuracy / max(ar["accuracy"], 1e-9),
-            "tokens_per_pass": score["tokens"] / (score["nfe"] or score["context_passes"]),
-            "denoiser_passes_per_block": score["nfe"] / score["blocks"],
-            "context_passes_per_block": context_passes / score["blocks"],
-            "tokens_per_second": speed, "speedup": speed / ar["tokens_per_second"],
-            "log_likelihood": -score["nats"] / score["tokens"]}
-
-
-# ---------------------------------------------------------------------------------------------
-# bench.py samples, templates, batch
 
 
 def bench_samples(checkpoint: str = MINIATURE, mode: str = "mask_diffusion",
@@ -857,8 +762,8 @@ def rows_apart(model: TwoTower, mode: str, prompts: list, batch: int = 16) -> di
 # The command line: every parameter of a function is a flag of its command
 
 
-def fail(message):
-    print("bench.py: " + " ".join(str(message).split()), file=sys.stderr)
+def fail(message, program: str = "bench.py"):
+    print(f"{program}: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -876,7 +781,7 @@ def main(argv: list[str] | None = None):
     parser, measures = Parser(description=__doc__, allow_abbrev=False, formatter_class=(
         argparse.RawDescriptionHelpFormatter), usage="python bench.py MEASUREMENT [flags]"), {
         measure.__name__.removeprefix("bench_"): measure for measure in (
-            bench_cpu, bench_miniature, bench_samples, bench_templates, bench_batch, bench_kernels,
+            bench_cpu, bench_samples, bench_templates, bench_batch, bench_kernels,
             bench_gpu)}
     commands = parser.add_subparsers(dest="what", required=True, prog="python bench.py",
                                      metavar="|".join(measures))

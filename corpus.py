@@ -23,6 +23,7 @@ import sysconfig
 import textwrap
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -313,6 +314,52 @@ def texts_with_holes(tokenizer, count: int) -> dict[str, list[tuple[Tensor, Tens
         if len(piece) >= 144:
             texts["library"].append(piece[:144].split([128, 16]))
     return texts
+
+
+HARNESS_TASK = r"""task: {task}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {task}.jsonl          # read from this folder
+test_split: test
+output_type: generate_until
+doc_to_text: prompt
+doc_to_target: answer
+target_delimiter: ""
+generation_kwargs:
+  until: ["{eos}"]
+  max_gen_toks: {most}
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+# of a line of source only its end is compared, without white space around it
+FIRST_LINE = r"""filter_list:
+  - name: line
+    filter:
+      - function: regex
+        regex_pattern: "^([^\n]*)"
+      - function: take_first
+"""
+
+
+def write_tasks(folder: Path, tokenizer, tasks: Sequence[str], items: int = 200):
+    """Held-out items of tasks, and of library source, as tasks of lm-evaluation-harness."""
+    made = {task: task_prompts(tokenizer, task, items) for task in tasks}
+    made["library"] = [(prompt, text.strip(), most)
+                       for prompt, text, most in library_prompts(tokenizer, items)]
+    files = {}
+    for task, found in made.items():
+        files[folder / f"{task}.yaml"] = FIRST_LINE * (task == "library") + HARNESS_TASK.format(
+            task=task, eos=EOS, most=found[0][2])
+        files[folder / f"{task}.jsonl"] = "".join(json.dumps(
+            {"prompt": tokenizer.decode(prompt.tolist()), "answer": text}) + "\n"
+            for prompt, text, _ in found)
+    folder.mkdir(exist_ok=True)
+    write({path: lambda partial, text=text: partial.write_text(text, "utf-8")
+           for path, text in files.items()})
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from placement import NEW_TOKENS
-from twotower import TwoTowerConfig, Written, check_file, eos_ids, require
+from twotower import TwoTower, TwoTowerConfig, Written, check_file, eos_ids, require
 
 # in a template: what is literal behind a backslash, a hole, a mistake, any other letter
 TEMPLATE = re.compile(r"\\(_|\{\{)|(_{3,}|\{\{[1-9][0-9]*\}\})|(__|\{\{.{0,9})|(.)", re.DOTALL)
@@ -278,6 +278,26 @@ def make_rows(prompts: list[dict], args: Namespace, tokenizer: Tokenizer | None,
             rows.append(Row(len(rows), text, ids, given, new, settings | (
                 {"choices": choices} if choices else
                 {"max_new_tokens": new, "seed": seed, "template": template}), own))
+    return rows
+
+
+def write_rows(model: TwoTower, tokenizer: Tokenizer, mode: str, prompts: list[list[int]],
+               max_new_tokens: int, stops: Sequence[str] = (),
+               on_end: Callable[[Row], None] = lambda row: None, **knobs) -> list[Row]:
+    """What a mode writes after prompts of ids, each up to an EOS or before the first of the stops;
+    on_end is told of each row when it is done. knobs: of the mode."""
+    rows = [Row(index, "", list(ids)) for index, ids in enumerate(prompts)]
+    eos = eos_ids(model.config.eos_token_id, model.config.vocab_size)
+
+    def on_tokens(written: Written) -> bool:
+        row = rows[written.row]
+        row.take(written, tokenizer, eos, stops)
+        if row.ended:
+            on_end(row)
+        return row.ended == "stop"
+
+    getattr(model, f"generate_{mode}")(prompts, max_new_tokens, eos_token_id=eos or None,
+                                       on_tokens=on_tokens, **knobs)
     return rows
 
 

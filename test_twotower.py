@@ -26,6 +26,8 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +47,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
@@ -922,6 +924,13 @@ def test_score(tokens_per_pass):
             expected = p[len(prompt) - 1:-1].gather(1, continuation[:, None])[:, 0]
             assert error(scores.tokens[row], expected) < 1e-10
             assert error(scores.total[row], expected.sum()) < 1e-10
+            likeliest = p[len(prompt) - 1:-1].argmax(-1)
+            assert scores.greedy[row] == torch.equal(likeliest, continuation)
+    # one wrong token, the first, and then what AR writes after it
+    wrong = torch.cat([prompt, (p[len(prompt) - 1].argmax() + 1)[None] % TINY["vocab_size"]])
+    written, = model.generate_ar([wrong], 18).tokens
+    assert model.score([wrong, prompt], [written, torch.cat([wrong[-1:], written])],
+                       tokens_per_pass).greedy.tolist() == [True, False]
     assert sum(n for _, n in made) == sum(len(new) for _, new in texts + texts[-1:])
     assert max(n for _, n in made) <= tokens_per_pass
     small = TwoTower(TwoTowerConfig(**TINY | dict(max_position_embeddings=49)))
@@ -3857,6 +3866,9 @@ def test_train_runs_end_to_end(tmp_path, capsys):
         log = [json.loads(line) for line in open(out / f"phase{phase}" / "log.jsonl")]
         assert log[-1]["loss"] < min(log[0]["loss"], 0.85 * math.log(1280))
         assert f"phase {phase} step" in printed
+    tasks = {"library", *train.SMOKE[1].tasks()}
+    assert {path.name for path in (out / "tasks").iterdir()} == {
+        f"{task}.{kind}" for task in tasks for kind in ("yaml", "jsonl")}
     model, tokenizer = bench.load(out)
     assert len(model.generate_mask_diffusion([tokenizer.encode("sort 1 ").ids], 20).tokens[0]) == 20
     assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<mask>"]
@@ -3873,7 +3885,7 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     train.main([*smoke, "--recipes", "default", "tied towers"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["recipe"], row["mode"]) for row in rows] == [
-        (name, mode) for name in ("default", "tied towers") for mode in ("ar", "gamma 0.8")]
+        (name, mode) for name in ("default", "tied towers") for mode in ("ar", "mask_diffusion")]
     assert rows[0]["valid"] < math.log(1280) and rows[1]["passes_per_block"] <= 16
     step, = (out / "phase1").glob("step-*")
     (step / ".metadata").write_bytes((step / ".metadata").read_bytes()[:100])
@@ -3894,9 +3906,8 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     (train, "--bf16 --seed one", "invalid int value"),
     (train, "--recipes --published", "not allowed with"),
     (train, "--recipes --out nowhere", "nowhere"),
-    (bench, "miniature --checkpoint nowhere", "nowhere"),
+    (bench, "batch --checkpoint nowhere", "nowhere"),
     (bench, "samples --mode prose", "--mode prose"),
-    (bench, "miniature --tasks sort,prose", "only bill,sort"),
     (bench, "cpu --items 5", "unrecognized arguments: --items"),
     (bench, "batch --rounds 0", "0 must be an integer of 1 or more")])
 def test_train_and_bench_refuse_in_one_line(program, args, message, capsys):
@@ -4156,21 +4167,276 @@ def test_a_full_disk_loses_nothing(tmp_path, capsys):
     assert files() == {"phase2", "config.json", "tokenizer.json", "model.safetensors"}
 
 
-def test_bench_miniature_runs(capsys, monkeypatch):
-    """Few tasks and modes: the counts add up, speculative decoding is right where AR is."""
-    monkeypatch.setattr(bench, "MODES", {name: bench.MODES[name] for name in (
-        "ar", "mock-AR", "gamma 0.8", "speculative")})
-    bench.main(["miniature", "--items", "2", "--timed", "1", "--threads", "1", "--tasks",
-                "sort,rename"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for rows in (result["rows"], result["source"], result["library"]):
-        ar, mock, fast, speculative = rows
-        assert [row["mode"] for row in rows] == list(bench.MODES)
-        assert all(row["log_likelihood"] < 0 < row["tokens_per_second"] for row in rows)
-        assert mock["tokens_per_pass"] == 1 and ar["denoiser_passes_per_block"] == 0
-        assert ar["accuracy"] == speculative["accuracy"] and ar["speedup"] == 1
-        assert 0 < fast["denoiser_passes_per_block"] <= 16
-    assert result["rows"][0]["sort"] == 1
+@functools.cache
+def evaluating():
+    """evaluate.py, under a name of its own: what lm_eval's tasks import by that one is a package."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed; pip install lm_eval")
+    spec = importlib.util.spec_from_file_location("evaluate", HERE / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def asked(kind: str, *arguments) -> list:
+    from lm_eval.api.instance import Instance
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+
+
+def with_tasks(folder: Path, **tasks: tuple[str, list[dict]]) -> Path:
+    """The miniature with tasks of its own: YAML, to which what all have is added, and items."""
+    (folder / "tasks").mkdir(parents=True)
+    for path in MINIATURE.glob("*.[js]*"):
+        (folder / path.name).symlink_to(path)
+    for name, (text, items) in tasks.items():
+        (folder / "tasks" / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+            f"{name}.jsonl\ntest_split: test\n{text}")
+        (folder / "tasks" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def table(program, capsys, *args) -> dict[tuple, dict]:
+    """The rows that evaluate.py prints, by task, metric and mode."""
+    program.main([str(arg) for arg in args])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    found = {(row["task"], row["metric"].split(",")[0], row["mode"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_evaluate_agrees_with_a_plain_loop(tmp_path, capsys, monkeypatch):
+    """In every mode, in batches of 1 and of 16, the harness finds as many answers right, tokens and
+    passes as a loop over the same items, of which some have another answer than the model's; and it
+    reaches for no network."""
+    program, (model, tokenizer), tried = evaluating(), miniature(), []
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: connect(self, to) if isinstance(
+        to, (str, bytes)) else tried.append(to))
+    folder = with_tasks(tmp_path / "it")
+    corpus.write_tasks(folder / "tasks", tokenizer, ["json", "sort"], 3)
+    for task in ("json", "sort", "library"):
+        path = folder / "tasks" / f"{task}.jsonl"
+        items = [json.loads(line) for line in path.read_text().splitlines()]
+        items[1]["answer"] = "?"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    modes = {"ar": ("ar", {}), "speculative": ("speculative", {})} | {
+        f"mask_diffusion {gamma}": ("mask_diffusion", {"confidence_threshold": gamma})
+        for gamma in (0.5, 0.95)}
+    expected = {}
+    for (label, (mode, knobs)), task in itertools.product(modes.items(), ("json", "sort", "library")):
+        right = tokens = passes = 0
+        for line in (folder / "tasks" / f"{task}.jsonl").read_text().splitlines():
+            item, most = json.loads(line), 32 if task == "library" else 96
+            result = getattr(model, f"generate_{mode}")(
+                [tokenizer.encode(item["prompt"]).ids], most, eos_token_id=2, **knobs)
+            text = tokenizer.decode(result.tokens[0].tolist())
+            right += (text.split("\n")[0].strip() if task == "library" else text) == item["answer"]
+            tokens += len(result.tokens[0])
+            passes += int(result.context_passes if mode == "ar" else result.nfe)
+        expected[task, "exact_match", label] = right / 3, tokens, passes
+    assert expected["sort", "exact_match", "ar"][0] == 2 / 3
+    for size in (1, 16):
+        found = table(program, capsys, "--checkpoint", folder, "--modes",
+                      "speculative,mask_diffusion,ar", "--confidence-threshold", 0.5, 0.95,
+                      "--batch-size", size)
+        for key, (value, tokens, passes) in expected.items():
+            row = found[key]
+            assert (row["value"], row["tokens"], row["passes"]) == (value, tokens, passes), key
+            assert row["tokens_per_pass"] == tokens / passes and row["tokens_per_second"] > 0
+        of = [found[task, "exact_match", "mask_diffusion 0.95"] for task in ("json", "sort")]
+        both = found["mean", "exact_match", "mask_diffusion 0.95"]
+        ar = found["mean", "exact_match", "ar"]
+        assert both["value"] == statistics.mean(row["value"] for row in of)
+        assert both["share_of_ar"] == both["value"] / ar["value"]
+        assert both["speedup"] == pytest.approx(
+            sum(row["tokens"] for row in of) / sum(row["seconds"] for row in of)
+            / ar["tokens_per_second"])
+    assert not tried
+
+
+def test_evaluate_scores_as_the_harness_scores_transformers(tmp_path):
+    """Log-likelihoods, also of texts above the longest, within 1e-4 of those that the harness's own
+    `hf` finds for the exported backbone, and which are greedy: with spaces between context and
+    continuation, without a context, by several windows."""
+    program, (model, tokenizer) = evaluating(), miniature()
+    pytest.importorskip("accelerate", reason="accelerate, which its hf needs, is not installed")
+    with bench.without_this_folder():
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    with_beginning = Tokenizer.from_str(tokenizer.to_str())
+    with_beginning.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    short = TwoTower(dataclasses.replace(model.config, time_step_min=1e-30,
+                                         max_position_embeddings=64), towers="context").eval()
+    short.load_state_dict({name: tensor for name, tensor in model.state_dict().items()
+                           if name.startswith("context_")})
+    short.save_pretrained(tmp_path, towers="context", layout="backbone")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    items = list(itertools.islice(corpus.task_items("sort", "hf", True), 6))
+    # no two are one text, divided elsewhere, for which theirs has only one division's logits
+    pairs = [*items[:3], *((prompt + text[:1], text[1:]) for prompt, text in items[3:]),
+             ("json age=", "4 2"), ("a list: ", "x, y"), ("", "import os"), ("", "<s> def"),
+             ("<s>for i", " in range"), (items[0][0] * 3, "1 green rugs"), ("x", items[1][1])]
+    texts = [(items[0][1],), (items[0][0] * 9,), ("<s>x = 1",), ("y",)]
+    for own in (tokenizer, with_beginning):
+        other = HFLM(theirs, tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<unk>"),
+            batch_size=4, max_length=63, device="cpu")
+        ours = program.Harness(short, own, batch_size=5)
+        for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", texts)):
+            found, wanted = (torch.tensor(getattr(lm, kind)(
+                asked(kind, *arguments), disable_tqdm=True), dtype=torch.float64)
+                for lm in (ours, other))
+            # theirs are sums in float32, ours in float64
+            assert ((found - wanted).abs() < 1e-4 + 2**-22 * wanted.abs()).all()
+            if kind == "loglikelihood":             # some are what AR writes, some are not
+                assert 0 < found[:, 1].sum() < len(pairs)
+                assert found[:, 0].min() < -10
+
+
+METRIC = "metric_list:\n  - metric: {}\n    aggregation: mean\n    higher_is_better: true\n"
+CHOOSE = """output_type: multiple_choice
+doc_to_text: "{{ask}}"
+doc_to_choice: choices
+doc_to_target: right
+target_delimiter: ""
+num_fewshot: 1
+fewshot_split: test
+fewshot_config:
+  sampler: first_n
+""" + METRIC.format("acc")
+FIRST = """output_type: generate_until
+doc_to_text: "{{ask}}"
+doc_to_target: "{{line}}"
+generation_kwargs:
+  until: [" zzz", "\\n", "</s>"]
+  max_gen_toks: 30
+  do_sample: false
+""" + METRIC.format("exact_match")
+
+
+def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys, monkeypatch):
+    """Of a suite, multiple choice after an example is scored once, by the context tower, and is part
+    of every mode's mean; texts end before any of their stops, special tokens too, or at
+    max_gen_toks."""
+    program, (model, tokenizer) = evaluating(), miniature()
+    pairs = list(itertools.islice(corpus.task_items("sort", "harness", True), 6))
+    choose = [{"ask": prompt, "choices": [text, text[::-1], text[:9]], "right": i % 2}
+              for i, (prompt, text) in enumerate(pairs)]
+    first = [{"ask": prompt, "line": text.split("\n")[i % 2]} for i, (prompt, text) in
+             enumerate(pairs)]
+    folder = with_tasks(tmp_path / "it", choose=(CHOOSE, choose), first=(FIRST, first))
+    index = program.TaskManager(include_path=folder / "tasks", include_defaults=False)
+    monkeypatch.setattr(program, "TaskManager", lambda **_: index)
+    monkeypatch.setattr(program, "CARD", {
+        "Choose": ("choo*", 1, "acc,none", "78.56", "78.24"),
+        "First": ("first", None, "exact_match,none", "92.49", "90.14")})
+    found = table(program, capsys, "--checkpoint", folder, "--suite", "card")
+    scored, *written = {key: row["value"] for key, row in found.items() if key[0] != "mean"}.items()
+    assert scored[0] == ("Choose", "acc", "context tower")
+    assert [key for key, _ in written] == [("First", "exact_match", mode)
+                                           for mode in ("ar", "mask_diffusion 0.8")]
+    for (_, _, mode), value in written:
+        assert found["mean", "all", mode]["value"] == (scored[1] + value) / 2
+    assert found["First", "exact_match", "ar"]["published"] == "92.49/90.14"
+    right = []
+    for item in choose:
+        before = choose[0]["ask"] + choose[0]["choices"][0] + "\n\n" + item["ask"]
+        n = len(tokenizer.encode(before).ids)
+        total = model.score([tokenizer.encode(before).ids] * 3, [
+            tokenizer.encode(before + choice).ids[n:] for choice in item["choices"]]).total
+        right.append(int(total.argmax()) == item["right"])
+    assert scored[1] == statistics.mean(map(int, right)) < 1
+    written = [tokenizer.decode(model.generate_ar([tokenizer.encode(prompt).ids], 30).tokens[0]
+                                .tolist()).split("\n")[0] for prompt, _ in pairs]
+    assert found["First", "exact_match", "ar"]["value"] == statistics.mean(
+        int(text == item["line"]) for text, item in zip(written, first)) == 0.5
+    lm = program.Harness(model, tokenizer, "mask_diffusion")
+    requests = [(prompt, {"until": ["gs", "ys,", "</s>", ""], "max_gen_toks": 40})
+                for prompt, _ in pairs] + [(pairs[0][0], {"until": "<s>", "max_gen_toks": 9})]
+    wholes = [tokenizer.decode(model.generate_mask_diffusion(
+        [tokenizer.encode(prompt).ids], given["max_gen_toks"], eos_token_id=2).tokens[0].tolist())
+        for prompt, given in requests]
+    assert lm.generate_until(asked("generate_until", *requests), disable_tqdm=True) == [
+        *(re.split("gs|ys,", text)[0] for text in wholes[:-1]), wholes[-1]]
+    assert any("gs" in text for text in wholes) and len(tokenizer.encode(wholes[-1]).ids) == 9
+    special = tokenizer.encode("</s>").ids[0], tokenizer.encode("\n").ids[0]
+    row = sample_rows.Row(0, "", [5])           # in a text that goes on after the special token
+    row.take(twotower.Written(0, [special[1], special[0], special[1]], False, 1, 1), tokenizer, [],
+             ["</s>"])
+    assert (row.text, row.ended) == ("\n", "stop")
+
+
+def test_evaluate_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
+    """What was written before is taken from --cache, and so is what it cost; of other weights, modes
+    or gammas nothing is."""
+    program, asked_for = evaluating(), []
+    folder = with_tasks(tmp_path / "it", first=(FIRST, [
+        {"ask": prompt, "line": text.split("\n")[0]}
+        for prompt, text in itertools.islice(corpus.task_items("sort", "cache", True), 6)]))
+    write, left = TwoTower.generate_mask_diffusion, 0
+
+    @functools.wraps(write)             # whose defaults are looked up
+    def generate(model, prompts, most, **options):
+        asked_for.extend([len(prompts)] * (most == 30))     # the first batch is written twice
+        on_tokens = options["on_tokens"]
+
+        def or_stop(written):
+            if most == 30 and len(asked_for) == left and written.row == 1:
+                raise KeyboardInterrupt         # when the row before has ended
+            return on_tokens(written)
+        return write(model, prompts, most, **options | {"on_tokens": or_stop})
+
+    monkeypatch.setattr(TwoTower, "generate_mask_diffusion", generate)
+    monkeypatch.setattr(program, "min", lambda *_: 8, raising=False)    # tokens to warm up with
+    command = ["--checkpoint", folder, "--modes", "mask_diffusion", "--batch-size", 2,
+               "--confidence-threshold", 0.9, "--cache", tmp_path / "cache"]
+    left = 2
+    with pytest.raises(SystemExit) as end:
+        program.main(list(map(str, command)))
+    assert end.value.code == 130 and "goes on" in capsys.readouterr().err
+    assert asked_for == [2, 2]
+    asked_for.clear()
+    left = 0
+    key = "first", "exact_match", "mask_diffusion 0.9"
+    found = table(program, capsys, *command)[key]
+    assert asked_for == [2, 1] and found["value"] == 1          # three of six were there
+    asked_for.clear()
+    again = table(program, capsys, *command)[key]
+    assert not asked_for and again == found
+    for other in (["--confidence-threshold", 0.91], ["--dtype", "bfloat16"]):
+        table(program, capsys, *command, *other)
+        assert sum(asked_for) == 6
+        asked_for.clear()
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--tasks nonsense", "the harness has no task nonsense"),
+    ("--modes ar,prose", "--modes: there are only mask_diffusion"),
+    ("--modes ar --confidence-threshold 0.9", "of mask_diffusion alone"),
+    ("--suite card --tasks race", "--tasks does nothing with --suite"),
+    ("--checkpoint golden/cfg1", "holds no tasks; give --tasks or --suite card"),
+    ("--checkpoint nowhere", "nowhere"),
+    ("--limit 0", "0 must be an integer of 1 or more")])
+def test_evaluate_refuses_in_one_line(args, message, capsys, monkeypatch):
+    program = evaluating()
+    monkeypatch.chdir(HERE)
+    if "nonsense" in args:              # the model card's tasks are in the same index
+        index = program.TaskManager(include_path=MINIATURE / "tasks")
+        monkeypatch.setattr(program, "TaskManager", lambda **_: index)
+        for name, *_ in program.CARD.values():
+            assert program.match(index.all_tasks, name)
+    assert message in refused(program, capsys, *args.split())
+
+
+def test_evaluate_names_what_it_lacks(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
+    run = run_python("evaluate.py", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == ("evaluate.py: it measures with lm-evaluation-harness: pip install lm_eval "
+                          "(not here)\n")
 
 
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
@@ -4193,9 +4459,9 @@ def test_bench_alterations_do_what_they_say():
         model.t_block[1].weight.normal_()
     context, block = model.prefill(ids(1, 30)), torch.full((1, 16), MASK)
     plain, half = (model.denoise(block, context, t) for t in (1.0, 0.5))
-    with bench.altered(model, "t frozen"):
+    with bench.altered(model, "t_frozen"):
         assert torch.equal(model.denoise(block, context, 1.0), half) and error(plain, half) > 1e-3
-    with bench.altered(model, "no Mamba seeding"):
+    with bench.altered(model, "unseeded"):
         unseeded = model.denoise(block, context, 1.0)
     assert torch.equal(model.denoise(block, context, 1.0), plain) and error(unseeded, plain) > 1e-3
     for state in context.states:
@@ -4206,7 +4472,8 @@ def test_bench_alterations_do_what_they_say():
 
 def test_the_miniature_is_small_and_of_the_released_layout():
     sizes = {path.name: path.stat().st_size for path in MINIATURE.iterdir()}
-    assert set(sizes) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert set(sizes) == {"config.json", "model.safetensors", "tokenizer.json", "README.md",
+                          "tasks"}
     config = json.loads((MINIATURE / "config.json").read_text())
     assert sum(sizes.values()) < 32e6 and config == config | train.MODEL
     assert set(config["hybrid_override_pattern"]) == set("M*E")
@@ -4221,12 +4488,16 @@ def test_the_miniature_answers(task):
     latter in far fewer passes (measured rates: miniature/README.md)."""
     model, tokenizer = miniature()
     prompts = corpus.task_prompts(tokenizer, task, 40)
-    ar, fast = (bench.answer(model, tokenizer, prompts, name) for name in ("ar", "gamma 0.8"))
-    assert ar["right"] >= 36 and fast["right"] >= 36
-    assert ar["tokens"] > 8 * fast["nfe"]
+    ids, answers, lengths = zip(*prompts)
+    write = functools.partial(sample_rows.write_rows, model, tokenizer, prompts=list(
+        map(torch.Tensor.tolist, ids)), max_new_tokens=lengths[0])
+    right = lambda rows: sum(row.text == answer for row, answer in zip(rows, answers))
+    ar, fast = write(mode="ar"), write(mode="mask_diffusion")
+    assert right(ar) >= 36 and right(fast) >= 36
+    assert sum(len(row.tokens) for row in ar) > 8 * sum(row.nfe for row in fast)
     if task == "json":
-        unseeded = bench.answer(model, tokenizer, prompts[:20], "no Mamba seeding")
-        assert unseeded["right"] <= 1
+        with bench.altered(model, "unseeded"):
+            assert right(write(mode="mask_diffusion")) <= 2
 
 
 # ---------------------------------------------------------- the published code, where it is given
@@ -4643,12 +4914,12 @@ def test_figures(tmp_path, monkeypatch):
     make.main()
     assert {path.name for path in tmp_path.iterdir()} == set(
         re.findall(r"\w+\.(?:png|gif)", make.__doc__.split("These are computed")[0]))
-    rows = [{"mode": mode, "accuracy": 0.5, "speedup": 2.0}
-            for mode in ("ar", "gamma 0.8", "speculative")]
+    rows = [{"task": "mean", "mode": mode, "value": 0.5, "speedup": 2.0}
+            for mode in ("ar", "mask_diffusion 0.8", "speculative")]
     table = [{"batch": 1, "1 passes": 5.0, "2 passes": 3.0}]
-    for what, result in (("miniature", {"rows": rows}), ("gpu", {
+    for what, result in (("evaluate", {"rows": rows}), ("gpu", {
             "gpu": "X", "random_speed_up": table, "concentrated_speed_up": table})):
-        result["setting"] = {"what": what}
+        result["setting"] = {"what": what, "batch_size": "16"}
         (tmp_path / "printed").write_text(f"a table\n{json.dumps(result)}\n")
         make.measured(tmp_path / "printed")
     for phase in (1, 2):

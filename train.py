@@ -30,6 +30,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -43,9 +44,9 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
                                                      set_state_dict)
 
 import plan
-from bench import answer
-from corpus import Data, Reading, Text, also_ar, prepare, readings, task_prompts
-from rows import load_tokenizer
+from bench import count, fail
+from corpus import Data, Reading, Text, also_ar, prepare, readings, task_prompts, write_tasks
+from rows import load_tokenizer, write_rows
 from sharding import (LOCAL_RANK, RANK, WORLD, How, all_reduce, both_towers, export, in_first,
                       read_backbone, save_text)
 from twotower import (CHECKPOINT_FILE, Router, SafetensorError, TwoTower, TwoTowerConfig,
@@ -456,7 +457,7 @@ def plot(log: list[dict], path: Path):
 
 def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
     """Train a denoiser by each of RECIPES from the phase 1 in --out, for the same steps on the same
-    batches; what it then writes is measured as `bench.py miniature` does."""
+    batches, and how many held-out items it then has right, and in how many passes."""
     base = (SMOKE if args.smoke else PHASES)[1]
     steps, items = (8, 2) if args.smoke else (400, 500)
     base = replace(base, steps=steps, stages=(), warm_up=30)
@@ -469,15 +470,18 @@ def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
         model = both_towers(recipe, skeleton.config, read, how)
         trainer = Trainer(model, recipe, data, None, how)
         trainer.run(every=recipe.steps)
-        for mode in ("ar", "gamma 0.8") if recipe.tied or not rows else ("gamma 0.8",):
-            scores = {kind: answer(model, tokenizer, items, mode)
-                      for kind, items in kinds.items()}
-            right = {kind: score["right"] / score["items"] for kind, score in scores.items()}
-            passes = sum(score["nfe"] or score["context_passes"] for score in scores.values())
+        for mode in ("ar", "mask_diffusion") if recipe.tied or not rows else ("mask_diffusion",):
+            written, right = [], {}
+            for kind, asked in kinds.items():
+                prompts, answers, lengths = zip(*asked)
+                new = write_rows(model, tokenizer, mode, [ids.tolist() for ids in prompts],
+                                 lengths[0])
+                right[kind] = statistics.mean(row.text == text for row, text in zip(new, answers))
+                written += new
             row = {"accuracy": statistics.mean(right.values()),
                    "valid": statistics.mean(trainer.log[-1]["valid"].values()),
-                   "passes_per_block": passes / sum(score["blocks"] for score in scores.values())}
-            row |= right
+                   "passes_per_block": sum(row.nfe or row.context_passes for row in written)
+                   / sum(-(-len(row.tokens) // 16) for row in written)} | right
             print(name, mode, *(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
             rows.append({"recipe": name, "mode": mode} | row)
     return rows
@@ -487,17 +491,7 @@ def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
 # Command line
 
 TOKENIZER = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-
-
-def fail(message):
-    print("train.py: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be an integer of 1 or more")
-    return int(text)
+fail = partial(fail, program="train.py")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -638,6 +632,7 @@ def run_miniature(args: argparse.Namespace, how: How):
         export(model, skeleton, None, phase1, {})
     del model, skeleton
     train_denoiser(args, how, phase1, second, data, {})
+    in_first(lambda: write_tasks(args.out / "tasks", load_tokenizer(args.out), second.tasks()))
 
 
 def own_config(path: Path) -> TwoTowerConfig:

@@ -456,6 +456,11 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
     return losses if reduction == "none" else losses.sum() / max(1, len(losses))
 
 
+def log_probabilities(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ids (n), by logits (n, V); and whether each is the likeliest."""
+    return -F.cross_entropy(logits, ids, reduction="none"), (logits.argmax(-1) == ids).all()
+
+
 def of_blocks(x: Tensor, blocks: Tensor, n: int) -> Tensor:
     """x (B, n * size) -> (B, k * size): of each row's n blocks those in blocks (B, k) int64."""
     rows = torch.arange(len(x), device=x.device)[:, None]
@@ -1033,6 +1038,7 @@ class TwoTower(Module):
         # causality keeps the padding behind a text from changing anything in it
         inputs = nn.utils.rnn.pad_sequence(texts, batch_first=True)[:, :-1]
         context, parts = Context(self.context_tower, *inputs.shape), [[] for _ in texts]
+        greedy = torch.ones(len(texts), dtype=torch.bool)
         for start in range(0, inputs.shape[1], tokens_per_pass):
             end = start + tokens_per_pass
             hidden = self._extend(context, inputs[:, start:end], None)
@@ -1040,13 +1046,15 @@ class TwoTower(Module):
                 first, stop = max(start, len(prompt) - 1), min(end, len(text) - 1)
                 if first < stop:                        # only logits that are used, row by row
                     wanted = text[first + 1:stop + 1].to(hidden.device)
-                    parts[row].append(-F.cross_entropy(wide(self.context_lm_head(
-                        hidden[row, first - start:stop - start])), wanted, reduction="none").cpu())
+                    scores, likeliest = log_probabilities(wide(self.context_lm_head(
+                        hidden[row, first - start:stop - start])), wanted)
+                    parts[row].append(scores.cpu())
+                    greedy[row] &= bool(likeliest)
         scores = list(map(torch.cat, parts))
         for row, one in enumerate(scores):
             require(bool(one.isfinite().all()),
                     f"the log-probabilities of continuation {row} are not finite")
-        return Scores(scores, torch.stack([one.double().sum() for one in scores]))
+        return Scores(scores, torch.stack([one.double().sum() for one in scores]), greedy)
 
     # -- denoiser tower -----------------------------------------------------------------------
 
@@ -1512,6 +1520,7 @@ class Scores(NamedTuple):
 
     tokens: list[Tensor]        # B tensors (n,) f32 on the host: each given all tokens before it
     total: Tensor               # (B,) float64: their sums
+    greedy: Tensor              # (B,) bool: every token was the likeliest one
 
 
 class Decoding:

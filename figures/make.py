@@ -11,7 +11,7 @@ These are computed from the bundled miniature or the released sizes, and the lin
 tutorial's links to symbols are brought up to date. `python figures/make.py SOURCE` draws what was
 measured:
 
-    miniature.png   accuracy against speed; SOURCE is a file of what `bench.py miniature` printed
+    miniature.png   accuracy against speed; SOURCE is a file of what `evaluate.py` printed
     gpu.png         speed-up by denoiser passes; SOURCE is a file of what `bench.py gpu` printed
     training.png    validation losses; SOURCE is the folder that train.py wrote
 """
@@ -221,23 +221,23 @@ def cost():
 def miniature(result: dict):
     """Accuracy of every mode against its speed."""
     figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
-    rows = result["rows"]
-    gammas = [row for row in rows if row["mode"].startswith("gamma")]
-    axes.plot([row["speedup"] for row in gammas], [row["accuracy"] for row in gammas], "o",
+    rows = {row["mode"]: row for row in result["rows"] if row["task"] == "mean"}
+    gammas = [row for mode, row in rows.items() if re.fullmatch("mask_diffusion [0-9.]+", mode)]
+    axes.plot([row["speedup"] for row in gammas], [row["value"] for row in gammas], "o",
               label="diffusion, block 16, by gamma")
-    axes.plot(1, rows[0]["accuracy"], "s", color="tab:gray", label="AR")
-    lossless, = (row for row in rows if row["mode"] == "speculative")
-    axes.plot(lossless["speedup"], lossless["accuracy"], "D", color="tab:purple",
+    axes.plot(1, rows["ar"]["value"], "s", color="tab:gray", label="AR")
+    lossless = rows["speculative"]
+    axes.plot(lossless["speedup"], lossless["value"], "D", color="tab:purple",
               label="speculative: AR's own text")
     for i, row in enumerate(gammas):
-        axes.annotate(row["mode"].split()[1], (row["speedup"], row["accuracy"]),
+        axes.annotate(row["mode"].split()[1], (row["speedup"], row["value"]),
                       xytext=(3, 3) if i % 2 else (-3, -3), textcoords="offset points", fontsize=8,
                       rotation=45, ha="left" if i % 2 else "right", va="bottom" if i % 2 else "top")
-    axes.axhline(0.987 * rows[0]["accuracy"], color="tab:green", lw=0.8, ls="--",
+    axes.axhline(0.987 * rows["ar"]["value"], color="tab:green", lw=0.8, ls="--",
                  label="98.7 % of AR's accuracy")
     axes.axvline(2.42, color="tab:red", lw=0.8, ls="--", label="2.42 x AR's tokens per second")
-    axes.set_xlabel("speed, x AR in the same run (batch 1)")
-    axes.set_ylabel("exact match, mean of five tasks")
+    axes.set_xlabel(f"speed, x AR in the same run (batches of {result['setting']['batch_size']})")
+    axes.set_ylabel("exact match, mean of the tasks")
     axes.legend(loc="lower left", fontsize=8)
     axes.grid(alpha=0.3)
     axes.margins(y=0.1)
@@ -280,11 +280,11 @@ def training(folder: Path):
 
 
 def measured(source: Path):
-    """The figure of what was measured: of a folder of train.py, or of what bench.py printed."""
+    """The figure of what was measured: of a folder of train.py, or of what a command printed."""
     if source.is_dir():
         return training(source)
     result = json.loads(source.read_text(encoding="utf-8").splitlines()[-1])
-    return {"miniature": miniature, "gpu": gpu}[result["setting"]["what"]](result)
+    return {"evaluate": miniature, "gpu": gpu}[result["setting"]["what"]](result)
 
 
 def lines_of(path: Path) -> dict[str, int]:
