@@ -74,14 +74,16 @@ def idea():
     block = "lies on the Seine , and is old".split()
     passes = [set(), {1, 2, 4}, {0, 3, 5}, {6, 7}]
     box(ax, 0.2, 6.6, 4.6, 2.2, "context tower\nreads finished text,\nleft to right; frozen")
-    box(ax, 9.6, 6.6, 6.2, 2.2, "denoiser tower\nguesses all masked tokens\nof a block at once; trained")
+    box(ax, 9.6, 6.6, 6.2, 2.2, "denoiser tower\nguesses all masked tokens\n"
+        "of a block at once; trained")
     arrow(ax, (4.85, 7.7), (9.55, 7.7))
     ax.text(7.2, 7.85, "what each layer keeps", ha="center", va="bottom")
     ax.text(7.2, 7.5, "keys and values, or\nMamba-2 states", ha="center", va="top", fontsize=9)
     ax.text(12.7, 9.35, "t: how much is masked", color=TIME, ha="center", va="center")
     arrow(ax, (12.7, 9.15), (12.7, 8.85), TIME)
     for i, token in enumerate("The capital of France is Paris . It".split()):
-        box(ax, 0.2 + 1.15 * (i % 4), 5.0 - 0.85 * (i // 4), 1.1, 0.75, token, edge=EDGE, fontsize=9)
+        box(ax, 0.2 + 1.15 * (i % 4), 5.0 - 0.85 * (i // 4), 1.1, 0.75, token, edge=EDGE,
+            fontsize=9)
     ax.text(2.5, 3.85, "the prompt", ha="center", va="top")
     arrow(ax, (2.5, 5.85), (2.5, 6.55))
     arrow(ax, (12.7, 5.85), (12.7, 6.55))
@@ -138,8 +140,8 @@ def experts():
     chosen, faces = [0, 2, 0, 2, 2, 1], [COLORS["E"], "#b5cbbf", "#8fb3a0"]
     order = sorted(range(6), key=lambda slot: chosen[slot])
     ends, tiles = {0: 2, 1: 3, 2: 6}, [(0, [0, 2]), (1, [5, None]), (2, [1, 3]), (2, [4, None])]
-    for y, text in ((7.2, "slots, by token"), (4.7, "sorted\nby expert"), (3.1, "weights that\nare read"),
-                    (0.9, "tiles of 2 rows\n(a GPU kernel)")):
+    for y, text in ((7.2, "slots, by token"), (4.7, "sorted\nby expert"),
+                    (3.1, "weights that\nare read"), (0.9, "tiles of 2 rows\n(a GPU kernel)")):
         ax.text(0.1, y + 0.45, text, va="center")
     for slot in range(6):
         x = 3.6 + 1.7 * slot
@@ -177,7 +179,7 @@ def adaln():
             arrow(ax, (at - 0.8, 6.6), (at - 0.05, 6.6), TIME)
         at += width + 0.85
     ax.text(0.2, 5.7, "once a pass, for all layers", va="top", fontsize=9, color=TIME)
-    ax.text(9.1, 5.7, "for each layer", va="top", fontsize=9, color=TIME)
+    ax.text(11.4, 5.7, "for each layer", va="top", fontsize=9, color=TIME)
     for y, kinds, names in ((3.3, "M*", ("modulate", "norm", "mixer")),
                             (0.7, "E", ("norm", "modulate", "mixer"))):
         ax.text(0.2, y + 1.55, "Mamba-2 and attention layers" if kinds == "M*" else
