@@ -4874,14 +4874,15 @@ def test_the_published_code_in_an_environment_of_its_own(tmp_path):
 # ------------------------------------------------------------------------------------- the rest
 
 def test_readme():
-    """Of the two set-up lines one runs as it stands and shows blocks being denoised, the other is
-    what CI runs; the Python lines run on another checkpoint and device; what is linked is there,
-    and so is every flag."""
+    """The set-up lines install what CI does, and the second shows blocks being denoised; the test
+    line is CI's; the Python lines run as they stand; what is linked is there, and so is every
+    flag."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     commands, = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    show, test = (line.removeprefix("pip install -r requirements.txt && ")
-                  for line in commands.splitlines())
-    assert test == (HERE / ".ci" / "run").read_text().splitlines()[-1]
+    setup, show = commands.splitlines()
+    *_, install, test = (HERE / ".ci" / "run").read_text().splitlines()
+    assert setup.endswith("cd twotower && pip install -r requirements.txt")
+    assert install.endswith("-r requirements.txt") and f"`{test}`" in text
     assert show == "python sample.py"
     run = run_python("sample.py", stdin=subprocess.DEVNULL)
     assert run.returncode == 0, run.stderr
@@ -4893,9 +4894,12 @@ def test_readme():
     assert json.loads(answer) == record(prompt) | {"age": 63} and len(record(prompt)) == 6
     assert re.match(r"[\d.]+ tokens/s, ", run.stderr)
     code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = f"directory = {str(GOLDEN / 'cfg1')!r}\n" + re.sub(r"cuda:\d", "cpu", code)
     run = run_python("-c", code)
-    assert run.returncode == 0 and "tensor([" in run.stdout, run.stderr
+    assert run.returncode == 0, run.stderr
+    answer, passes = re.fullmatch(r"(.*}) (\d+) denoiser passes\n", run.stdout).groups()
+    asked = record(re.search(r'"(json .*?)\\n', code)[1])
+    assert json.loads(answer) == asked | {"count": 39, "age": 72} and 0 < int(passes) < 48
+    assert len(code.splitlines()) == 5 and len(text.splitlines()) <= 140
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (HERE / link).exists(), link
     for program, flags in re.findall(r"python (\w+\.py)(.*)", text):
@@ -4941,9 +4945,10 @@ def test_tutorial():
     for link in re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", text):
         assert (HERE / link).is_file(), link
     quotes, checks = 0, []
-    blocks = re.findall(r"```python\n(.*?)```\n(```text\n(.*?)```)?", text, re.DOTALL)
-    for code, _, printed in blocks:
+    blocks = re.findall(r"```(py|python)\n(.*?)```\n(```text\n(.*?)```)?", text, re.DOTALL)
+    for fence, code, _, printed in blocks:
         quoted = re.match(r"# (\w+)\.py: ([\w.]+)\n", code)
+        assert (fence == "py") == bool(quoted), code        # as a notebook runs python, not py
         if quoted is None:
             assert len(code.splitlines()) <= 10 and max(map(len, code.splitlines())) <= 130, code
             checks.append((code, printed))
@@ -4961,10 +4966,30 @@ def test_tutorial():
     for (code, expected), printed in zip(checks, run.stdout.split("\f")):
         assert printed == expected, f"{code}prints\n{printed}"
     measured = (HERE / "miniature" / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("| claim | published | here |"):]
+    table = text[text.index("| claim | published | here |"):].split("\n\n")[0]
     here = re.findall(r"\d+(?:\.\d+)?(?: %|x)", "".join(row.split("|")[3] for row in
                                                        table.splitlines()[2:] if row))
     assert here and all(number in measured for number in here), here
+
+
+def test_tutorial_as_notebook(tmp_path):
+    """The line of README.md makes a notebook that runs from top to bottom and prints the same."""
+    for package in ("jupytext", "nbconvert", "ipykernel"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    from nbconvert.preprocessors import ExecutePreprocessor
+    from nbformat import read
+
+    line, = re.findall(r"`(jupytext .*?)`", (HERE / "README.md").read_text(encoding="utf-8"))
+    assert line == "jupytext --to notebook tutorial.md"
+    run = run_python("-m", *line.split(), "--output", tmp_path / "tutorial.ipynb")
+    assert run.returncode == 0, run.stderr
+    notebook = read(tmp_path / "tutorial.ipynb", as_version=4)
+    run = ExecutePreprocessor(kernel_name="python3", timeout=300)
+    run.preprocess(notebook, {"metadata": {"path": str(HERE)}})
+    printed = ["".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+               for cell in notebook.cells if cell.cell_type == "code"]
+    text = (HERE / "tutorial.md").read_text(encoding="utf-8")
+    assert printed == re.findall(r"```python\n.*?```\n(?:```text\n(.*?)```)?", text, re.DOTALL)
 
 
 @needs_kernels
