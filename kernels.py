@@ -218,19 +218,18 @@ def _grouped_product_kernel(
     rows = token.to(tl.int64) if FIRST else slot
     columns = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)    # an expert takes 32 bits
     inside = columns < outputs
-    w_row = inputs if BITS > 4 else inputs // 2
-    w_ptr += expert * outputs * w_row
-    w_scale_ptr += expert * GROUPS * outputs
     shared_ptr += tile * inputs * (outputs if FIRST else 1)
     shared_row = inputs if FIRST else inputs * SHARED
+    w_row = inputs if BITS > 4 else inputs // 2
+    w_ptr += expert * outputs * w_row
     if BITS == 16 and SHARED:           # one loop for both, as each takes its own shared memory
         w_ptr, w_row = shared_ptr if shared else w_ptr, shared_row if shared else w_row
     if BITS < 16 and SHARED and shared:
         acc = product(x_ptr, rows, real, shared_ptr, shared_row, shared_ptr, columns, outputs,
                       inputs, 16, BLOCK_M, BLOCK_OUT, BLOCK_IN)
     else:
-        acc = product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr, columns, outputs, inputs, BITS,
-                      BLOCK_M, BLOCK_OUT, BLOCK_IN)
+        acc = product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr + expert * GROUPS * outputs,
+                      columns, outputs, inputs, BITS, BLOCK_M, BLOCK_OUT, BLOCK_IN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * outputs + columns, inside, other=0.0).to(tl.float32)
     if FIRST:
