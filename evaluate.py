@@ -145,8 +145,8 @@ class Harness(TemplateLM):
 def measure(lm: Harness, shots: int | None, manager: TaskManager, args) -> dict[str, dict]:
     """By metric its value, of several tasks the mean; answers are cached by what they hang on."""
     what = [lm.mode, lm.knobs, lm.encoder.to_str()]
-    what += [[str(part.dtype), *part.flatten()[:16].tolist()] for name, part in lm.model.state_dict().items()
-             if lm.mode != "ar" or "context" in name]
+    what += [[str(part.dtype), *part.flatten()[:16].tolist()]
+             for name, part in lm.model.state_dict().items() if lm.mode != "ar" or "context" in name]
     name = f"{lm.mode}-{zlib.crc32(json.dumps(what).encode()):08x}"
     results = simple_evaluate(
         lm, tasks=match(manager.all_tasks, lm.task), num_fewshot=shots, limit=args.limit,
@@ -206,9 +206,8 @@ def run(args: argparse.Namespace):
         require(match(manager.all_tasks, names), f"the harness has no task {names}")
     places, tokenizer = devices(args, towers == "both"), load_tokenizer(directory)
     model = TwoTower.from_pretrained(
-        directory, context_device=places[0], denoiser_device=places[-1], towers=towers,
-        dtype=args.dtype and getattr(torch, args.dtype), experts=args.experts).eval()
-    model.use(args.backend, args.graphs)
+        directory, context_device=places[0], denoiser_device=places[-1], experts=args.experts,
+        towers=towers, dtype=getattr(torch, args.dtype or "", None)).use(args.backend, args.graphs)
     os.environ |= {"HF_ALLOW_CODE_EVAL": "1"} if args.confirm_run_unsafe_code else {}
     rows, modes = [], modes_of(args)
     # in the folder from which its tasks name their files

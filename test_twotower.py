@@ -4255,6 +4255,10 @@ def test_evaluate_agrees_with_a_plain_loop(tmp_path, capsys, monkeypatch):
             sum(row["tokens"] for row in of) / sum(row["seconds"] for row in of)
             / ar["tokens_per_second"])
     assert not tried
+    found = table(program, capsys, "--checkpoint", folder, "--modes", "speculative,ar", "--tasks",
+                  "sort", "--experts", "int4")
+    assert len({row["value"] for row in found.values()}) == 1
+    assert found["sort", "exact_match", "ar"]["passes"] > 20
 
 
 def test_evaluate_scores_as_the_harness_scores_transformers(tmp_path):
