@@ -145,8 +145,8 @@ class Harness(TemplateLM):
 def measure(lm: Harness, shots: int | None, manager: TaskManager, args) -> dict[str, dict]:
     """By metric its value, of several tasks the mean; answers are cached by what they hang on."""
     what = [lm.mode, lm.knobs, lm.encoder.to_str()]
-    what += [[str(part.dtype), *part.flatten()[:16].tolist()]
-             for name, part in lm.model.state_dict().items() if lm.mode != "ar" or "context" in name]
+    what += [[str(part.dtype), *part.flatten()[:16].tolist()] for part in (
+        lm.model.context_tower if lm.mode == "ar" else lm.model).state_dict().values()]
     name = f"{lm.mode}-{zlib.crc32(json.dumps(what).encode()):08x}"
     results = simple_evaluate(
         lm, tasks=match(manager.all_tasks, lm.task), num_fewshot=shots, limit=args.limit,
