@@ -585,7 +585,7 @@ def bench_kernels(cards: str = "80 90 120", dtypes: str = "bfloat16 float16 floa
                 with Launches(config, config.n_routed_experts * (1 - idle)) as launches:
                     run()
                 found += launches.found
-                if dtype == "bfloat16":
+                if dtype == dtypes.split()[0]:
                     counts += table_of_launches(batch, name, launches.found)
         variants = {str((one.name, variant(one))): one for one in found if one.kernel}
         table += [{"dtype": dtype} | compiled(one, card)
