@@ -565,8 +565,8 @@ def details(rows: list[Row], output: Output) -> str:
             "seconds": f"{perf_counter() - output.start:.2f}",
             "prefill seconds": f"{output.prefill:.2f}"}
     made |= {f"peak memory of {place}": readable(nbytes) for place, nbytes in peaks.items()}
-    made |= rows[0].settings | {"backend": output.model.backend + " with graphs" * output.args.graphs,
-                                "seed": output.args.seed, "batch_size": output.args.batch_size}
+    args, how = output.args, output.model.backend + " with graphs" * output.args.graphs
+    made |= rows[0].settings | {"backend": how, "seed": args.seed, "batch_size": args.batch_size}
     return ", ".join(f"{name} {value}" for name, value in made.items()
                      if name not in ("checkpoint", "choices") and value not in (None, []))
 

@@ -619,7 +619,7 @@ class Context:
         self.logits = None if self.logits is None else self.logits[rows]
 
     def select_blocks(self, blocks: Tensor, n: int):
-        """In training, of each row's n blocks keep those of blocks (B, k) as rows of Mamba states."""
+        """In training, each block in blocks (B, k), of a row's n, becomes a row of Mamba states."""
         for i, state in enumerate(self.states):
             if isinstance(state, MambaState):
                 self.states[i] = state.map(lambda x: of_blocks(
