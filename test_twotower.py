@@ -4910,7 +4910,7 @@ def test_readme():
     for program, flags in re.findall(r"python (\w+\.py)(.*)", text):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", flags):
             # as a flag, which may have other names beside, or a parameter that makes one
-            names = f'"{flag}"', f'"{flag} ', f"{flag[2:]}: "
+            names = f'"{flag}"', f'"{flag} ', f"{flag[2:]}: ", f'"{flag[2:]} '
             source = (HERE / program).read_text(encoding="utf-8")
             assert any(name in source for name in names), (program, flag)
 
