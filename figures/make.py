@@ -423,7 +423,7 @@ def miniature(result: dict):
 
 def gpu(result: dict):
     """Speed over AR by denoiser passes a block, for each way of routing and batch."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
     for ax, kind in zip(axes, ("random", "concentrated")):
         for row in result[f"{kind}_speed_up"]:
             speeds = {int(key.split()[0]): x for key, x in row.items() if key.endswith(" passes")}
@@ -433,8 +433,11 @@ def gpu(result: dict):
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set(title=f"{kind} routing, {result['gpu']}", yscale="log",
                xlabel="denoiser passes a block (assumed)")
+        ax.set_xticks([1, 2, 4, 6, 8, 12, 16])
+        ax.set_yticks([0.5, 1, 2, 2.42, 4], ["0.5", "1", "2", "2.42", "4"])
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend()
     axes[0].set_ylabel("speed over AR, from measured passes")
     figure.savefig(OUT / "gpu.png", dpi=150)
 
