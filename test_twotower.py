@@ -3752,6 +3752,8 @@ def test_both_towers_are_trained_while_it_is_said():
     changed = [{name for name in old if not torch.equal(old[name], new[name])}
                for old, new in zip(states, states[1:])]
     assert changed == [set(states[0]), set(), set()]
+    published, second = train.as_published(train.PHASES[1]), train.PHASES[1]
+    assert second.joins() and not published.joins() and published.at(0).block_size == 32
 
 
 def test_noise_follows_the_recipe():

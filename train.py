@@ -146,6 +146,15 @@ SMOKE_MODEL = MODEL | dict(hidden_size=32, hybrid_override_pattern="M*E", num_hi
 PUBLISHED = dict(gate="published", t_per="sequence", full_masks=0.0, slope=0.0, weight="mean",
                  library_weight=1.0, mock_ar=0.0, denoised=1.0, joint=False, tied=False,
                  timeless=False)
+
+
+def as_published(recipe: Recipe) -> Recipe:
+    """With what was published, in all of its stages."""
+    stages = tuple((first, {name: value for name, value in changes.items()
+                            if name not in PUBLISHED}) for first, changes in recipe.stages)
+    return replace(recipe, **PUBLISHED, stages=stages)
+
+
 RECIPES = {
     "default": dict(),                      # gate 1, t per block, 1 in half of them
     "published": PUBLISHED,
@@ -618,7 +627,7 @@ def train_denoiser(args, how: How, backbone: Path, recipe: Recipe, data, files: 
 
 def run_miniature(args: argparse.Namespace, how: How):
     (first, second), fields = (SMOKE, SMOKE_MODEL) if args.smoke else (PHASES, MODEL)
-    second = replace(second, **PUBLISHED if args.published else {})
+    second = as_published(second) if args.published else second
     check_rows(first, how)
     in_first(lambda: claim(args.out, "phase1", args.overwrite))
     in_first(lambda: prepare(args.out / "tokenizer.json", first.vocab_size, first.every_file))
