@@ -116,7 +116,7 @@ class Harness(TemplateLM):
             self.tok_encode(asked[0])), lambda asked: asked[1], "gen_kwargs"), []
         for batch in tqdm([*order.get_batched(self.batch_size)], disable=disable_tqdm):
             given = normalize_gen_kwargs(batch[0][1])       # those of the whole batch
-            new, self.costs = given["max_gen_toks"], self.spent()
+            new, self.costs = min(given["max_gen_toks"], self.most - 1), self.spent()
             prompts = [self.tok_encode(text)[new - self.most:] or [self.prefix_token_id]
                        for text, _ in batch]
             mode = MASKED[0] if self.mode in MASKED else self.mode
@@ -144,7 +144,7 @@ class Harness(TemplateLM):
 
 def measure(lm: Harness, shots: int | None, manager: TaskManager, args) -> dict[str, dict]:
     """By metric its value, of several tasks the mean; answers are cached by what they hang on."""
-    what = [lm.mode, lm.knobs, lm.encoder.to_str()]
+    what = [lm.mode, lm.knobs, lm.batch_size, lm.encoder.to_str()]
     what += [[str(part.dtype), *part.flatten()[:16].tolist()] for part in (
         lm.model.context_tower if lm.mode == "ar" else lm.model).state_dict().values()]
     name = f"{lm.mode}-{zlib.crc32(json.dumps(what).encode()):08x}"

@@ -156,7 +156,8 @@ def on_one_gpu(model: TwoTower) -> list[str]:
     c, dtype, lines = model.config, model.context_lm_head.weight.dtype, []
     both, large = model.denoiser_tower is not None, 10**10 < sum(
         tensor.nbytes for tensor in model.state_dict().values())
-    for kind in (None, "int8", "int4") if large and "E" in c.hybrid_override_pattern else ():
+    kinds = (None, "int8", "int4")[:2 + (c.hidden_size % 64 == c.moe_intermediate_size % 64 == 0)]
+    for kind in kinds if large and "E" in c.hybrid_override_pattern else ():
         with torch.device("meta"):
             held = TwoTower(replace(c, experts=kind), towers="both" if both else "context")
             held.to(dtype)

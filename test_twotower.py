@@ -3733,6 +3733,10 @@ def test_the_loss_can_reach_the_context_tower():
                                     for p in layer.parameters() if p.grad is not None}
     assert torch.equal(reached[False][0], reached[True][0])
     assert not reached[False][1] and reached[True][1] == {"M", "*"}
+    for name, p in model.named_parameters():            # values alone, which are written behind too
+        p.requires_grad_("v_proj" in name)
+    logits, _ = model.diffusion_logits(tokens, noisy, 0.5, 16, joint=True)
+    logits.logsumexp(-1).sum().backward()
 
 
 def test_both_towers_are_trained_while_it_is_said():
@@ -4378,7 +4382,7 @@ def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys, monkeypatch):
 
 def test_evaluate_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
     """What was written before is taken from --cache, and so is what it cost; of other weights, modes
-    or gammas nothing is."""
+    gammas or batches nothing is."""
     program, asked_for = evaluating(), []
     folder = with_tasks(tmp_path / "it", first=(WRITE, [
         {"ask": prompt, "line": text.split("\n")[0]}
@@ -4397,7 +4401,8 @@ def test_evaluate_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
         return write(model, prompts, most, **options | {"on_tokens": or_stop})
 
     monkeypatch.setattr(TwoTower, "generate_mask_diffusion", generate)
-    monkeypatch.setattr(program, "min", lambda *_: 8, raising=False)    # tokens to warm up with
+    monkeypatch.setattr(program, "min", lambda new, most: 8 if most == 32 else min(new, most),
+                        raising=False)                                  # tokens to warm up with
     command = ["--checkpoint", folder, "--modes", "mask_diffusion", "--batch-size", 2,
                "--confidence-threshold", 0.9, "--cache", tmp_path / "cache"]
     left = 2
@@ -4413,7 +4418,8 @@ def test_evaluate_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
     asked_for.clear()
     again = table(program, capsys, *command)[key]
     assert not asked_for and again == found
-    for other in (["--confidence-threshold", 0.91], ["--dtype", "bfloat16"]):
+    for other in (["--confidence-threshold", 0.91], ["--dtype", "bfloat16"],
+                  ["--batch-size", 3]):
         table(program, capsys, *command, *other)
         assert sum(asked_for) == 6
         asked_for.clear()

@@ -581,7 +581,7 @@ class KVCache:
         rows, two views (B, G, end, K)."""
         self.reserve(end)
         k, v = k.to(self.key_cache.dtype), v.to(self.value_cache.dtype)     # under autocast
-        if self.key_cache.requires_grad:                # the gradient needs it as it was
+        if self.key_cache.requires_grad or self.value_cache.requires_grad:      # kept for them
             self.key_cache, self.value_cache = (
                 cache.transpose(1, 2).index_put((rows, slots), new).transpose(1, 2)
                 for cache, new in ((self.key_cache, k), (self.value_cache, v)))
