@@ -427,11 +427,11 @@ class Data:
         only: one of `kinds`, for all rows. mine: the rows wanted.
         """
         if self.workers and not held_out:
-            if self.coming is None or self.next != step:
+            if self.coming is None or self.next != (recipe.phase, step):
                 made = Ahead(self, recipe, mine)
                 self.coming = iter(DataLoader(made, None, sampler=range(step, recipe.steps),
                                               num_workers=self.workers, prefetch_factor=4))
-            self.next = step + 1
+            self.next = recipe.phase, step + 1
             return next(self.coming)
         return self.make(recipe, step, held_out, only, mine)
 

@@ -3596,6 +3596,8 @@ def test_rows_made_ahead_are_the_same():
     for step in (0, 1, 2, 3, 7):
         for ours, theirs in zip(ahead.batch(read.at(step), step), plain.batch(read.at(step), step)):
             assert torch.equal(ours, theirs)
+    other = recipe(2, rows=2, row=128, steps=9, stages=())      # at the step that would be next
+    assert torch.equal(ahead.batch(other, 8)[0], plain.batch(other, 8)[0])
 
 
 def recipe(phase: int, **choices) -> train.Recipe:
@@ -3887,8 +3889,10 @@ def test_train_runs_end_to_end(tmp_path, capsys):
     vocabulary = tokenizer.get_vocab()
     assert len(vocabulary) == 1280 and set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)
     assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]          # digit by digit
+    (out / "tasks" / "sort.yaml").write_text("changed")
     train.main(smoke)
     assert "step" not in capsys.readouterr().out
+    assert (out / "tasks" / "sort.yaml").read_text() == "changed"
     train.main([*smoke, "--recipes", "default", "tied towers"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["recipe"], row["mode"]) for row in rows] == [

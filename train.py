@@ -641,7 +641,9 @@ def run_miniature(args: argparse.Namespace, how: How):
         export(model, skeleton, None, phase1, {})
     del model, skeleton
     train_denoiser(args, how, phase1, second, data, {})
-    in_first(lambda: write_tasks(args.out / "tasks", load_tokenizer(args.out), second.tasks()))
+    tasks = args.out / "tasks"
+    in_first(lambda: any(tasks.glob("*")) or            # those there may have been changed
+             write_tasks(tasks, load_tokenizer(args.out), second.tasks()))
 
 
 def own_config(path: Path) -> TwoTowerConfig:

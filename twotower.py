@@ -457,7 +457,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor,
 
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ids (n), by logits (n, V); and whether each is the likeliest."""
+    """Of ids (n), by logits (n, V); and whether all are the likeliest."""
     return -F.cross_entropy(logits, ids, reduction="none"), (logits.argmax(-1) == ids).all()
 
 
