@@ -54,8 +54,8 @@ from torch.utils.flop_counter import flop_registry
 
 from corpus import KNOWN, library, library_prompts, task_prompts, texts_with_holes
 from rows import load_tokenizer
-from twotower import (Context, KVCache, Layer, MambaState, Pass, Router, TwoTower, TwoTowerConfig,
-                      kernels)
+from twotower import (Context, KVCache, Layer, MambaState, Pass, Quantized, Router, StackedLinear,
+                      TwoTower, TwoTowerConfig, kernels, quantize)
 
 HERE = Path(__file__).resolve().parent
 MINIATURE = str(HERE / "miniature")
@@ -308,6 +308,9 @@ def bench_gpu() -> dict:
           "reported of the release")
     result["concentrated"], result["concentrated_speed_up"] = measure(batches=(1, 4))
     result["decoding"] = time_decoding(model)
+    quantize_experts(model, "int8")
+    print("\nrouted experts are now int8")
+    result["int8"], result["int8_speed_up"] = measure(batches=(1, 4), bits=8)
     result["transformers_ms"] = 1e3 * time_transformers(model, seconds_of)
     print(f"\nAR token after 2,048 by transformers' NemotronH: {result['transformers_ms']:.1f} ms")
     return result
@@ -326,6 +329,18 @@ def concentrate_routing(model: TwoTower, experts: int):
     for module in model.modules():
         if isinstance(module, Router):
             module.e_score_correction_bias[experts:] = -10.0
+
+
+def quantize_experts(model: TwoTower, kind: str):
+    """Make integers of the routed experts, in place."""
+    for module in model.modules():
+        if isinstance(module, StackedLinear):
+            weight = module.weight.data
+            del module.weight
+            with weight.device:
+                module.weight = Quantized(weight.shape, kind)
+            for e, expert in enumerate(weight):
+                module.weight.integers[e], module.weight.scales[e] = quantize(expert, kind)
 
 
 def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
@@ -375,8 +390,8 @@ def check_replays(model: TwoTower, rows: int, length: int):
             raise ValueError(f"recorded passes differ from plain ones by {gap:.1e}")
 
 
-def table_of_passes(model: TwoTower, batches, length: int, seconds_of,
-                    roof: tuple[float, float]) -> tuple[list[dict], list[dict]]:
+def table_of_passes(model: TwoTower, batches, length: int, seconds_of, roof: tuple[float, float],
+                    bits: float = 0) -> tuple[list[dict], list[dict]]:
     """A row for every batch and pass, without and with CUDA graphs, against the `roof` of bytes and
     FLOPs a second; and of every batch diffusion's speed over AR's by passes a block, as follows
     from these times, and the passes at which it would be 1 and 2.42."""
@@ -390,7 +405,7 @@ def table_of_passes(model: TwoTower, batches, length: int, seconds_of,
                 if not kind:
                     experts = experts_hit(runs[name])
                     cost = cost_of_pass(model.config, experts, cached=length, rows=batch,
-                                        **PASSES[name])
+                                        bits=bits, **PASSES[name])
                     row |= {"experts": experts, "gigabytes": cost.bytes / 1e9,
                             "roof_ms": 1e3 * cost.seconds(*roof)}
                 ms = 1e3 * seconds_of(runs[name])

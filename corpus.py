@@ -114,6 +114,9 @@ def library(held_out: bool = False, every: int = 1) -> list[str]:
     return [(root / name).read_text(encoding="utf-8", errors="replace") for name in names[::every]]
 
 
+WORD, NAME = re.compile(r"\w+"), re.compile(r"(?<![.\w])[a-zA-Z_]\w*")    # NAME: no attribute
+
+
 class Function(NamedTuple):
     text: str                       # its source, not indented, without decorators
     variables: tuple[str, ...]      # of its parameters and variables, those that can be renamed
@@ -124,6 +127,11 @@ def sources(held_out: bool) -> tuple[list[str], list[int], str]:
     """library(), its lengths summed, and, if held out, the text that it must not share."""
     files = library(held_out)
     return files, list(itertools.accumulate(map(len, files))), "".join(library() * held_out)
+
+
+@functools.cache
+def source_lines(file: int) -> list[str]:
+    return sources(False)[0][file].split("\n")
 
 
 @functools.cache
@@ -153,23 +161,22 @@ def renamable(node: ast.FunctionDef, text: str) -> tuple[str, ...]:
     own = {name.arg if isinstance(name, ast.arg) else name.id for name in ast.walk(node)
            if isinstance(name, ast.arg) or isinstance(getattr(name, "ctx", None), ast.Store)
            and isinstance(name, ast.Name)} - {"self", "cls"}
-    return tuple(name for name in sorted(own)
-                 if len(re.findall(rf"\b{name}\b", text)) == names.count(name) > 1)
+    words, names = Counter(WORD.findall(text)), Counter(names)
+    return tuple(name for name in sorted(own) if words[name] == names[name] > 1)
 
 
-def window(rng: random.Random, text: str) -> Function:
+def window(rng: random.Random, lines: list[str]) -> Function:
     """Some lines of a file, read as if they were a function: of those there are too few to learn
     from, and they would be learned by heart."""
-    lines = text.split("\n")
     while True:
         at, size = rng.randrange(len(lines)), rng.randrange(50, LENGTHS[-1])
         piece = textwrap.dedent("\n".join(lines[at:at + 1 + size // 10])).strip("\n")
         piece = piece[:size].rpartition("\n")[0].rstrip()
         if len(piece) >= 40 and "\n" in piece and piece.isascii():
-            names = Counter(re.findall(r"(?<![.\w])[a-zA-Z_]\w*", piece))
+            words, names = Counter(WORD.findall(piece)), Counter(NAME.findall(piece))
             return Function(piece, tuple(sorted(
-                name for name, count in names.items() if not keyword.iskeyword(name)
-                and count == len(re.findall(rf"\b{name}\b", piece)) > 1)))
+                name for name, count in names.items()
+                if not keyword.iskeyword(name) and count == words[name] > 1)))
 
 
 def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
@@ -178,7 +185,8 @@ def draw_functions(rng: random.Random, held_out: bool) -> list[Function]:
     while True:
         file = bisect.bisect(ends, rng.randrange(ends[-1]))
         if not held_out and len(files[file]) > 2000 and rng.random() < 0.5:
-            return [window(rng, files[file]) for _ in range(3)]
+            lines = source_lines(file)
+            return [window(rng, lines) for _ in range(3)]
         found = functions(file, held_out)
         if len(found) > 1:
             return found
@@ -190,8 +198,8 @@ def rename(rng: random.Random, held_out: bool) -> tuple[str, str]:
     while True:
         found = draw_functions(rng, held_out)
         text, variables = rng.choice(found)
-        names = sorted({name for function in found for name in function.variables
-                        if not re.search(rf"\b{name}\b", text)})
+        names = sorted({name for function in found for name in function.variables}
+                       - set(WORD.findall(text)))
         if variables and names:
             old, new = rng.choice(variables), rng.choice(names)
             return f"{old},{old} {new},{new}\n{text}\n---", re.sub(rf"\b{old}\b", new, text)
