@@ -54,8 +54,8 @@ from torch.utils.flop_counter import flop_registry
 
 from corpus import KNOWN, library, library_prompts, task_prompts, texts_with_holes
 from rows import load_tokenizer
-from twotower import (Context, KVCache, Layer, MambaState, Pass, Quantized, Router, StackedLinear,
-                      TwoTower, TwoTowerConfig, kernels, quantize)
+from twotower import (Context, KVCache, Layer, MambaState, Quantized, Router, StackedLinear, TwoTower,
+                      TwoTowerConfig, kernels, quantize)
 
 HERE = Path(__file__).resolve().parent
 MINIATURE = str(HERE / "miniature")
@@ -355,7 +355,7 @@ def passes_over(model: TwoTower, rows: int, length: int, graphs: bool,
             state.map(lambda x: x.normal_())
     context.lengths = lengths = context.lengths + length
     if graphs:
-        context.passes = kernels().Passes(model, context, Pass.behind)
+        context.passes = kernels().Passes(model, context)
         context.passes.recording &= recording
     token, block = (torch.randint(4, model.config.vocab_size, (rows, n), device=context.device)
                     for n in (1, BLOCK))
@@ -380,7 +380,7 @@ def check_replays(model: TwoTower, rows: int, length: int):
         found = (runs[name]() for name in (
             "denoiser step", "AR token", "denoiser step", "block extension", "denoiser step",
             "AR token", "denoiser step", "block extension", "denoiser step"))
-        results.append([logits.clone() for logits in found if logits is not None])
+        results.append([out.clone() for out in found])
     for plain, recorded in zip(*results):
         gap = float((plain - recorded).square().mean().sqrt() / plain.square().mean().sqrt())
         # the same kernels, unless a library chooses otherwise while it is recorded; a rounding that
@@ -551,7 +551,7 @@ def variant(launch: Launch) -> tuple:
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.values[parameter.name]
-        if parameter.is_constexpr or type(value) is int and value == 1:
+        if parameter.is_constexpr or value is None or type(value) is int and value == 1:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = mangle_type(value)

@@ -1,25 +1,21 @@
 """Triton versions of twotower.py's hot paths, and its passes recorded as CUDA graphs.
 
-Each operation can be copied with the helpers above section 1: why it is hot and what it must move,
-the kernel, the launcher that checks shapes and devices. `model.use("triton")` takes these instead
-of twotower.py's functions of the same names and signatures, with which test_twotower.py compares
-them; `python bench.py kernels` counts launches and says what the compiler makes of each.
+Each operation can be copied with the helpers above section 1. `model.use("triton")` takes these
+instead of twotower.py's functions of the same names and signatures, with which test_twotower.py
+compares them; `python bench.py kernels` counts launches and says what the compiler makes of each.
 
     1 moe_experts   2 ssd   3 attention   4 norm, add_gated, gated_rms_norm   5 causal_conv1d
     6 route         7 Passes: whole passes recorded as CUDA graphs
 
-Conventions: pointers are commented with their shapes; offsets are int64 where they could pass 2^31;
-sums are float32 (float64 where the reference is); tails are masked, so any size works; NaN is kept,
-since decoding stops at it. Letters are those of twotower.py, and F the width of an expert; S counts
-the keys: context and block, or in a recorded pass all of the cache's capacity. Without a GPU the
-kernels run under TRITON_INTERPRET=1, slowly, which is how CI checks them.
+Offsets are int64 where they could pass 2^31; sums are float32 (float64 where the reference is);
+tails are masked, so any size works; NaN is kept, since decoding stops at it. Letters are those of
+twotower.py, F the width of an expert, S the number of keys: in a recorded pass the whole capacity.
+Without a GPU the kernels run under TRITON_INTERPRET=1, slowly, which is how CI checks them.
 """
 
-from __future__ import annotations
-
+import copy
 import functools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 F32, LONG, FLOATS = [torch.float32], [torch.long], [torch.float32, torch.float16, torch.bfloat16]
 
 
 def check(device: torch.device, **arguments: tuple):
-    """Raise ValueError unless a launcher's arguments are what its kernel reads: by name a tensor
-    (or None), its shape and its dtypes."""
+    """Raise ValueError unless arguments are as they must be: a tensor (or None), shape, dtypes."""
     for name, (tensor, shape, dtypes) in arguments.items():
         for what, got, expected in () if tensor is None else (
                 ("has shape", tuple(tensor.shape), [tuple(shape)]),
@@ -59,8 +54,7 @@ def launcher(function):
                              "backend 'torch', evaluate under torch.no_grad()")
         device = tensors[0].device
         if not (INTERPRETED or device.type in ("cuda", "meta")):
-            raise ValueError(f"kernels.py needs a CUDA device, not {device} (or "
-                             "TRITON_INTERPRET=1, to check it)")
+            raise ValueError(f"kernels.py needs a CUDA device, not {device}, or TRITON_INTERPRET=1")
         with torch.cuda.device(device if device.type == "cuda" else -1):            # -1: no change
             return function(*args, **kwargs)
     return launch
@@ -73,9 +67,8 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Products of float32 are "ieee", which 16-bit types ignore: one TF32 product would round factors to
-# 10 bits. In the scan they are "tf32x3": each factor is split into two TF32 numbers, and three
-# products of those keep float32's digits on the tensor cores.
+# Products of float32 are "ieee", as one of TF32 would round its factors to 10 bits, or in the scan
+# "tf32x3": three products of two TF32 parts each, which keep float32's digits on tensor cores.
 
 # ---- 1. Routed experts --------------------------------------------------------------------------
 # Why: 23 of 52 layers, and nine tenths of the weights. A token uses A of E experts, so a block of
@@ -93,16 +86,14 @@ def multiprocessors(device: torch.device) -> int:
 #     slot           0 1   2 3   4 5         expert 2 has slots 1 3 4    tile 2: 1 3    tile 3: 4 -
 #
 # That list is made on the device, where alone its length is known: programs past the last tile
-# return at once, so the host never waits and the launch can be recorded in a CUDA graph. Up to 16
-# tokens need no list, as no expert has more rows than a tile: the program of an expert finds its
-# slots among the T A choices. The shared expert is then more experts, as many as it is wide, that
-# every token chooses, so that its weights stream together with the others'. With more tokens it is
-# the library's.
+# return at once, so the host never waits and the launch can be recorded. Up to 16 tokens need no
+# list, as no expert has more rows than a tile: its program finds them among the T A choices. The
+# shared expert is then more experts, as many as it is wide, that every token chooses, so that its
+# weights stream together with the others'. With more tokens it is the library's.
 #
-# Quantized weights come as the integers they are and become numbers of x's dtype in registers. A
-# scale never touches them: one for each output multiplies the sum at its end; one for every 32
-# inputs the product of those 32, at the cost of a second accumulator. Which half of a byte belongs
-# to which half of a row is no shuffle: they are two products with the same lanes.
+# Quantized weights become numbers of x's dtype in registers, without their scale: one for each
+# output multiplies the sum at its end; one for every 32 inputs the product of those 32, at the cost
+# of a second accumulator. The halves of bytes need no shuffle: they are two products.
 
 # Up to so many slots for each expert: rows of a tile, outputs and inputs of a step, warps, stages;
 # of 4-byte inputs a step takes half as many
@@ -147,10 +138,9 @@ def _group_kernel(
 
 @triton.jit
 def product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr, columns, outputs, inputs,
-            BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
-            BLOCK_IN: tl.constexpr):
-    """Rows of x times some columns of an expert (outputs, inputs), held in BITS: (M, OUT) f32."""
-    acc, inside = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32), columns < outputs
+            BITS: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """Rows of x times some columns of an expert (outputs, inputs) in BITS: (rows, columns) f32."""
+    acc, inside = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32), columns < outputs
     w_ptr, x_ptr = w_ptr + columns[None, :] * w_row, x_ptr + rows[:, None] * inputs
     if BITS == 4:                       # a row is half as long: a byte holds two inputs, half apart
         for start in range(0, w_row, BLOCK_IN // 2):
@@ -182,17 +172,16 @@ def product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr, columns, outputs, inpu
 def _grouped_product_kernel(
         x_ptr,              # (T, inputs), or (T, SLOTS, inputs) in the second product
         w_ptr,              # (E, outputs, inputs); of BITS 4 (E, outputs, inputs/2)
-        w_scale_ptr,        # of BITS 8 and 4 (E, GROUPS, outputs)
+        w_scale_ptr,        # of BITS 8 and 4 (E, GROUPS, outputs), else not read
         shared_ptr,         # (SHARED*outputs, inputs), in the second product (outputs,
                             # SHARED*inputs): SHARED experts that every token chooses
-        bias_ptr,           # (E, outputs), if HAS_BIAS
+        bias_ptr,           # (E, outputs) or None
         out_ptr,            # (T, SLOTS, outputs): A chosen, then the shared ones
         scale_ptr,          # (T, A) routing weights, in the second product
         ids_ptr,            # (T, A) int64, if FEW, else
         slots_ptr, tile_expert_ptr, n_tiles_ptr,        # as _group_kernel writes them
-        T, outputs, inputs, A, SLOTS,
-        BITS: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, FEW: tl.constexpr,
-        SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
+        T, outputs, inputs, A, SLOTS, BITS: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr,
+        FEW: tl.constexpr, SHARED: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
     tile = tl.program_id(1).to(tl.int64)
     shared = tile < SHARED
@@ -225,12 +214,12 @@ def _grouped_product_kernel(
     if BITS == 16 and SHARED:           # one loop for both, as each takes its own shared memory
         w_ptr, w_row = shared_ptr if shared else w_ptr, shared_row if shared else w_row
     if BITS < 16 and SHARED and shared:
-        acc = product(x_ptr, rows, real, shared_ptr, shared_row, shared_ptr, columns, outputs,
-                      inputs, 16, BLOCK_M, BLOCK_OUT, BLOCK_IN)
+        acc = product(x_ptr, rows, real, shared_ptr, shared_row, None, columns, outputs, inputs, 16,
+                      BLOCK_IN)
     else:
         acc = product(x_ptr, rows, real, w_ptr, w_row, w_scale_ptr + expert * GROUPS * outputs,
-                      columns, outputs, inputs, BITS, BLOCK_M, BLOCK_OUT, BLOCK_IN)
-    if HAS_BIAS:
+                      columns, outputs, inputs, BITS, BLOCK_IN)
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * outputs + columns, inside, other=0.0).to(tl.float32)
     if FIRST:
         # a GPU's maximum gives the other argument where one is NaN
@@ -247,9 +236,8 @@ def _grouped_product_kernel(
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor,
                 up_bias: Tensor | None = None, down_bias: Tensor | None = None,
                 shared=None) -> Tensor:
-    """As twotower.moe_experts, but unsummed: (T, slots, D) float32, whose sum over the slots is
-    what that returns. x, up and down share a dtype, or both weights are Quantized, of one kind;
-    no token may choose an expert twice."""
+    """As twotower.moe_experts, but to be summed over the slots: (T, slots, D) float32. x, up and
+    down share a dtype, or both weights are Quantized alike; no token may choose an expert twice."""
     (T, D), (E, width, _), A = x.shape, up.shape, topk_ids.shape[1]
     BITS = {"int8": 8, "int4": 4}.get(getattr(up, "kind", None), 16)
     (up, up_scale), (down, down_scale) = ((w, w) if BITS == 16 else (w.integers, w.scales)
@@ -267,7 +255,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
     BLOCK_M, BLOCK_OUT, BLOCK_IN, num_warps, num_stages = next(
         tile for most, tile in TILES if FEW or T * A <= most * E)
     BLOCK_M = min(BLOCK_M, 64) if BITS == 4 else BLOCK_M        # of two accumulators
-    groups, tiles, n = [topk_ids] * 3, SHARED + (A if T == 1 else E), T * A
+    groups, tiles, n = [None] * 3, SHARED + (A if T == 1 else E), T * A
     if not FEW:
         tiles = n if n < E else (n + E * (BLOCK_M - 1)) // BLOCK_M      # the most there can be
         groups = [x.new_empty(size, dtype=torch.long) for size in (tiles * BLOCK_M, tiles, 1)]
@@ -284,10 +272,9 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
         outputs, inputs = w.shape[1], source.shape[-1]
         _grouped_product_kernel[triton.cdiv(outputs, BLOCK_OUT), tiles](
             source, w.contiguous(), w_scale.contiguous(), more.contiguous(),
-            w if bias is None else bias.contiguous(), to, scale, topk_ids, *groups, T, outputs,
+            bias if bias is None else bias.contiguous(), to, scale, topk_ids, *groups, T, outputs,
             inputs, A, SLOTS, BITS=BITS, GROUPS=w_scale.shape[1], FIRST=first, FEW=FEW,
-            SHARED=SHARED, HAS_BIAS=bias is not None, BLOCK_A=triton.next_power_of_2(A),
-            BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT,
+            SHARED=SHARED, BLOCK_A=triton.next_power_of_2(A), BLOCK_M=BLOCK_M, BLOCK_OUT=BLOCK_OUT,
             BLOCK_IN=max(64 * (BITS == 4), BLOCK_IN * 2 // x.element_size()),
             num_warps=num_warps, num_stages=num_stages)
     if SLOTS > A + SHARED:
@@ -298,7 +285,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
 # ---- 2. The Mamba-2 scan ------------------------------------------------------------------------
 # Why: 23 of 52 layers. A block of 16 tokens needs the layer's state, H P N float32 numbers (2 MB a
 # row at full size), to read and in the context tower to write; a chunk's products cost c (2 c (N +
-# P) + 4 P N) FLOPs a head. One by one they would move the state and c x c weights several times.
+# P) + 4 P N) FLOPs a head.
 #
 # How: in a chunk of c tokens that begins with the state h, with s_l the sum of dt A up to token l,
 #
@@ -307,9 +294,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Tensor, d
 #
 # A program owns a slice of a head's P channels and goes from chunk to chunk; in each it walks over
 # the N columns of the state, a few at a time: h C, the new state and C . B (which every slice
-# repeats) come from that one walk. A block is one chunk, a single token the smallest, padded to the
-# 16 rows of a tensor core's product. Between the chunks of a prompt the state most likely stays in
-# the cache. (Chunks at the same time, as in arXiv 2405.21060, section 6, would move their states.)
+# repeats) come from that one walk. A block is one chunk, a single token the smallest, padded to 16
+# rows, a product's. (Chunks at once, as in arXiv 2405.21060, section 6, would move their states.)
 
 
 @triton.jit
@@ -318,12 +304,11 @@ def _scan_kernel(
         dt_ptr,             # (b, L, H), as in_proj makes it
         B_ptr, C_ptr,       # (b, L, G, N)
         dt_bias_ptr, A_log_ptr, D_ptr,                  # (H,)
-        counts_ptr,         # (b,) int64: tokens of each row before its padding, if HAS_COUNTS
+        counts_ptr,         # (b,) int64: tokens of each row before its padding; None: no padding
         state_ptr,          # (b, H, P, N) f32, or (b, chunks, H, P, N), if state_chunk is not 0:
                             # before each chunk; after the last not written but if UPDATE
         x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token, state_row, state_chunk,
-        L, chunk_size, H, G, least, most,
-        HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+        L, chunk_size, H, G, least, most, UPDATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
         CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     group = head // (H // G)
@@ -334,7 +319,7 @@ def _scan_kernel(
     dt_ptr, state_ptr = dt_ptr + row * dt_row + head, state_ptr + row * state_row + head * P * N
     dt_bias, D = tl.load(dt_bias_ptr + head).to(tl.float32), tl.load(D_ptr + head).to(tl.float32)
     A = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
-    end = tl.load(counts_ptr + row).to(tl.int32) if HAS_COUNTS else L
+    end = L if counts_ptr is None else tl.load(counts_ptr + row).to(tl.int32)
     for first in range(0, L, chunk_size):
         real = (l < chunk_size) & (first + l < L)
         dt = tl.load(dt_ptr + l * dt_token, real, other=0.0).to(tl.float32) + dt_bias
@@ -406,24 +391,23 @@ def ssd(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, A_log: Ten
     BLOCK_P = 16 if narrow else 32
     _scan_kernel[b * H, triton.cdiv(P, BLOCK_P)](
         x, y, dt, B, C, dt_bias.contiguous(), A_log.contiguous(), D.contiguous(),
-        dt if counts is None else counts, state, *x.stride()[:2], *dt.stride()[:2],
-        *B.stride()[:2], *C.stride()[:2], state.stride(0), 0 if before is None else H * P * N, L,
-        chunk_size, H, G, *map(float, limit), HAS_COUNTS=counts is not None,
-        UPDATE=keep == "end", P=P, N=N, CHUNK=max(16, triton.next_power_of_2(chunk_size)),
-        BLOCK_P=BLOCK_P, BLOCK_N=max(16, min(32, triton.next_power_of_2(N))))
+        counts, state, *x.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2],
+        state.stride(0), 0 if before is None else H * P * N, L, chunk_size, H, G,
+        *map(float, limit), UPDATE=keep == "end", P=P, N=N, BLOCK_P=BLOCK_P,
+        CHUNK=max(16, triton.next_power_of_2(chunk_size)),
+        BLOCK_N=max(16, min(32, triton.next_power_of_2(N))))
     return y, before
 
 
 # ---- 3. Attention of few queries ----------------------------------------------------------------
 # Why: 6 of 52 layers, the only ones whose cost grows with the context: all keys and values, 4 G K
 # bytes a cached token in bfloat16, are read in every pass. The H/G query heads of a KV head and the
-# L queries are rows of one product, 16 H/G = 256 for a block of 16, in tiles of up to 128 rows that
-# each read the keys. (A prefill is the library's: 0.4 of this one's time for 2,048 on an H200.)
+# L queries are rows of one product, 16 H/G = 256 for a block of 16, in tiles of up to 128 rows. (A
+# prefill is the library's: 0.4 of this one's time for 2,048 tokens on an H200.)
 #
-# How: with one row and two KV heads there is too little to keep a GPU busy, so the keys are split:
-# each program goes over its share with a running maximum and sum (as FlashAttention does), and a
-# second kernel joins the shares. Exponentials are powers of 2, as the hardware has them, of scores
-# times log2(e).
+# How: one row's two KV heads would not keep a GPU busy, so the keys are split: a program goes over
+# its share with a running maximum and sum (as FlashAttention does), and a second kernel joins the
+# shares. Exponentials are powers of 2, as the hardware has them, of scores times log2(e).
 
 HIDDEN = tl.constexpr(-1.0e30)          # not -inf, which would make NaN of a share with no key
 
@@ -531,10 +515,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_seen: Tensor | None = None,
 
 # ---- 4. Norms, and what stands between two mixers -----------------------------------------------
 # Why: 53 times a pass: a layer's output is summed over its slots, gated and added to the residual
-# stream, which the next layer modulates and norms. As separate torch operations each of these reads
-# and writes rows of D numbers and costs a launch. A program here does all of it for a token: at the
-# end of a layer add_gated only notes what is to be added, and the norm that follows adds it. The
-# gated norm of a Mamba-2 layer is the same over a group's channels, as if each were a token.
+# stream, which the next layer modulates and norms; in torch each of these moves rows of D numbers
+# and costs a launch. Here a program does all for a token: add_gated only notes what is to be added,
+# and the norm that follows adds it. A Mamba-2 layer's gated norm is the same, for a group a token.
 
 
 @dataclass
@@ -549,16 +532,14 @@ class Unsummed:
 @triton.jit
 def _norm_kernel(
         x_ptr,              # (tokens, D)
-        z_ptr,              # (tokens / groups, groups * D), if GATED: norms x silu(z)
+        z_ptr,              # (tokens / groups, groups * D): norms x silu(z); or None
         h_ptr,              # (tokens, SLOTS, D)
-        gate_ptr,           # (B, D), if HAS_GATE
         weight_ptr,         # (groups, D)
-        shift_ptr, scale_ptr,           # (B, D), if MODULATE
+        gate_ptr, shift_ptr, scale_ptr,             # (B, D) or None
         sum_ptr, out_ptr,   # (tokens, D): x + gate h, if there are SLOTS; what is normed
         z_row, groups, D, eps, L,       # L tokens of a row share gate, shift and scale
-        GATED: tl.constexpr, SLOTS: tl.constexpr, HAS_GATE: tl.constexpr,
-        MODULATE: tl.constexpr,         # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
-        BLOCK_D: tl.constexpr):
+        SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
+        MODULATE: tl.constexpr):        # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside, at = d < D, token // L * D + d
@@ -567,12 +548,12 @@ def _norm_kernel(
         h = tl.zeros((BLOCK_D,), tl.float32)
         for slot in tl.static_range(SLOTS):
             h += tl.load(h_ptr + (token * SLOTS + slot) * D + d, inside, other=0.0).to(tl.float32)
-        if HAS_GATE:
+        if gate_ptr is not None:
             h *= tl.load(gate_ptr + at, inside, other=0.0).to(tl.float32)
         total = (x + h).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + token * D + d, total, inside)
         x = total.to(tl.float32)
-    if GATED:
+    if z_ptr is not None:
         z = tl.load(z_ptr + token // groups * z_row + token % groups * D + d, inside, other=0.0)
         x *= z.to(tl.float32) / (1 + tl.exp(-z.to(tl.float32)))
     weight = tl.load(weight_ptr + token % groups * D + d, inside, other=0.0).to(tl.float32)
@@ -598,15 +579,15 @@ def norm(x: Tensor | Unsummed, weight: Tensor, eps: float, shift: Tensor | None 
     check(weight.device, x=(x, x.shape, FLOATS), h=(h, (*rows, *slots, D), FLOATS),
           weight=(weight, (D,), FLOATS), gate=(gate, vector, FLOATS),
           shift=(shift, vector, FLOATS), scale=(scale, vector, FLOATS))
-    total, out = x.new_empty(x.shape), x.new_empty(x.shape, dtype=weight.dtype)
-    _norm_kernel[x.numel() // D,](                  # what is not read still needs a tensor
-        *(x if v is None else v.contiguous() for v in (x, x, h, gate, weight, shift, scale)),
-        total, out, 0, 1, D, eps, x.numel() // (len(x) * D), GATED=False,
-        SLOTS=0 if h is None else math.prod(slots), HAS_GATE=gate is not None,
+    total = x if h is None else x.new_empty(x.shape)
+    out = x.new_empty(x.shape, dtype=weight.dtype)
+    _norm_kernel[x.numel() // D,](
+        *(v if v is None else v.contiguous() for v in (x, None, h, weight, gate, shift, scale)),
+        total, out, 0, 1, D, eps, x.numel() // (len(x) * D),
+        SLOTS=0 if h is None else math.prod(slots),
         MODULATE=0 if shift is None else 1 if first else 2,
         BLOCK_D=triton.next_power_of_2(D), num_warps=8)
-    if stream.h is not None:
-        stream.x, stream.h, stream.gate = total, None, None
+    stream.x, stream.h, stream.gate = total, None, None
     return out
 
 
@@ -619,8 +600,8 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     y, weight, out = y.contiguous(), weight.contiguous(), y.new_empty(y.shape)
     z = dense(z.flatten(0, -2))                         # a slice: its rows are strided
     _norm_kernel[y.numel() // D,](
-        y, z, y, y, weight, y, y, y, out, z.stride(0), groups, D, eps, 1, GATED=True, SLOTS=0,
-        HAS_GATE=False, MODULATE=0, BLOCK_D=triton.next_power_of_2(D))
+        y, z, None, weight, None, None, None, None, out, z.stride(0), groups, D, eps, 1, SLOTS=0,
+        MODULATE=0, BLOCK_D=triton.next_power_of_2(D))
     return out
 
 
@@ -630,9 +611,9 @@ def add_gated(x: Tensor | Unsummed, gate: Tensor | None, h: Tensor) -> Unsummed:
 
 
 # ---- 5. Causal convolution and SiLU -------------------------------------------------------------
-# Why: between the first product and the scan of 23 layers. W = 4 multiplications a channel are
-# nothing, but as shifted products in torch inputs and sums pass through memory W times. Here each
-# does once (neighbours' loads hit the cache), and the new history replaces the old in place.
+# Why: between the first product and the scan of 23 layers. As shifted products in torch, inputs and
+# sums pass through memory W = 4 times; here once (neighbours' loads hit the cache), and the new
+# history replaces the old in place.
 
 
 @triton.jit
@@ -647,11 +628,10 @@ def load_inputs(x_ptr, history_ptr, at, W: tl.constexpr, x_token, channels, c, w
 def _conv_kernel(
         history_ptr,        # (B, W-1, channels)
         x_ptr, out_ptr,     # (B, L, channels)
-        weight_ptr, bias_ptr,           # (channels, W) and, if HAS_BIAS, (channels,)
-        counts_ptr,         # (B,) int64: tokens of each row before its padding, if HAS_COUNTS
-        x_row, x_token, L, channels, W: tl.constexpr, HAS_BIAS: tl.constexpr,
-        HAS_COUNTS: tl.constexpr, UPDATE: tl.constexpr, BLOCK_L: tl.constexpr,
-        BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+        weight_ptr, bias_ptr,           # (channels, W) and (channels,) or None
+        counts_ptr,         # (B,) int64: tokens of each row before its padding; None: no padding
+        x_row, x_token, L, channels, W: tl.constexpr, UPDATE: tl.constexpr,
+        BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     c = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -659,7 +639,8 @@ def _conv_kernel(
     x_ptr += row * x_row
     history_ptr += row * (W - 1) * channels
     acc = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-    acc += tl.load(bias_ptr + c, HAS_BIAS & (c < channels), other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
     for w in tl.static_range(W):                                                 # W-1-w before t
         tap = tl.load(weight_ptr + c * W + w, c < channels, other=0.0).to(tl.float32)
         x = load_inputs(x_ptr, history_ptr, t[:, None] + w - (W - 1), W, x_token, channels, c, real)
@@ -670,7 +651,7 @@ def _conv_kernel(
     if UPDATE and tl.program_id(1) == 0:        # the only program that has read this history
         place = tl.arange(0, BLOCK_W)[:, None]
         kept = (place < W - 1) & (c < channels)[None, :]
-        at = (tl.load(counts_ptr + row) if HAS_COUNTS else L) - (W - 1) + place
+        at = (L if counts_ptr is None else tl.load(counts_ptr + row)) - (W - 1) + place
         newest = load_inputs(x_ptr, history_ptr, at, W, x_token, channels, c, kept)
         tl.debug_barrier()                      # all of its threads have
         tl.store(history_ptr + place * channels + c[None, :], newest, kept)
@@ -687,27 +668,24 @@ def causal_conv1d(history: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     if not history.is_contiguous():
         raise ValueError("history must be contiguous, as it is updated in place")
     x, weight, out = dense(x), weight.contiguous(), x.new_empty(B, L, channels)
-    bias = weight if bias is None else bias.contiguous()
     BLOCK_W, BLOCK_C = triton.next_power_of_2(max(1, W - 1)), 128
     BLOCK_L = min(max(16, BLOCK_W), triton.next_power_of_2(L))      # the first alone reads history
     _conv_kernel[B, triton.cdiv(L, BLOCK_L), triton.cdiv(channels, BLOCK_C)](
-        history, x, out, weight, bias, x if counts is None else counts, *x.stride()[:2], L,
-        channels, W=W, HAS_BIAS=bias is not weight, HAS_COUNTS=counts is not None,
-        UPDATE=update and W > 1, BLOCK_L=BLOCK_L, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
+        history, x, out, weight, bias if bias is None else bias.contiguous(), counts,
+        *x.stride()[:2], L, channels, W=W, UPDATE=update and W > 1, BLOCK_L=BLOCK_L,
+        BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
     return out
 
 
 # ---- 6. Router ----------------------------------------------------------------------------------
 # Why: 23 of 52 layers. The release computes the scores in float64, as float32 cannot tell experts
-# apart that are close: a dozen small operations, among them a float64 copy of the weights (8 E D
-# bytes) for every layer and step. Here, for up to 64 tokens, each reads the float32 weights as they
-# are, and the choice of A experts is one more kernel.
+# apart that are close, from a float64 copy of the weights (8 E D bytes) for every layer and step.
+# Here up to 64 tokens read the float32 weights as they are; one more kernel chooses A experts.
 
 
 @triton.jit
 def _scores_kernel(
-        x_ptr,              # (T, D)
-        weight_ptr,         # (E, D) f32
+        x_ptr, weight_ptr,  # (T, D) and (E, D) f32
         scores_ptr,         # (T, E) f64
         D, E, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -726,10 +704,9 @@ def _scores_kernel(
 def _top_experts_kernel(
         scores_ptr, bias_ptr,           # (T, E) f64 and (E,) f32
         ids_ptr, weights_ptr,           # (T, A) int64 and f64
-        E, A, topk_group,
-        FACTOR: tl.constexpr,           # as an argument it would be rounded to float32
-        NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
-        BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr):
+        E, A, topk_group, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+        BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
+        FACTOR: tl.constexpr):          # as an argument it would be rounded to float32
     token = tl.program_id(0).to(tl.int64)
     a, e, g = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_G)
     scores = tl.load(scores_ptr + token * E + e, e < E, other=0.0)
@@ -779,33 +756,25 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 
 
 # ---- 7. Passes recorded as CUDA graphs ----------------------------------------------------------
-# Why: a pass makes some three hundred launches, most of them small; at batch 1 the host cannot
-# launch them as fast as the GPU runs them. By `python bench.py gpu` on an H200 an AR token of the
-# full-size model took 20.0 ms so, and 2.93 ms recorded once and replayed by one call (2026-11-26).
-# Whatever a pass reads and writes must then stay where it is: inputs, among them the rows' lengths,
-# are copied into buffers, and states are updated in place.
+# Why: at batch 1 the host cannot make a pass's three hundred launches as fast as the GPU runs them.
+# By `python bench.py gpu` on an H200 an AR token of the full-size model took 20.0 ms so, recorded
+# once and replayed by one call 2.93 ms (2026-11-26). What a pass reads and writes must then stay
+# where it is: inputs, also the rows' lengths, are copied to buffers, states updated in place.
+
+capture_stream = functools.cache(torch.cuda.Stream)     # a GPU's own: torch's is of the first GPU
 
 
 class Passes:
-    """The passes that repeat while decoding, over the rows of one context: an AR token, a denoiser
-    step, a block extension, a draft read and settled. On a GPU each is recorded when it first
-    comes, for every number of tokens anew; elsewhere it just runs. Rows that end stay, as padding
-    of length 0, until no more than half are left: recording costs as much as dozens of passes.
-    What is returned, and so context.logits, stays valid until the same pass comes again.
+    """The passes that repeat while decoding: an AR token, a denoiser step, a block extension, a
+    draft read and settled. On a GPU each is recorded when it first comes, for every number of
+    tokens anew; elsewhere it just runs. Rows that end stay, as padding of length 0, until half are
+    left: recording costs dozens of passes. What is returned is valid until the same pass comes."""
 
-    behind: Pass.behind of twotower.py, which this file does not import.
-    Raises: ValueError if the towers are on different devices.
-    """
-
-    def __init__(self, model, context, behind):
-        if model.denoiser_tower is not None and model.denoiser_tower.device != context.device:
-            raise ValueError("recorded passes need both towers on one device")
-        self.model, self.behind, self.recorded, self.drafts = model, behind, {}, []
+    def __init__(self, model, context):
+        self.model, self.recorded, self.drafts = model, {}, []
         self.recording = context.device.type == "cuda"      # False: run them as they are
         self.rows = len(context.lengths)
         self.live = torch.arange(self.rows)                 # (R,) of these rows the context's
-        self.capacity = min((state.key_cache.shape[2] for state in context.states
-                             if hasattr(state, "key_cache")), default=math.inf)
 
     def select(self, rows: list[int]) -> list[int] | slice:
         """Only these rows of the context go on; returns which rows of its states stay."""
@@ -816,76 +785,60 @@ class Passes:
         self.recorded.clear()
         return kept
 
-    def extend(self, context, tokens: Tensor, logits: str | None, keep: str) -> Tensor | None:
-        """As TwoTower._extend: tokens (R, L) int64 -> (R, 1 or L, V) float32, or None."""
-        def read(lengths, tokens):
-            at = self.behind(lengths, L, self.capacity, causal=True, keep=keep)
-            hidden = model.context_tower(tokens, context.states, at)
-            hidden = hidden[:, -1:] if logits == "last" else hidden
-            return model.context_lm_head(hidden).float() if logits else None
-
-        model, L = self.model, tokens.shape[1]
-        out = self._run(context, (L, logits, keep), read, context.lengths, tokens)
-        context.lengths = context.lengths + L * (keep == "end")
-        context.logits = None if out is None else out[:, -1]
+    def extend(self, context, tokens: Tensor, logits: str | None, keep: str) -> Tensor:
+        """As TwoTower._extend."""
+        read = functools.partial(self.model._extend, logits=logits, keep=keep)
+        out = self._run(context, (tokens.shape[1], logits, keep), read, tokens)
+        context.lengths = context.lengths + tokens.shape[1] * (keep == "end")
+        context.logits = out[:, -1] if logits else None
         return out
 
     def denoise(self, context, block: Tensor, t: Tensor) -> Tensor:
-        """block (R, Q) int64, t (R,) -> (R, Q, V) float32."""
-        def predict(lengths, block, t):
-            at = self.behind(lengths, Q, self.capacity, causal=False)
-            hidden = model.denoiser_tower(block, context.states, at, model._modulations(t))
-            return model.lm_head(hidden).float()
-
-        model, Q = self.model, block.shape[1]
-        t = t.to(model.lm_head.weight.dtype)                # as t_embedder would, here on the host
-        return self._run(context, (Q,), predict, context.lengths, block, t)
+        """As TwoTower._denoise."""
+        t = t.to(self.model.lm_head.weight.dtype)           # as t_embedder would, here on the host
+        return self._run(context, block.shape[1:], lambda fixed, block, t: (
+            self.model._denoise(block, fixed, t)), block, t)
 
     def settle(self, context, counts: Tensor):
-        """As MambaState.settle for all layers: of the draft just read counts (R,) tokens stay."""
-        def settle(counts):
-            for state, state.inputs in zip(mamba_states(context), drafts):
+        """As Context.settle, but lengths and logits stay."""
+        def settle(fixed, counts):
+            for state, state.inputs in zip(mamba_states(fixed), self.drafts):
                 state.settle(counts)
-
-        drafts = self.drafts
-        self._run(context, (0, *(drafts and drafts[0][0].shape)), settle, counts)
+        self._run(context, (0, *(self.drafts and self.drafts[0][0].shape)), settle, counts)
 
     def _run(self, context, key: tuple, function, *inputs: Tensor) -> Tensor | None:
-        """function(*inputs) of the live rows; key: how many tokens are new, what else differs."""
-        def run(*inputs):
-            out = function(*(x.to(device) for x in inputs))
-            return out, [state.inputs for state in mamba_states(context)]
+        """function(context, *inputs) of the live rows; key: how many tokens are new, what else."""
+        def run(lengths, *inputs):
+            fixed = copy.copy(context)
+            fixed.lengths, fixed.passes, fixed.all_slots = lengths, None, True
+            return function(fixed, *inputs), [state.inputs for state in mamba_states(context)]
 
-        assert int(context.lengths.max()) + key[0] <= self.capacity, "prefill must reserve more"
-        device, padded = context.device, len(self.live) < self.rows
+        assert int(context.lengths.max()) + key[0] <= context.capacity, "prefill must reserve more"
+        inputs, padded = (context.lengths, *inputs), len(self.live) < self.rows
         if padded:
             inputs = [x.new_zeros(self.rows, *x.shape[1:]).index_copy_(0, self.live.to(x.device), x)
                       for x in inputs]
-        if self.recording and key not in self.recorded:
-            self.recorded[key] = record(run, [x.to(device, copy=True) for x in inputs], [
-                x for state in mamba_states(context) for x in (state.conv_state, state.ssm_state)])
-        out, self.drafts = (self.recorded[key] if self.recording else run)(*inputs)
-        return out[self.live.to(device)] if padded and out is not None else out
+        if key not in self.recorded:
+            self.recorded[key] = run if not self.recording else record(
+                run, [x.to(context.device, copy=True) for x in inputs],
+                [x for state in mamba_states(context) for x in (state.conv_state, state.ssm_state)])
+        out, self.drafts = self.recorded[key](*inputs)
+        return out[self.live.to(out.device)] if padded and out is not None else out
 
 
 def mamba_states(context) -> list:
     return [state for state in context.states if hasattr(state, "ssm_state")]
 
 
-capture_stream = functools.cache(torch.cuda.Stream)         # one a GPU
-
-
 def record(function, buffers: list[Tensor], changed=()):
     """function(*buffers) as a CUDA graph, which keeps its own memory. What is returned copies its
-    arguments, if any, to the buffers, replays the graph, and returns the same output again. What a
-    trial run does to `changed` is undone, but not what it writes to caches: a replay does the same.
-    """
+    arguments, if any, to the buffers, replays the graph, and returns the same output again. A trial
+    run leaves `changed` as it was; what it writes to caches a replay writes again."""
     kept, graph, device = [x.clone() for x in changed], torch.cuda.CUDAGraph(), buffers[0].device
     with torch.cuda.device(device):
         function(*buffers)                          # Triton compiles, libraries take their memory
         for tensor, old in zip(changed, kept):
             tensor.copy_(old)
-        # a stream of this GPU: by default it is one of the GPU that recorded first
         with torch.cuda.graph(graph, stream=capture_stream(device)):
             out = function(*buffers)
 

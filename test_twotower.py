@@ -2471,6 +2471,8 @@ def test_a_backend_is_never_chosen_silently(tmp_path, monkeypatch):
     run = run_python("-c", "import torch, kernels; x = torch.ones(4); kernels.norm(x, x, 0)",
                      env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
     assert kernels is None or "ValueError: kernels.py needs a CUDA device, not cpu" in run.stderr
+    model.denoiser_tower.to("meta")
+    refuses("graphs need both towers on one device", model.use, "triton", graphs=True)
 
 
 @needs_kernels

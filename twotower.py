@@ -519,13 +519,13 @@ class Pass(NamedTuple):
     block_size: int | None = None       # of keep "blocks"
 
     @classmethod
-    def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, keep: str = "none") -> Pass:
+    def behind(cls, lengths: Tensor, L: int, end: int, *, causal: bool, **fields) -> Pass:
         """L tokens behind rows of `lengths` (B,) tokens, which only the contents of tensors depend
         on, so that a pass can be recorded."""
         B, count = len(lengths), torch.arange(max(len(lengths), L), device=lengths.device)
         slots = lengths[:, None] + count[:L]
         last_seen = slots if causal else slots[:, -1:].expand(B, L)
-        return cls(slots, count[:B, None], end, last_seen, keep=keep)
+        return cls(slots, count[:B, None], end, last_seen, **fields)
 
 
 @dataclass
@@ -598,7 +598,9 @@ class Context:
     """
 
     def __init__(self, tower: Tower, rows: int, capacity: int):
-        self.device = tower.device
+        self.device, self.capacity = tower.device, capacity
+        self.all_slots = False      # whether a pass works on all of the capacity, so that its work
+                                    # does not depend on the lengths and it can be recorded
         self.states = [layer.mixer.empty_state(rows, capacity) if layer.kind in "M*" else None
                        for layer in tower.layers]
         self.lengths = torch.zeros(rows, dtype=torch.long)
@@ -628,6 +630,8 @@ class Context:
     def next_pass(self, L: int, device, *, causal: bool, counts: Tensor | None = None,
                   **fields) -> Pass:
         """Of L tokens behind the rows, the first counts (B,) of each real; fields: of a `Pass`."""
+        if self.all_slots:
+            return Pass.behind(self.lengths.to(device), L, self.capacity, causal=causal, **fields)
         lengths = self.lengths.tolist()
         longest, uniform = max(lengths), min(lengths) == max(lengths)
         at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)
@@ -1412,6 +1416,8 @@ class TwoTower(Module):
             there = KERNELS.is_file() and importlib.util.find_spec("triton") is not None
             backend = "triton" if there and all(p.is_cuda for p in self.parameters()) else "torch"
         require(backend == "triton" or not graphs, "graphs need backend 'triton'")
+        require(not graphs or len({p.device for p in self.parameters()}) == 1,
+                "graphs need both towers on one device")
         ops = Module.ops if backend == "torch" else SimpleNamespace(
             **{name: getattr(kernels(), name) for name in OPERATIONS})
         for module in self.modules():
@@ -1581,7 +1587,7 @@ class Decoding:
         self.context = self.model._prefill(prompts, max(self.left) + self.block_size, logits)
         self.context_passes += self.context.lengths > 0
         if repeats and self.model.graphs:
-            self.context.passes = kernels().Passes(self.model, self.context, Pass.behind)
+            self.context.passes = kernels().Passes(self.model, self.context)
         return None if logits is None else self.context.logits[:, None]
 
     def extend(self, tokens: Tensor, logits: str | None = None, keep: str = "end") -> Tensor | None:
