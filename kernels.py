@@ -757,8 +757,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 
 # ---- 7. Passes recorded as CUDA graphs ----------------------------------------------------------
 # Why: at batch 1 the host cannot make a pass's three hundred launches as fast as the GPU runs them.
-# By `python bench.py gpu` on an H200 an AR token of the full-size model took 20.0 ms so, recorded
-# once and replayed by one call 2.93 ms (2026-11-26). What a pass reads and writes must then stay
+# By `python bench.py gpu` on an H200 an AR token of the full-size model took 21.5 ms so, recorded
+# once and replayed by one call 2.88 ms (2026-11-26). What a pass reads and writes must then stay
 # where it is: inputs, also the rows' lengths, are copied to buffers, states updated in place.
 
 capture_stream = functools.cache(torch.cuda.Stream)     # a GPU's own: torch's is of the first GPU

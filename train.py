@@ -118,23 +118,24 @@ class Recipe:
         return now.peak * min(1.0, (step - first + 1) / self.warm_up, decay)
 
 
-# what is hard comes more often; numbers of rows that two processes can share
+# what is hard comes more often
 WORDS, SOURCE = ("letter", "json", "sort"), ("rename", "edit")
 PHASES = (
-    Recipe(1, steps=2400, decay=0.3, library_every=4, unaligned=0.5, rows=64, turns=WORDS, stages=(
-        (600, dict(peak=2e-3, decay=0.95, row=320, unaligned=0.9, library_every=16,
-                   library_weight=0.1, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
+    Recipe(1, steps=8650, decay=0.01, library_every=4, unaligned=0.5, rows=32, turns=WORDS, stages=(
+        (800, dict(peak=2e-3, decay=0.9, floor=0.5, row=320, unaligned=0.9, library_every=9,
+                   library_weight=0.2, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
                                               *SOURCE * 2, "sort"))),)),
-    Recipe(2, steps=4500, peak=2e-3, decay=0.85, library_every=9, library_weight=0.1,
-           unaligned=0.5, unprompted=0.05, mock_ar=1 / 24, denoised=0.5, rows=6, row=320,
-           full_masks=0.4, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
+    Recipe(2, steps=20000, peak=1.5e-3, decay=1.0, library_every=9, library_weight=0.2,
+           unaligned=0.5, unprompted=0.05, mock_ar=1 / 64, denoised=0.5, rows=32, row=320,
+           full_masks=0.5, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
-           stages=((0, dict(block_size=32, rows=64, joint=True)), (250, dict(block_size=16)),
-                   (800, dict(peak=4e-4, rows=6)), (3300, dict(peak=4e-4, joint=False)))))
+           stages=((0, dict(block_size=32, joint=True)), (800, dict(block_size=16)),
+                   (14650, dict(peak=4e-4, rows=6, joint=False, mock_ar=1 / 6, library_every=4,
+                                library_weight=0.3)))))
 MODEL = dict(
     hidden_size=192, hybrid_override_pattern="M*EM*EM*E", num_hidden_layers=9, vocab_size=1280,
     layer_norm_epsilon=1e-5, mamba_num_heads=6, mamba_head_dim=64, n_groups=1, ssm_state_size=64,
-    conv_kernel=4, chunk_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+    conv_kernel=24, chunk_size=64, num_attention_heads=6, num_key_value_heads=6, head_dim=48,
     intermediate_size=256, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
     moe_shared_expert_intermediate_size=256, norm_topk_prob=True, routed_scaling_factor=1.0,
     initializer_range=0.05, max_position_embeddings=4096)
