@@ -52,7 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from corpus import KNOWN, library, library_prompts, task_prompts, texts_with_holes
+from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
 from rows import load_tokenizer
 from twotower import (Context, KVCache, Layer, MambaState, Quantized, Router, StackedLinear, TwoTower,
                       TwoTowerConfig, kernels, quantize)
@@ -723,7 +723,7 @@ def bench_batch(checkpoint: str = MINIATURE, rounds: int = 15) -> dict:
     of held-out source, where the model is less sure, counted in float32 and in bfloat16.
     """
     model, tokenizer = load(checkpoint)
-    by_task = [task_prompts(tokenizer, task, 7) for task in KNOWN]
+    by_task = [task_prompts(tokenizer, task, 7) for task in TASKS]
     prompts = [prompt for items in zip(*by_task) for prompt, _, _ in items][:32]
     modes, sizes, written, rows = ("ar", "mask_diffusion"), (1, 2, 4, 8, 16, 32), {}, []
 

@@ -1,9 +1,8 @@
 """What is learned from: text of one's own (`Text`), or what the miniature reads. That is tasks
-whose answers can be checked exactly, five made from words (bills, sorting, records to JSON,
-letters, classes) and two on real source (a variable renamed, a line edited); the standard library
-of the running Python; and a byte-level BPE tokenizer, by which any text round-trips. Of the
-miniature's, one prompt in 16, by its CRC, and one library file in 16, by the CRC of its name, are
-held out.
+whose answers can be checked exactly, three made from words (sorting, records to JSON, letters) and
+two on real source (a variable renamed, a line edited); the standard library of the running Python;
+and a byte-level BPE tokenizer, by which any text round-trips. Of the miniature's, one prompt in 16,
+by its CRC, and one library file in 16, by the CRC of its name, are held out.
 """
 
 from __future__ import annotations
@@ -49,22 +48,6 @@ ITEMS = ("books boxes chairs clocks cups desks doors fans keys lamps maps pens p
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 COLORS = "black blue brown gray green orange pink purple red silver white yellow".split()
 JOBS = "baker cook doctor driver farmer judge nurse painter pilot singer teacher writer".split()
-TYPES = "bool bytes dict float int list set str".split()
-FIELDS = ("address age city code color count date depth height index key kind label length "
-          "level limit name number offset owner path port price rate size source speed start "
-          "state status target text time title total unit user value weight width").split()
-CLASSES = ("Account Block Book Box Client Color Event Field File Frame Group Image Item Job "
-           "Line Message Node Order Page Point Query Record Route Server Shape Table Task Ticket "
-           "Token Tree User Window").split()
-
-
-def bill(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    lines = [(number, rng.randint(2, 9), item, rng.randint(2, 9))
-             for number, item in enumerate(rng.sample(ITEMS, rng.randint(4, 6)), 1)]
-    return (", ".join(f"{number}: {count} {item} at {price}"
-                      for number, count, item, price in lines),
-            "\n".join(f"{number}: {count} {item} x {price} = {count * price:02}"
-                      for number, count, item, price in lines))
 
 
 def sort(rng: random.Random, held_out: bool) -> tuple[str, str]:
@@ -89,15 +72,6 @@ def letter(rng: random.Random, held_out: bool) -> tuple[str, str]:
             f"Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\n"
             f"We send all {count} {item} to you in {city}.\n"
             f"If they are not there a week after {day}, call us and give the number {code}.")
-
-
-def to_class(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    name = rng.choice(CLASSES)
-    fields = [(field, rng.choice(TYPES)) for field in rng.sample(FIELDS, rng.randint(3, 5))]
-    return (" ".join([name] + [f"{field}:{kind}" for field, kind in fields]),
-            f"class {name}:\n    def __init__(self, "
-            + ", ".join(f"{field}: {kind}" for field, kind in fields) + "):"
-            + "".join(f"\n        self.{field} = {field}" for field, _ in fields))
 
 
 def library(held_out: bool = False, every: int = 1) -> list[str]:
@@ -225,10 +199,9 @@ def indent(line: str) -> int:
 
 
 LENGTHS = range(120, 401)           # characters of a function: about 40 to 160 tokens
-FROM_WORDS = {"bill": bill, "sort": sort, "json": to_json, "letter": letter, "class": to_class}
+FROM_WORDS = {"sort": sort, "json": to_json, "letter": letter}
 FROM_SOURCE = {"rename": rename, "edit": edit}
 TASKS = FROM_WORDS | FROM_SOURCE
-KNOWN = tuple(FROM_WORDS)           # what the bundled miniature has learned
 
 
 def task_items(task: str, seed: str, held_out: bool = False):
@@ -310,7 +283,7 @@ def texts_with_holes(tokenizer, count: int) -> dict[str, list[tuple[Tensor, Tens
 
     texts = {task: [(prompt, ids(text))
                     for prompt, text, _ in task_prompts(tokenizer, task, count, "templates")]
-             for task in KNOWN}
+             for task in TASKS}
     records, eos = [record for _, record in texts["json"]], tokenizer.token_to_id(EOS)
     texts["json, no prompt"] = [(F.pad(other, (0, 16 - len(other) % 16), value=eos), record)
                                 for other, record in zip(records[-1:] + records, records)]

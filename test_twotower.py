@@ -1377,7 +1377,7 @@ def test_speculative_decoding_writes_what_ar_writes(knobs):
     """200 held-out prompts of the miniature, and one; random towers, whose drafts are wrong."""
     model, tokenizer = miniature()
     prompts = [torch.tensor(tokenizer.encode(prompt).ids)
-               for task in corpus.KNOWN
+               for task in corpus.TASKS
                for prompt, _ in items(task, 40, held_out=True)]
     for rows in prompts, prompts[90:91]:
         share = check_that_both_write_the_same(model, rows, 70, 16, eos_token_id=2, **knobs)
@@ -3528,11 +3528,6 @@ def record(prompt: str) -> dict[str, str]:
 
 def test_answers_are_right():
     """Every task's answer, recomputed from its prompt alone in another way."""
-    for prompt, answer in items("bill", 200):
-        asked = re.findall(r"\d: (\d) (\w+) at (\d)[,\n]", prompt)
-        assert answer.split("\n") == [
-            f"{i}: {count} {item} x {price} = {sum([int(price)] * int(count)):02}"
-            for i, (count, item, price) in enumerate(asked, 1)]
     for prompt, answer in items("sort", 200):
         lines = sorted(prompt.removeprefix("sort ").strip().split(", "))
         assert answer.split("\n") == lines
@@ -3544,12 +3539,6 @@ def test_answers_are_right():
             "Dear {name},\nyour order {code} of {count} {item} will leave on {day}.\nWe send all "
             "{count} {item} to you in {city}.\nIf they are not there a week after {day}, call us "
             "and give the number {code}.").format(**record(prompt))
-    for prompt, answer in items("class", 200):
-        (_, name, *fields), namespace = prompt.split(), {}
-        exec(answer, namespace)
-        parameters = inspect.signature(namespace[name]).parameters.values()
-        assert fields == [f"{one.name}:{one.annotation.__name__}" for one in parameters]
-        assert list(vars(namespace[name](*fields)).values()) == fields
     for prompt, answer in items("rename", 200, held_out=True):
         (old, _, new, _), source = re.findall(r"\w+", prompt)[1:5], unasked(prompt, 1)
         tree = ast.parse(answer)
@@ -4501,7 +4490,7 @@ def test_the_miniature_is_small_and_of_the_released_layout():
     assert ours == theirs
 
 
-@pytest.mark.parametrize("task", corpus.KNOWN)
+@pytest.mark.parametrize("task", corpus.TASKS)
 def test_the_miniature_answers(task):
     """40 held-out items a task: AR and diffusion at gamma 0.8 are right at least 9 times in 10, the
     latter in far fewer passes (measured rates: miniature/README.md)."""
