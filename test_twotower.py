@@ -590,24 +590,6 @@ def check_states(context: Context, row: int, alone: Context):
             assert error(a[row, :, used], b[0, :, used]) <= 1e-10
 
 
-@pytest.mark.parametrize("lengths", [(0, 0), (7, 7), (3, 0), (2, 9)])
-def test_a_pass_says_less_where_it_can_and_means_the_same(lengths):
-    """By the rule of `attention` a query sees the slots up to its own, or up to its row's last."""
-    context = Context(random_model().context_tower, 2, 0)
-    context.lengths = torch.tensor(lengths)
-    for L, causal in itertools.product((1, 5), (True, False)):
-        own, end = context.lengths[:, None] + torch.arange(L), max(lengths) + L
-        for at in (context.next_pass(L, "cpu", causal=causal, counts=torch.tensor([L, L])),
-                   Pass.behind(context.lengths, L, end, causal=causal)):
-            assert at.slots.equal(own) and (at.end, at.keep) == (end, "none")
-            assert at.counts is at.mask is None and not (at.is_causal and (at.last_seen or end > L))
-            last = (torch.arange(L) if at.is_causal else
-                    torch.tensor(end - 1) if at.last_seen is None else at.last_seen)
-            assert last.expand(2, L).equal(own if causal else own[:, -1:].expand(2, L))
-        at = context.next_pass(L, "cpu", causal=causal, counts=torch.tensor([L, 1]), keep="inputs")
-        assert (at.counts is None) == (L == 1) and at.keep == "inputs"
-
-
 def test_states_stay_where_they_are_when_room_was_reserved():
     """And new slots are zero: a stray NaN would reach the output through a mask."""
     model = random_model()
@@ -629,27 +611,6 @@ def test_states_stay_where_they_are_when_room_was_reserved():
     # nor does a state keep the whole prompt's activations alive
     conv_state = context.states[0].conv_state
     assert conv_state.untyped_storage().nbytes() == conv_state.nbytes
-
-
-@pytest.mark.parametrize("odd", [False, True])
-def test_only_the_first_tokens_of_a_pass_may_be_kept(odd):
-    """Any number of them in any row, as if only these had been read."""
-    model = random_model(odd)
-    block, after = ids(5, 16, seed=3), ids(5, 3, seed=4)
-    for n in range(1, 17):
-        counts = torch.tensor([n, 17 - n, 1, 16, n])
-        context = model.prefill(PROMPTS, reserve=20)
-        logits = model._extend(context, block, "all", keep="inputs")
-        context.settle(counts)
-        assert context.logits is None
-        for row in range(5) if n in (1, 16) else range(2):
-            read = model.prefill([torch.cat([PROMPTS[row], block[row, :counts[row]]])])
-            assert context.lengths[row] == read.lengths[0]
-            check(logits[row, counts[row] - 1], read.logits[0], 1e-10)
-            check_states(context, row, read)
-        if n == 5:
-            whole = torch.cat([PROMPTS[0], block[0, :5], after[0]])
-            check(model.extend(context, after)[0], model.context_logits(whole[None])[0, -3:], 1e-10)
 
 
 def test_a_denoiser_elsewhere_is_sent_only_what_is_new():
@@ -857,22 +818,6 @@ def test_golden_bfloat16_statistics():
         assert out.dtype == torch.float32 and out.requires_grad == (name == "ctx/logits")
         ours, theirs = error(out, exact[name]), error(data[name], exact[name])
         assert ours <= 1.5 * theirs, f"{name}: {ours:.2f}, NVIDIA's {theirs:.2f}"
-
-
-def test_context_tower_equals_transformers():
-    """Code that nobody here wrote, on the golden weights: prefill, then tokens one by one."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    data, _, model = golden("cfg1")
-    transformers.logging.set_verbosity_error()
-    theirs, prompt, block = bench.as_transformers(model), data["ids/prompt37"], data["ids/block16"]
-    with torch.no_grad():
-        out = theirs(prompt, use_cache=True)
-        check(model.context_logits(prompt), out.logits, 3e-5)
-        context = model.prefill(prompt)
-        for token in block.split(1, dim=1):
-            out = theirs(token, past_key_values=out.past_key_values, use_cache=True)
-            check(model.extend(context, token), out.logits, 3e-5)
-
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -1280,7 +1225,6 @@ def test_every_step_commits_and_blocks_end(block_size, steps):
     assert (result.nfe <= steps * math.ceil(24 / block_size)).all()
 
 
-
 def templates_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     holes = {"fixed": torch.zeros(n), "holes": torch.ones(n), "start": torch.arange(n) < n // 3,
              "end": torch.arange(n) >= n // 3, "alternating": torch.arange(n) % 2,
@@ -1360,7 +1304,6 @@ def test_two_thousand_templates_survive():
     assert any(9 in text[:-1] for text in result.tokens)
 
 
-
 def check_that_both_write_the_same(model, prompts, new: int, draft_length: int, **knobs):
     """Speculative decoding and AR, in no more passes; returns the share of AR's that it took."""
     ar = model.generate_ar(prompts, new, **knobs)
@@ -1374,7 +1317,8 @@ SAMPLED = dict(temperature=0.9, top_k=30, top_p=0.95, seed=0)
 
 @pytest.mark.parametrize("knobs", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_speculative_decoding_writes_what_ar_writes(knobs):
-    """200 held-out prompts of the miniature, and one; random towers, whose drafts are wrong."""
+    """200 held-out prompts of the miniature, and one; random towers, whose drafts are wrong, so
+    that of every pass the first tokens alone are kept."""
     model, tokenizer = miniature()
     prompts = [torch.tensor(tokenizer.encode(prompt).ids)
                for task in corpus.KNOWN
@@ -1382,9 +1326,10 @@ def test_speculative_decoding_writes_what_ar_writes(knobs):
     for rows in prompts, prompts[90:91]:
         share = check_that_both_write_the_same(model, rows, 70, 16, eos_token_id=2, **knobs)
         assert knobs or share < 0.3
-    knobs, model = knobs | dict(eos_token_id=11), golden("cfg1")[2]
-    for draft_length in (1, 7, 16):
-        check_that_both_write_the_same(model, PROMPTS, 30, draft_length, **knobs)
+    knobs = knobs | dict(eos_token_id=11)
+    for model in golden("cfg1")[2], random_model(), random_model(odd=True):
+        for draft_length in (1, 7, 16):
+            check_that_both_write_the_same(model, PROMPTS, 30, draft_length, **knobs)
 
 
 def test_ar_may_choose_the_mask_token():
@@ -1519,12 +1464,6 @@ def test_logits_that_are_not_finite_name_the_place(mode):
         refuses("row 0, block 0, step 0, position 0", getattr(model, mode), [[5, 6, 7]], 8, **knobs)
     if mode == "generate_ar":
         refuses("of continuation 0 are not finite", model.score, [[5]], [[6]])
-    run = Decoding(model, [[5]] * 5, 9)
-    run.live, run.block_index, bad = [1, 4], 2, torch.tensor([[0.5, math.nan], [0.5, math.inf]])
-    used = torch.tensor([[True, False], [True, False]])
-    run.check_finite(bad, used, 3)
-    used[1, 1] = True
-    refuses("row 4, block 2, step 3, position 1", run.check_finite, bad, used, 3)
 
 
 # ----------------------------------------------------------------------------- checkpoint files
@@ -3239,7 +3178,6 @@ def test_a_prompt_file_is_checked_before_anything_is_written(mode, lines, messag
     (link("tokenizer.json"), "tokenizer.json is a link to nothing: its download did not end; down"),
     (text("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer: the file itself was not"),
     (cut("tokenizer.json", 300), "tokenizer.json cannot be read"),
-    (cut("config.json", 300), "is not valid JSON"),
     (cut("model.safetensors", 10**6), "model.safetensors is truncated"),
     (lambda d: edit_json(d / "tokenizer.json", lambda t: t["model"]["vocab"].update(H=128)),
      "id 128"),
@@ -4377,11 +4315,6 @@ def test_evaluate_runs_tasks_of_the_harness(tmp_path, capsys, monkeypatch):
     assert lm.generate_until(asked("generate_until", *requests), disable_tqdm=True) == [
         *(re.split("gs|ys,", text)[0] for text in wholes[:-1]), wholes[-1]]
     assert any("gs" in text for text in wholes) and len(tokenizer.encode(wholes[-1]).ids) == 9
-    special = tokenizer.encode("</s>").ids[0], tokenizer.encode("\n").ids[0]
-    row = sample_rows.Row(0, "", [5])           # in a text that goes on after the special token
-    row.take(twotower.Written(0, [special[1], special[0], special[1]], False, 1, 1), tokenizer, [],
-             ["</s>"])
-    assert (row.text, row.ended) == ("\n", "stop")
 
 
 def test_evaluate_goes_on_after_an_interruption(tmp_path, capsys, monkeypatch):
@@ -4676,12 +4609,13 @@ def test_official_generation(both, mode):
         assert nfe == passes if exact else passes <= 2 * nfe <= 4 * passes, f"{nfe}, not {passes}"
 
 
-# The published code as it behaves, around our layers, which it runs in float32 whatever it is
-# asked for: so in bfloat16 it differs from ours by rounding, as another implementation does.
+# The published code as it is called, around our layers, which it runs in float32 whatever it is
+# asked for: so in bfloat16 it differs from ours by rounding, as another implementation does. What
+# the published code itself writes is in the golden data.
 STAND_IN = '''
 import causal_conv1d, mamba_ssm, torch              # always, also where no fast path is taken
 from transformers.modeling_attn_mask_utils import AttentionMaskConverter
-from twotower import TwoTower
+from twotower import TwoTower as Ours
 
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
@@ -4698,9 +4632,7 @@ class Cache:
                 self.key_cache[i] = state.key_cache[:, :, :S]
                 self.value_cache[i] = state.value_cache[:, :, :S]
 
-class NemotronHTwoTowerForCausalLM(TwoTower):
-    _last_nfe = 0
-
+class NemotronHTwoTowerForCausalLM(Ours):
     @classmethod
     def from_pretrained(cls, directory, torch_dtype, trust_remote_code):
         self = super().from_pretrained(directory, dtype=torch.float32)
@@ -4715,62 +4647,28 @@ class NemotronHTwoTowerForCausalLM(TwoTower):
         self.to(context_device)
 
     def _build_context_cache(self, ids):                            # two passes
-        cache = {"ids": ids[:, :-1], "context": self.prefill(ids[:, :-1])}
-        self._extend_context_cache(ids[:, -1:], cache)
-        cache["ctx_cache"] = Cache(cache["context"].states, ids.shape[1])
-        return cache
-
-    def _extend_context_cache(self, new, cache):
-        cache["logits"] = self.extend(cache["context"], new)[:, -1:]
-        cache["ids"] = torch.cat([cache["ids"], new], dim=1)
+        context = self.prefill(ids[:, :-1])
+        logits = self.extend(context, ids[:, -1:])
+        return {"context": context, "logits": logits,
+                "ctx_cache": Cache(context.states, ids.shape[1])}
 
     def _run_denoiser_step_diffusion(self, block, cache, t):
         t = (t.to(self.asked_dtype) * 1000).float() / 1000          # t is rounded, then 1000 t
         return self.denoise(block, cache["context"], t)
 
-    def _run_denoiser_step_mock_ar(self, last, cache):
-        return self.denoise(last, self.prefill(cache["ids"][:, :-1]))
+    def written(self, generate, ids, *args, **knobs):
+        result = generate(self, ids, *args, **knobs)
+        self._last_nfe = int(result.nfe)
+        return torch.cat([ids, torch.stack(result.tokens)], dim=1)
 
-    def generate_ar(self, ids, max_new_tokens, temperature=0.0, eos_token_id=None, logits=None):
-        cache = self._build_context_cache(ids)
-        for _ in range(max_new_tokens):
-            step = cache["logits"] if logits is None else logits(cache["ids"][:, -1:], cache)
-            token = step[:, -1].argmax(-1, keepdim=True)
-            self._extend_context_cache(token, cache)
-            if eos_token_id in token.flatten().tolist():
-                break
-        return cache["ids"]
+    def generate_ar(self, *args, **knobs):
+        return self.written(Ours.generate_ar, *args, **knobs)
 
     def generate_mock_ar(self, *args, **knobs):
-        return self.generate_ar(*args, logits=self._run_denoiser_step_mock_ar, **knobs)
+        return self.written(Ours.generate_mock_ar, *args, **knobs)
 
-    def generate_mask_diffusion(self, ids, max_new_tokens, block_size, steps_per_block,
-                                mask_token_id, temperature, confidence_threshold=0.9,
-                                eos_token_id=None):
-        assert max_new_tokens % block_size == 0
-        self._last_nfe, cache = 0, self._build_context_cache(ids)
-        for _ in range(max_new_tokens // block_size):
-            block = ids.new_full((len(ids), block_size), mask_token_id)
-            for step in range(steps_per_block):
-                masked = block == mask_token_id
-                left = int(masked.sum())
-                if left == 0:
-                    break
-                logits = self._run_denoiser_step_diffusion(
-                    block, cache, masked.float().mean().repeat(len(ids)))
-                self._last_nfe += 1
-                logits[..., mask_token_id] = -torch.inf
-                confidence, token = logits.softmax(-1).max(-1)
-                confidence = confidence.masked_fill(~masked, -1.0)
-                n = max(int((confidence > confidence_threshold).sum()),
-                        -(-left // (steps_per_block - step)))
-                # among equal confidences the rightmost first
-                chosen = confidence.argsort(dim=1, stable=True)[:, -n:]
-                block.scatter_(1, chosen, token.gather(1, chosen))
-            self._extend_context_cache(block, cache)
-            if eos_token_id in block.flatten().tolist():            # what stands after it stays
-                break
-        return cache["ids"]
+    def generate_mask_diffusion(self, *args, **knobs):
+        return self.written(Ours.generate_mask_diffusion, *args, **knobs)
 '''
 REPAIRED = STAND_IN.replace("states.device", "states[i].device")
 # (parameter of ours, change, comparison that must fail, what it must say), E and M being layers of
@@ -4859,11 +4757,10 @@ def test_wrong_options_of_the_comparison(args, message):
 
 
 def test_the_published_code_in_an_environment_of_its_own(tmp_path):
-    """Another interpreter, with an older transformers and no pytest to import; it runs once, also
+    """Another interpreter, with another transformers and no pytest to import; it runs once, also
     with -n 2, also where the project's folder is called official; then it is not needed."""
     counting = "open(__file__ + '.runs', 'a').write('*')\n" + REPAIRED
     directory, site = published_code(tmp_path, counting)
-    shutil.rmtree(site / "transformers")
     second, reference = tmp_path / "second", tmp_path / "reference.safetensors"
     venv.create(second, symlinks=True)
     packages, = second.glob("lib/python*/site-packages")
@@ -4871,10 +4768,6 @@ def test_the_published_code_in_an_environment_of_its_own(tmp_path):
     (packages / "first.pth").write_text("\n".join([
         str(site), *(path for path in sys.path if path.endswith("-packages")),
         "import sys; sys.modules['pytest'] = None"]))
-    pip = run_python("-m", "pip", "--python", second / "bin" / "python", "install", "-q",
-                     "--no-compile", "transformers==5.23.0")
-    if pip.returncode:
-        pytest.skip(f"pip cannot install transformers 5.23.0: {pip.stderr.splitlines()[-1]}")
     (tmp_path / "official").symlink_to(HERE)
     run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 2, "test_twotower.py",
                      "--checkpoint", directory, "--reference", reference,
