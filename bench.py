@@ -68,8 +68,7 @@ SMALL = TwoTowerConfig(
     moe_shared_expert_intermediate_size=160, max_position_embeddings=16384)
 
 
-# ---------------------------------------------------------------------------------------------
-# What a pass costs, and what is shared
+# ---- What a pass costs, and what is shared --------------------------------------------------
 
 
 class Cost(NamedTuple):
@@ -177,21 +176,36 @@ def show(title: str, rows: list[dict]):
         print("  ".join(map(str.rjust, line, widths)), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# bench.py cpu
+# ---- bench.py cpu ---------------------------------------------------------------------------
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 @torch.inference_mode()
 def bench_cpu(rounds: int = 15) -> dict:
-    """A small random model beside transformers' and the processor's own roof."""
+    """A small random model beside transformers' and the processor's own roof; then an AR token over
+    contexts of LENGTHS, with the attention layers and without."""
     torch.manual_seed(0)
-    model = TwoTower(SMALL).eval()
+    model, pattern = TwoTower(SMALL).eval(), SMALL.hybrid_override_pattern.replace("*", "")
     result = against_transformers(model, rounds)
     for what, value in result.items():
         print(f"{what:42} {value:10.4g}")
-    result["growth"] = by_length(model, rounds)
+    bare = TwoTower(dataclasses.replace(SMALL, hybrid_override_pattern=pattern,
+                                        num_hidden_layers=len(pattern)), towers="context").eval()
+    token, runs = torch.tensor([[5]]), {}
+
+    def sixteen_tokens(model, context):
+        for _ in range(16):
+            model.extend(context, token)
+
+    for m, n in itertools.product((model, bare), LENGTHS):
+        prompt = torch.randint(4, SMALL.vocab_size, (1, n))
+        context = m.prefill(prompt, reserve=16 * (rounds + 1))
+        runs[m, n] = functools.partial(sixteen_tokens, m, context)
+    t = take_turns(runs, rounds)
+    result["growth"] = [
+        {"context": n, "token": t[model, n] / t[model, 256],
+         "without_attention_layers": t[bare, n] / t[bare, 256]} for n in LENGTHS]
     show("an AR token after longer contexts, over the same after 256", result["growth"])
     return result
 
@@ -246,28 +260,7 @@ def against_transformers(model: TwoTower, rounds: int) -> dict[str, float]:
         "kv_bytes_per_token": kv, "mamba_bytes": mamba}
 
 
-def by_length(model: TwoTower, rounds: int) -> list[dict]:
-    """An AR token over contexts of LENGTHS, with the attention layers and without."""
-    pattern = SMALL.hybrid_override_pattern.replace("*", "")
-    bare = TwoTower(dataclasses.replace(SMALL, hybrid_override_pattern=pattern,
-                                        num_hidden_layers=len(pattern)), towers="context").eval()
-    token, runs = torch.tensor([[5]]), {}
-
-    def sixteen_tokens(model, context):
-        for _ in range(16):
-            model.extend(context, token)
-
-    for m, n in itertools.product((model, bare), LENGTHS):
-        prompt = torch.randint(4, SMALL.vocab_size, (1, n))
-        context = m.prefill(prompt, reserve=16 * (rounds + 1))
-        runs[m, n] = functools.partial(sixteen_tokens, m, context)
-    t = take_turns(runs, rounds)
-    return [{"context": n, "token": t[model, n] / t[model, 256],
-             "without_attention_layers": t[bare, n] / t[bare, 256]} for n in LENGTHS]
-
-
-# ---------------------------------------------------------------------------------------------
-# bench.py gpu
+# ---- bench.py gpu ---------------------------------------------------------------------------
 
 POOL = 36       # experts that 16 tokens, 6 each, are made to choose from: they hit 34 on average
 BLOCK = 16
@@ -463,8 +456,7 @@ def time_transformers(model: TwoTower, seconds_of) -> float:
     return seconds_of(lambda: theirs(prompt[:, :1], past_key_values=cache, use_cache=True))
 
 
-# ---------------------------------------------------------------------------------------------
-# bench.py kernels
+# ---- bench.py kernels -----------------------------------------------------------------------
 
 # bytes of shared memory a program may take on an A100, an H100 or H200, an RTX 50
 CARDS = {80: 166912, 90: 232448, 120: 101376}
@@ -650,8 +642,7 @@ def table_of_launches(batch: int, name: str, found: list[Launch]) -> list[dict]:
              "gigaflops": sum(one.flops for one in own) / 1e9} for layers, own in of.items()]
 
 
-# ---------------------------------------------------------------------------------------------
-# bench.py samples, templates, batch: of a checkpoint
+# ---- bench.py samples, templates, batch: of a checkpoint ------------------------------------
 
 ALTERED = "t_frozen", "unseeded"
 
@@ -774,8 +765,7 @@ def rows_apart(model: TwoTower, mode: str, prompts: list, batch: int = 16) -> di
             "largest_logit": float(alone.abs().max())}
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line: every parameter of a function is a flag of its command
+# ---- The command line: every parameter of a function is a flag of its command ---------------
 
 
 def fail(message, program: str = "bench.py"):
