@@ -255,7 +255,7 @@ def prepare(path: Path, vocab_size: int, every_file: int):
 
 def task_prompts(tokenizer, task: str, count: int, seed: str = "bench") -> list:
     """(prompt ids, right answer, how many tokens to ask for) of each item."""
-    most = 192 if task in FROM_SOURCE else 96
+    most = 224 if task in FROM_SOURCE else 96
     return [(torch.tensor(tokenizer.encode(prompt).ids), text, most)
             for prompt, text in itertools.islice(task_items(task, seed, held_out=True), count)]
 

@@ -53,7 +53,18 @@ from twotower import (Context, Decoding, SafetensorError, Step, TwoTower, Writte
                       require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "miniature")
-DEFAULT_PROMPT = "json city=Delhi day=Sunday name=Zoe age=63 job=teacher item=maps\n"
+# ftplib.FTP.delete of Python's standard library, which the miniature has not been trained on
+DEFAULT_PROMPT = """\
+rename resp,resp answer,answer
+def delete(self, filename):
+    '''Delete a file.'''
+    resp = self.sendcmd('DELE ' + filename)
+    if resp[:3] in {'250', '200'}:
+        return resp
+    else:
+        raise error_reply(resp)
+---
+"""
 MASKED = "\u2591"                                   # a shaded box
 
 # ---------------------------------------------------------------------------------------- arguments

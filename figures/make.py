@@ -18,7 +18,6 @@ measured:
 
     miniature.png   accuracy against speed; SOURCE is a file of what `evaluate.py` printed
     gpu.png         speed-up by denoiser passes; SOURCE is a file of what `bench.py gpu` printed
-    training.png    validation losses; SOURCE is the folder that train.py wrote
 """
 
 import ast
@@ -304,7 +303,7 @@ def masks(model: TwoTower):
 def denoising(model: TwoTower, tokenizer: Tokenizer):
     """Every denoiser pass over a prompt's answer: tokens as they stand, new commits in color."""
     steps = []
-    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 64, eos_token_id=2,
+    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 128, eos_token_id=2,
                                   on_step=steps.append)
     figure, ax = plt.subplots(figsize=(8, 0.62 * len(steps) + 0.5), layout="constrained")
     for y, step in enumerate(steps):
@@ -318,27 +317,29 @@ def denoising(model: TwoTower, tokenizer: Tokenizer):
                 f"t = {float(step.t[0]):.2f}", va="bottom", fontsize=9, color=TIME)
     ax.set(xlim=(0, 16), ylim=(-len(steps) + 0.95, 1.5))
     ax.text(0, 1.2, "orange: committed in this pass; white: before; grey: still masked; "
-            "below: how likely the best guess is", fontsize=9)
+            "below: how likely the best guess is; ␣·3 is three spaces", fontsize=9)
     ax.axis("off")
     figure.savefig(OUT / "denoising.png", dpi=150)
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
     text = tokenizer.decode([token], skip_special_tokens=False)
+    text = re.sub(" {3,}", lambda spaces: f"␣·{len(spaces[0])}", text)
     return text.replace("\n", "↵").replace(" ", "␣")
 
 
 def film(model: TwoTower, tokenizer: Tokenizer):
     """The same passes as a moving picture: each block's tokens as they are committed."""
     steps = []
-    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 64, eos_token_id=2,
+    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 128, eos_token_id=2,
                                   on_step=steps.append)
     blocks = 1 + steps[-1].block_index
-    figure, ax = plt.subplots(figsize=(10, 0.62 * blocks + 1.1), layout="constrained")
+    top = 1.7 + 0.33 * PROMPT.count("\n")
+    figure, ax = plt.subplots(figsize=(10, 0.62 * (blocks + top - 1)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0, h_pad=0)
-    ax.set(xlim=(0, 16), ylim=(-blocks + 0.95, 2.1))
+    ax.set(xlim=(0, 16), ylim=(-blocks + 0.95, top))
     ax.axis("off")
-    ax.text(0, 1.75, PROMPT.strip(), fontsize=10, family="monospace")
+    ax.text(0, top - 0.1, PROMPT.strip(), fontsize=10, family="monospace", va="top")
     caption = ax.text(0, 1.2, "", fontsize=10)
     cells = {}
     for y in range(blocks):
@@ -442,27 +443,8 @@ def gpu(result: dict):
     figure.savefig(OUT / "gpu.png", dpi=150)
 
 
-def training(folder: Path):
-    """Validation losses of both phases, by source."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-    titles = "phase 1: next token, context tower", "phase 2: masked tokens, denoiser tower"
-    for phase, (ax, title) in enumerate(zip(axes, titles), 1):
-        log = folder / f"phase{phase}" / "log.jsonl"
-        log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        for kind in log[0]["valid"]:
-            ax.plot([line["step"] for line in log], [line["valid"][kind] for line in log],
-                    label=kind)
-        ax.set(title=title, xlabel="step", yscale="log")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("validation loss, nats a token")
-    axes[1].legend(fontsize=8)
-    figure.savefig(OUT / "training.png", dpi=150)
-
-
 def measured(source: Path):
-    """The figure of what was measured: of a folder of train.py, or of what a command printed."""
-    if source.is_dir():
-        return training(source)
+    """The figure of what a command printed."""
     result = json.loads(source.read_text(encoding="utf-8").splitlines()[-1])
     return {"evaluate": miniature, "gpu": gpu}[result["setting"]["what"]](result)
 
@@ -497,7 +479,7 @@ def main():
     tokenizer = Tokenizer.from_file(str(MINIATURE / "tokenizer.json"))
     for draw in (idea, chunks, experts, towers, adaln, speculative):
         draw()
-    scan(model, tokenizer.encode(PROMPT).ids)
+    scan(model, tokenizer.encode(PROMPT).ids[:40])
     masks(model)
     denoising(model, tokenizer)
     film(model, tokenizer)
