@@ -125,7 +125,7 @@ PHASES = (
         (800, dict(peak=2e-3, decay=0.9, floor=0.5, row=320, unaligned=0.9, library_every=9,
                    library_weight=0.2, turns=(*SOURCE * 2, "letter", *SOURCE * 2, "json",
                                               *SOURCE * 2, "sort"))),)),
-    Recipe(2, steps=20000, peak=1.5e-3, decay=1.0, library_every=9, library_weight=0.2,
+    Recipe(2, steps=18500, peak=1.5e-3, decay=1.0, library_every=9, library_weight=0.2,
            unaligned=0.5, unprompted=0.05, mock_ar=1 / 64, denoised=0.5, rows=32, row=320,
            full_masks=0.5, slope=0.8, turns=(*SOURCE * 2, "json", *SOURCE * 2, "letter", "json",
                                              *SOURCE, "sort"),
