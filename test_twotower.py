@@ -1491,6 +1491,9 @@ def test_quantized_models_save_and_load(kind, other, tmp_path, capsys):
         elif not name.endswith(".scales"):
             assert torch.equal(tensor, plain[name].to(tensor.dtype)), name
     assert seen == 2 * 2 * 2 * 8 and held.config.experts == kind
+    bench.quantize_experts(model, kind)                             # the same in place
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()
+               if ".experts." in name)
     directory = tmp_path / kind
     for most in (10_000, 10**9):
         held.save_pretrained(directory, most)
@@ -2249,9 +2252,19 @@ def test_the_miniature_writes_the_same_with_kernels(mode, new, experts, knobs):
     model = TwoTower.from_pretrained(MINIATURE, context_device=DEVICE, backend="triton",
                                      experts=experts)
     assert (torch_model.backend, model.backend) == ("torch", "triton")
-    prompts = [tokenizer.encode(text).ids for text in ("class Point label:str\n", "import os\n")]
+    prompts = [tokenizer.encode(text).ids for text in ("json age=72 name=Tom\n", "import os\n")]
     expected, got = (getattr(m, mode)(prompts, new, **knobs) for m in (torch_model, model))
     assert texts(expected) == texts(got) and expected.nfe.equal(got.nfe)
+
+
+@needs_kernels
+def test_golden_data_through_the_kernels():
+    data, _, _ = golden("cfg1")
+    model = TwoTower.from_pretrained(GOLDEN / "cfg1", context_device=DEVICE, backend="triton")
+    context = model.prefill(data["ids/prompt37"].to(DEVICE))
+    check(context.logits.cpu(), data["ctx/logits"][:, -1], 1e-5)
+    noisy = model.denoise(data["ids/odd5"].to(DEVICE), context, 0.7)
+    check(noisy.cpu(), data["den/odd5_t0.7"], 3e-5)
 
 
 @needs_kernels
