@@ -11,10 +11,11 @@
                                 full-size model, and launches, bytes and FLOPs by pass and kind of
                                 layer; needs no GPU
     python bench.py gpu         the full-size model with random weights, made on the GPU: time,
-                                bytes and share of the roof of every pass; speed-up over AR
+                                bytes and share of the roof of every pass; speed-up over AR;
+                                then with experts in int8, and an AR token by transformers
 
 On one idle thread of an AMD EPYC samples takes a quarter of a minute, cpu about one minute,
-templates two, batch nine, kernels some minutes; gpu 78 s on one H200.
+templates, batch and kernels some minutes; gpu two minutes on one H200.
 
 Whatever is timed takes turns within a run, so that a machine that slows down slows all of it;
 compare ratios, not milliseconds. `python figures/make.py FILE` draws what gpu printed into FILE.
@@ -54,8 +55,8 @@ from torch.utils.flop_counter import flop_registry
 
 from corpus import TASKS, library, library_prompts, task_prompts, texts_with_holes
 from rows import load_tokenizer
-from twotower import (Context, KVCache, Layer, MambaState, Quantized, Router, StackedLinear, TwoTower,
-                      TwoTowerConfig, kernels, quantize)
+from twotower import (Context, KVCache, Layer, MambaState, Quantized, Router, StackedLinear,
+                      TwoTower, TwoTowerConfig, kernels, quantize)
 
 HERE = Path(__file__).resolve().parent
 MINIATURE = str(HERE / "miniature")
@@ -298,8 +299,8 @@ def bench_gpu() -> dict:
                                 roof=(bandwidth, rate))
     result["random"], result["random_speed_up"] = measure(batches=(1, 4, 16, 64))
     concentrate_routing(model, POOL)
-    print(f"\nrouting is now held to {POOL} experts a layer, so that {BLOCK} tokens hit 34, as is "
-          "reported of the release")
+    print(f"\nrouting is now held to {POOL} experts a layer, of which {BLOCK} independent tokens "
+          "would hit 34, as is reported of the release")
     result["concentrated"], result["concentrated_speed_up"] = measure(batches=(1, 4))
     result["decoding"] = time_decoding(model)
     quantize_experts(model, "int8")
@@ -326,7 +327,7 @@ def concentrate_routing(model: TwoTower, experts: int):
 
 
 def quantize_experts(model: TwoTower, kind: str):
-    """Make integers of the routed experts, in place."""
+    """Make integers of the routed experts, in place, for timing."""
     for module in model.modules():
         if isinstance(module, StackedLinear):
             weight = module.weight.data

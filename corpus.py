@@ -130,12 +130,12 @@ def functions(file: int, held_out: bool) -> list[Function]:
 def renamable(node: ast.FunctionDef, text: str) -> tuple[str, ...]:
     """Parameters and variables, used at least once, that are all there is of their names in it: no
     attribute, keyword, string or comment has one of them."""
-    names = [name.arg if isinstance(name, ast.arg) else name.id for name in ast.walk(node)
-             if isinstance(name, (ast.arg, ast.Name))]
+    names = Counter(name.arg if isinstance(name, ast.arg) else name.id for name in ast.walk(node)
+                    if isinstance(name, (ast.arg, ast.Name)))
     own = {name.arg if isinstance(name, ast.arg) else name.id for name in ast.walk(node)
            if isinstance(name, ast.arg) or isinstance(getattr(name, "ctx", None), ast.Store)
            and isinstance(name, ast.Name)} - {"self", "cls"}
-    words, names = Counter(WORD.findall(text)), Counter(names)
+    words = Counter(WORD.findall(text))
     return tuple(name for name in sorted(own) if words[name] == names[name] > 1)
 
 

@@ -533,10 +533,10 @@ class Unsummed:
 def _norm_kernel(
         x_ptr,              # (tokens, D)
         z_ptr,              # (tokens / groups, groups * D): norms x silu(z); or None
-        h_ptr,              # (tokens, SLOTS, D)
+        h_ptr,              # (tokens, SLOTS, D) or None
         weight_ptr,         # (groups, D)
         gate_ptr, shift_ptr, scale_ptr,             # (B, D) or None
-        sum_ptr, out_ptr,   # (tokens, D): x + gate h, if there are SLOTS; what is normed
+        sum_ptr, out_ptr,   # (tokens, D): x + gate h, if there are SLOTS, or None; what is normed
         z_row, groups, D, eps, L,       # L tokens of a row share gate, shift and scale
         SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
         MODULATE: tl.constexpr):        # 0 not, 1 before the norm (Mamba-2, attention), 2 after it
@@ -761,7 +761,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, config) -> tuple[Tensor, Tens
 # once and replayed by one call 2.88 ms (2026-11-26). What a pass reads and writes must then stay
 # where it is: inputs, also the rows' lengths, are copied to buffers, states updated in place.
 
-capture_stream = functools.cache(torch.cuda.Stream)     # a GPU's own: torch's is of the first GPU
+capture_stream = functools.cache(torch.cuda.Stream)     # torch's own stays on the first GPU used
 
 
 class Passes:

@@ -3617,6 +3617,8 @@ def test_learning_rate_schedule():
     assert [twice.learning_rate(step) for step in range(1000)] == rates
     assert twice.learning_rate(1000) == 0.1 and twice.learning_rate(1499) == 0.01
     assert [twice.at(step).rows for step in (499, 500, 1000)] == [once.rows, 3, 3]
+    stays = dataclasses.replace(once, steps=1500, stages=((1000, dict(peak=1.0, floor=0.5)),))
+    assert stays.learning_rate(999) == 0.02 and stays.learning_rate(1499) == 0.5
 
 
 def test_balance_evens_out_the_experts():

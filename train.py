@@ -114,7 +114,7 @@ class Recipe:
         first = max(start for start in starts if start <= step)
         end, now = min([start for start in starts if start > step] + [self.steps]), self.at(step)
         left = (end - step) / (now.decay * (end - first))
-        decay = max(self.floor, 1 - math.sqrt(max(0.0, 1 - left)))
+        decay = max(now.floor, 1 - math.sqrt(max(0.0, 1 - left)))
         return now.peak * min(1.0, (step - first + 1) / self.warm_up, decay)
 
 

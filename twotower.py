@@ -595,12 +595,12 @@ class Context:
 
     lengths (B,) int64 on the host: tokens read so far. logits (B, V) float32: after each row's last
     token; None where not computed. states: of each layer a KVCache, a MambaState or None.
+    capacity: tokens a row as allocated. all_slots: set on the copies that kernels.Passes records
+    with, whose passes then work on all of it, whatever the lengths.
     """
 
     def __init__(self, tower: Tower, rows: int, capacity: int):
-        self.device, self.capacity = tower.device, capacity
-        self.all_slots = False      # whether a pass works on all of the capacity, so that its work
-                                    # does not depend on the lengths and it can be recorded
+        self.device, self.capacity, self.all_slots = tower.device, capacity, False
         self.states = [layer.mixer.empty_state(rows, capacity) if layer.kind in "M*" else None
                        for layer in tower.layers]
         self.lengths = torch.zeros(rows, dtype=torch.long)
@@ -631,7 +631,8 @@ class Context:
                   **fields) -> Pass:
         """Of L tokens behind the rows, the first counts (B,) of each real; fields: of a `Pass`."""
         if self.all_slots:
-            return Pass.behind(self.lengths.to(device), L, self.capacity, causal=causal, **fields)
+            return Pass.behind(self.lengths.to(device), L, self.capacity, causal=causal,
+                               counts=counts, **fields)
         lengths = self.lengths.tolist()
         longest, uniform = max(lengths), min(lengths) == max(lengths)
         at = Pass.behind(self.lengths.to(device), L, longest + L, causal=causal)
