@@ -43,7 +43,7 @@ from bench import cost_of_pass  # noqa: E402
 from sample import DEFAULT_PROMPT as PROMPT  # noqa: E402
 from twotower import TwoTower, TwoTowerConfig, ssd_rates  # noqa: E402
 
-MINIATURE = HERE.parent / "miniature"
+MINIATURE, MASK = HERE.parent / "miniature", 3
 COLORS = {"M": "#8ecae6", "*": "#cdb4db", "E": "#d8e2dc"}
 KINDS = {"M": "Mamba-2", "*": "attention", "E": "experts"}
 NEW, MASKED, EDGE, TIME = "#ffb703", "#e9ecef", "#adb5bd", "#c1121f"     # of tokens; of t
@@ -300,24 +300,21 @@ def masks(model: TwoTower):
     figure.savefig(OUT / "masks.png", dpi=150)
 
 
-def denoising(model: TwoTower, tokenizer: Tokenizer):
+def denoising(steps: list, tokenizer: Tokenizer):
     """Every denoiser pass over a prompt's answer: tokens as they stand, new commits in color."""
-    steps = []
-    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 128, eos_token_id=2,
-                                  on_step=steps.append)
     figure, ax = plt.subplots(figsize=(8, 0.62 * len(steps) + 0.5), layout="constrained")
     for y, step in enumerate(steps):
         for x in range(16):
             token = int(step.after[0, x])
-            masked, new = token == model.config.mask_token_id, bool(step.committed[0, x])
+            masked, new = token == MASK, bool(step.committed[0, x])
             text = "" if masked else shown(tokenizer, token)
             box(ax, x, -y, 0.96, 0.62, f"{text}\n{float(step.confidence[0, x]):.2f}",
                 MASKED if masked else NEW if new else "white", EDGE, fontsize=7.5)
         ax.text(0, -y + 0.66, f"block {step.block_index + 1}, pass {step.step + 1}, "
                 f"t = {float(step.t[0]):.2f}", va="bottom", fontsize=9, color=TIME)
     ax.set(xlim=(0, 16), ylim=(-len(steps) + 0.95, 1.5))
-    ax.text(0, 1.2, "orange: committed in this pass; white: before; grey: still masked; "
-            "below: how likely the best guess is; ␣·3 is three spaces", fontsize=9)
+    ax.text(0, 1.2, "orange: committed in this pass; white: before; grey: masked; below: how likely "
+            "the best guess is; ␣·3: three spaces", fontsize=8)
     ax.axis("off")
     figure.savefig(OUT / "denoising.png", dpi=150)
 
@@ -328,11 +325,8 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
     return text.replace("\n", "↵").replace(" ", "␣")
 
 
-def film(model: TwoTower, tokenizer: Tokenizer):
+def film(steps: list, tokenizer: Tokenizer):
     """The same passes as a moving picture: each block's tokens as they are committed."""
-    steps = []
-    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 128, eos_token_id=2,
-                                  on_step=steps.append)
     blocks = 1 + steps[-1].block_index
     top = 1.7 + 0.33 * PROMPT.count("\n")
     figure, ax = plt.subplots(figsize=(10, 0.62 * (blocks + top - 1)), layout="constrained")
@@ -353,7 +347,7 @@ def film(model: TwoTower, tokenizer: Tokenizer):
         step = steps[max(0, frame - 1)]
         for x in range(16 * (frame > 0)):
             token, (cell, label) = int(step.after[0, x]), cells[step.block_index, x]
-            if token != model.config.mask_token_id:
+            if token != MASK:
                 label.set_text(shown(tokenizer, token))
                 cell.set_facecolor(NEW if step.committed[0, x] else "white")
         for (y, _), (cell, _) in cells.items():
@@ -481,8 +475,11 @@ def main():
         draw()
     scan(model, tokenizer.encode(PROMPT).ids[:40])
     masks(model)
-    denoising(model, tokenizer)
-    film(model, tokenizer)
+    steps = []
+    model.generate_mask_diffusion([tokenizer.encode(PROMPT).ids], 128, eos_token_id=2,
+                                  on_step=steps.append)
+    denoising(steps, tokenizer)
+    film(steps, tokenizer)
     cost()
     plt.close("all")
 
