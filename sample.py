@@ -53,18 +53,17 @@ from twotower import (Context, Decoding, SafetensorError, Step, TwoTower, Writte
                       require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "miniature")
-# ftplib.FTP.delete of Python's standard library, which the miniature has not been trained on
-DEFAULT_PROMPT = """\
-rename resp,resp answer,answer
-def delete(self, filename):
-    '''Delete a file.'''
-    resp = self.sendcmd('DELE ' + filename)
-    if resp[:3] in {'250', '200'}:
-        return resp
-    else:
+# ftplib.FTP.voidresp of Python's standard library, which the miniature has not been trained on
+DEFAULT_PROMPT = '''\
+rename resp,resp received,received
+def voidresp(self):
+    """Expect a response beginning with '2'."""
+    resp = self.getresp()
+    if resp[:1] != '2':
         raise error_reply(resp)
+    return resp
 ---
-"""
+'''
 MASKED = "\u2591"                                   # a shaded box
 
 # ---------------------------------------------------------------------------------------- arguments
