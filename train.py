@@ -60,7 +60,7 @@ from twotower import (CHECKPOINT_FILE, Router, SafetensorError, TwoTower, TwoTow
 class Recipe:
     """One phase: what is read and for how long; PUBLISHED changes phase 2 to what was published.
 
-    The last fields are choices of phase 2; `python train.py --recipes` compares them (results in
+    The last fields are choices of phase 2; `python train.py --recipes` compares them (once measured:
     miniature/README.md).
     """
 
@@ -471,7 +471,7 @@ def compare_recipes(args: argparse.Namespace, how: How) -> list[dict]:
     batches, and how many held-out items it then has right, and in how many passes."""
     base = (SMOKE if args.smoke else PHASES)[1]
     steps, items = (8, 2) if args.smoke else (400, 500)
-    base = replace(base, steps=steps, stages=(), warm_up=30)
+    base = replace(base, steps=steps, stages=(), warm_up=30, slope=0.0)
     skeleton, read = read_backbone(args.out / "phase1")
     tokenizer = load_tokenizer(args.out)
     data, rows = Data(tokenizer, base.every_file, args.seed), []
