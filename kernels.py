@@ -173,8 +173,7 @@ def _grouped_product_kernel(
         x_ptr,              # (T, inputs), or (T, SLOTS, inputs) in the second product
         w_ptr,              # (E, outputs, inputs); of BITS 4 (E, outputs, inputs/2)
         w_scale_ptr,        # of BITS 8 and 4 (E, GROUPS, outputs), else not read
-        shared_ptr,         # (SHARED*outputs, inputs), in the second product (outputs,
-                            # SHARED*inputs): SHARED experts that every token chooses
+        shared_ptr,         # (SHARED*outputs, inputs), or (outputs, SHARED*inputs): every token's
         bias_ptr,           # (E, outputs) or None
         out_ptr,            # (T, SLOTS, outputs): A chosen, then the shared ones
         scale_ptr,          # (T, A) routing weights, in the second product
@@ -802,7 +801,8 @@ class Passes:
     def settle(self, context, counts: Tensor):
         """As Context.settle, but lengths and logits stay."""
         def settle(fixed, counts):
-            for state, state.inputs in zip(mamba_states(fixed), self.drafts):
+            for state, inputs in zip(mamba_states(fixed), self.drafts):
+                state.inputs = inputs
                 state.settle(counts)
         self._run(context, (0, *(self.drafts and self.drafts[0][0].shape)), settle, counts)
 

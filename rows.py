@@ -21,6 +21,17 @@ from twotower import TwoTower, TwoTowerConfig, Written, check_file, eos_ids, req
 
 # in a template: what is literal behind a backslash, a hole, a mistake, any other letter
 TEMPLATE = re.compile(r"\\(_|\{\{)|(_{3,}|\{\{[1-9][0-9]*\}\})|(__|\{\{.{0,9})|(.)", re.DOTALL)
+# ftplib.FTP.voidresp of Python's standard library, which the miniature has not been trained on
+DEFAULT_PROMPT = '''\
+rename resp,resp received,received
+def voidresp(self):
+    """Expect a response beginning with '2'."""
+    resp = self.getresp()
+    if resp[:1] != '2':
+        raise error_reply(resp)
+    return resp
+---
+'''
 
 
 class Kind(NamedTuple):

@@ -47,23 +47,12 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from placement import NEW_TOKENS, SCORED_AT_ONCE, asking, devices, in_words, look, plan, readable
-from rows import (COUNT, DENOISING, DRAFTS, MASKS, MODES, NATURAL, SCORE, TEXT,
+from rows import (COUNT, DEFAULT_PROMPT, DENOISING, DRAFTS, MASKS, MODES, NATURAL, SCORE, TEXT,
                   WRITING, Kind, Row, finished, load_tokenizer, make_rows, read_prompts, text_of)
 from twotower import (Context, Decoding, SafetensorError, Step, TwoTower, Written, eos_ids, fetch,
                       require)
 
 MINIATURE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "miniature")
-# ftplib.FTP.voidresp of Python's standard library, which the miniature has not been trained on
-DEFAULT_PROMPT = '''\
-rename resp,resp received,received
-def voidresp(self):
-    """Expect a response beginning with '2'."""
-    resp = self.getresp()
-    if resp[:1] != '2':
-        raise error_reply(resp)
-    return resp
----
-'''
 MASKED = "\u2591"                                   # a shaded box
 
 # ---------------------------------------------------------------------------------------- arguments

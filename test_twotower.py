@@ -4288,8 +4288,8 @@ def test_the_miniature_is_small_and_of_the_released_layout():
 
 @pytest.mark.parametrize("task", corpus.TASKS)
 def test_the_miniature_answers(task):
-    """40 held-out items a task: AR and diffusion at gamma 0.8 are right at least 8 times in 10, the
-    latter in far fewer passes (measured rates, of rename the lowest: miniature/README.md)."""
+    """40 held-out items a task: AR and diffusion at gamma 0.8 are right at least 9 times in 10, of
+    rename 8, the latter in far fewer passes (measured rates: miniature/README.md)."""
     model, tokenizer = miniature()
     prompts = corpus.task_prompts(tokenizer, task, 40)
     ids, answers, lengths = zip(*prompts)
@@ -4297,7 +4297,7 @@ def test_the_miniature_answers(task):
         map(torch.Tensor.tolist, ids)), max_new_tokens=lengths[0])
     right = lambda rows: sum(row.text == answer for row, answer in zip(rows, answers))
     ar, fast = write(mode="ar"), write(mode="mask_diffusion")
-    assert right(ar) >= 32 and right(fast) >= 32
+    assert min(right(ar), right(fast)) >= (32 if task == "rename" else 36)
     assert sum(len(row.tokens) for row in ar) > 8 * sum(row.nfe for row in fast)
     if task == "json":
         with bench.altered(model, "unseeded"):
